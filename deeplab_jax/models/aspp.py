@@ -1,0 +1,62 @@
+"""Atrous spatial pyramid pooling with image-level features.
+
+Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
+(2017), section 3.3.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deeplab_jax.models.layers import ConvNormRelu
+
+
+class ImagePooling(nn.Module):
+  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map."""
+
+  features: int
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H, W, features], constant over H and W."""
+    mean = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
+    y = ConvNormRelu(
+      self.features, norm=self.norm, dtype=self.dtype, name='project'
+    )(mean, train=train)
+    return jnp.broadcast_to(y, (*x.shape[:3], self.features))
+
+
+class ASPP(nn.Module):
+  """A 1x1 branch, an atrous 3x3 branch a rate and image pooling, projected.
+
+  Attributes:
+    rates: of the 3x3 branches, in pixels of the feature map.
+    features: channels of every branch and of the output.
+    norm: batch normalisation, see `ResNetV2`.
+    dtype: of the computation.
+  """
+
+  rates: tuple[int, ...] = (6, 12, 18)
+  features: int = 256
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H, W, features]."""
+    shared = {'norm': self.norm, 'dtype': self.dtype}
+    branches = [
+      ImagePooling(self.features, **shared, name='pooling'),
+      ConvNormRelu(self.features, **shared, name='conv'),
+    ]
+    branches += [
+      ConvNormRelu(self.features, 3, rate, **shared, name=f'atrous{i}')
+      for i, rate in enumerate(self.rates, 1)
+    ]
+    y = jnp.concatenate([branch(x, train=train) for branch in branches], -1)
+    return ConvNormRelu(self.features, **shared, name='project')(y, train=train)

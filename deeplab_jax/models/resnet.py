@@ -1,0 +1,225 @@
+"""Pre-activation residual networks with atrous convolution.
+
+He et al., "Identity Mappings in Deep Residual Networks" (2016), figure 1(b);
+output stride and multi-grid from Chen et al., "Rethinking Atrous Convolution
+for Semantic Image Segmentation" (2017), sections 3.1 and 3.2.1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deeplab_jax.models.layers import Conv
+
+
+class UnitGeometry(NamedTuple):
+  """Where a residual unit samples: its stride, and rates in map pixels.
+
+  `rate` is the rate on entering the unit, `rate_out` the one for convolutions
+  behind its strided one. They differ where a stride was traded for rate.
+  """
+
+  stride: int
+  rate: int
+  rate_out: int
+
+
+def unit_geometry(
+  units: Sequence[int], output_stride: int, multi_grid: Sequence[int]
+) -> tuple[tuple[UnitGeometry, ...], ...]:
+  """Spreads the output stride over the units of the four blocks.
+
+  The last unit of blocks 1 to 3 strides by 2, as in TF-slim and the DeepLab
+  code. Once `output_stride` is reached it keeps stride 1 and every later
+  convolution doubles its rate instead (atrous convolution), so each unit sees
+  the same input pixels at every output stride.
+
+  Args:
+    units: number of units in each of the four blocks.
+    output_stride: 8, 16 or 32, input pixels per feature pixel.
+    multi_grid: factor on the rate of each unit of block 4.
+
+  Returns:
+    For each block, a `UnitGeometry` for each unit.
+
+  Raises:
+    ValueError: at another output stride, or with a multi-grid of another
+      length than block 4.
+  """
+  if output_stride not in (8, 16, 32):
+    raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
+  if len(multi_grid) != units[3]:
+    raise ValueError(
+      f'multi_grid needs one factor for each of the {units[3]} units of'
+      f' block4, got {tuple(multi_grid)}'
+    )
+  current_stride, rate, blocks = 4, 1, []
+  for block, count in enumerate(units):
+    geometry = []
+    for unit in range(count):
+      stride, rate_out = 1, rate
+      if block < 3 and unit == count - 1:
+        if current_stride < output_stride:
+          stride = 2
+          current_stride *= 2
+        else:
+          rate_out *= 2
+      grid = multi_grid[unit] if block == 3 else 1
+      geometry.append(UnitGeometry(stride, rate * grid, rate_out * grid))
+      rate = rate_out
+    blocks.append(tuple(geometry))
+  return tuple(blocks)
+
+
+class PreActBasicUnit(nn.Module):
+  """Two 3x3 convolutions, each behind BN and ReLU (ResNet-18 and 34).
+
+  The first convolution carries the stride. `x [B, H, W, Cin] ->
+  [B, ceil(H / stride), ceil(W / stride), features]`.
+  """
+
+  features: int
+  geometry: UnitGeometry = UnitGeometry(1, 1, 1)
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  expansion = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Adds the residual; `train` uses and updates the batch statistics."""
+    stride, rate, rate_out = self.geometry
+    preact, shortcut = _preact_and_shortcut(self, x, self.features, train)
+    y = Conv(self.features, 3, stride, rate, dtype=self.dtype, name='conv1')(
+      preact
+    )
+    y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
+    y = Conv(self.features, 3, rate=rate_out, dtype=self.dtype, name='conv2')(y)
+    return shortcut + y
+
+
+class PreActBottleneckUnit(nn.Module):
+  """1x1, 3x3 and 1x1 convolution, each behind BN and ReLU (ResNet-50 and up).
+
+  The 3x3 convolution carries stride and rate. `x [B, H, W, Cin] ->
+  [B, ceil(H / stride), ceil(W / stride), 4 * features]`.
+  """
+
+  features: int
+  geometry: UnitGeometry = UnitGeometry(1, 1, 1)
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  expansion = 4
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Adds the residual; `train` uses and updates the batch statistics."""
+    stride, rate, _ = self.geometry
+    out = self.expansion * self.features
+    preact, shortcut = _preact_and_shortcut(self, x, out, train)
+    y = Conv(self.features, dtype=self.dtype, name='conv1')(preact)
+    y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
+    y = Conv(self.features, 3, stride, rate, dtype=self.dtype, name='conv2')(y)
+    y = nn.relu(self.norm(name='norm2')(y, use_running_average=not train))
+    return shortcut + Conv(out, dtype=self.dtype, name='conv3')(y)
+
+
+def _preact_and_shortcut(
+  unit: nn.Module, x: jax.Array, features: int, train: bool
+) -> tuple[jax.Array, jax.Array]:
+  """BN and ReLU of the input, and the path that the residual is added to."""
+  stride = unit.geometry.stride
+  preact = nn.relu(unit.norm(name='preact')(x, use_running_average=not train))
+  if x.shape[-1] == features:
+    return preact, x[:, ::stride, ::stride]
+  shortcut = Conv(features, stride=stride, dtype=unit.dtype, name='shortcut')
+  return preact, shortcut(preact)
+
+
+class Block(nn.Module):
+  """Units of equal width in a row, named unit1, unit2, ..."""
+
+  unit: Callable[..., nn.Module]
+  features: int
+  geometry: tuple[UnitGeometry, ...]
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Applies the units to [B, H, W, C]."""
+    for i, geometry in enumerate(self.geometry, 1):
+      x = self.unit(
+        self.features, geometry, self.norm, self.dtype, name=f'unit{i}'
+      )(x, train=train)
+    return x
+
+
+class ResNetV2(nn.Module):
+  """Pre-activation ResNet that keeps its maps at `output_stride`.
+
+  Attributes:
+    units: number of units in each of the four blocks.
+    unit: `PreActBasicUnit` or `PreActBottleneckUnit`.
+    output_stride: 8, 16 or 32, input pixels per feature pixel.
+    multi_grid: factor on the rate of each unit of block 4.
+    width: factor on the number of channels (1: 64 in the stem).
+    norm: batch normalisation; called with `name`, then with the map and
+      `use_running_average`.
+    dtype: of the computation; parameters stay float32.
+  """
+
+  units: tuple[int, int, int, int]
+  unit: Callable[..., nn.Module]
+  output_stride: int = 16
+  multi_grid: tuple[int, ...] = (1, 2, 4)
+  width: float = 1.0
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Computes the features of every stage.
+
+    Args:
+      x: [B, H, W, 3], normalised, any height and width.
+      train: use and update the batch statistics.
+
+    Returns:
+      'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os, W/os,
+      2048] for bottleneck units, 512 for basic ones), and 'postnorm', block 4
+      behind the final BN and ReLU. Sizes round up.
+
+    Raises:
+      ValueError: at an impossible output stride, multi-grid or width.
+    """
+    base = round(64 * self.width)
+    if base < 1:
+      raise ValueError(f'width must leave at least 1 channel, got {self.width}')
+    blocks = unit_geometry(self.units, self.output_stride, self.multi_grid)
+    x = Conv(base, 7, 2, dtype=self.dtype, name='stem')(x)
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    outputs = {'stem': x}
+    for i, geometry in enumerate(blocks):
+      name = f'block{i + 1}'
+      x = Block(
+        self.unit, base * 2**i, geometry, self.norm, self.dtype, name=name
+      )(x, train=train)
+      outputs[name] = x
+    x = self.norm(name='postnorm')(x, use_running_average=not train)
+    outputs['postnorm'] = nn.relu(x)
+    return outputs
+
+
+BACKBONES = {
+  'resnet18': ((2, 2, 2, 2), PreActBasicUnit),
+  'resnet34': ((3, 4, 6, 3), PreActBasicUnit),
+  'resnet50': ((3, 4, 6, 3), PreActBottleneckUnit),
+  'resnet101': ((3, 4, 23, 3), PreActBottleneckUnit),
+  'resnet152': ((3, 8, 36, 3), PreActBottleneckUnit),
+  'resnet200': ((3, 24, 36, 3), PreActBottleneckUnit),
+}

@@ -1,0 +1,150 @@
+"""ASPP and the whole network against formulas and hand counts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deeplab_jax
+from deeplab_jax import deeplab_v3
+from deeplab_jax.models.aspp import ASPP
+
+
+def test_parameter_count_of_the_paper_network(random_variables):
+  params = random_variables(deeplab_v3('resnet50'))['params']
+  branch = 2048 * 256 + 2 * 256
+  aspp = 2 * branch + 3 * (9 * 2048 * 256 + 2 * 256) + 5 * 256 * 256 + 2 * 256
+  expected = 23_500_352 + aspp + 256 * 21 + 21
+  assert sum(x.size for x in jax.tree.leaves(params)) == expected
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
+
+
+def numpy_branch(x, weights, stats, rate=1):
+  """Convolution tap by tap, batch norm by its formula, ReLU."""
+  kernel = weights['conv']['kernel']
+  k = kernel.shape[0]
+  pad = rate * (k // 2)
+  height, width = x.shape[1:3]
+  padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  y = 0
+  for i in range(k):
+    for j in range(k):
+      part = padded[:, i * rate :, j * rate :][:, :height, :width]
+      y = y + part @ kernel[i, j]
+  norm, stat = weights['norm'], stats['norm']
+  y = (y - stat['mean']) / np.sqrt(stat['var'] + 1e-5)
+  return np.maximum(y * norm['scale'] + norm['bias'], 0)
+
+
+def test_aspp_equals_its_numpy_transcription(random_variables):
+  rates = (2, 3, 30)
+  model = ASPP(rates, 8)
+  x = np.random.default_rng(0).normal(size=(2, 9, 12, 16)).astype(np.float32)
+  variables = jax.eval_shape(
+    functools.partial(model.init, train=False), jax.random.key(0), x
+  )
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda a: rng.uniform(0.1, 1, a.shape).astype(np.float32), variables
+  )
+  w, s = variables['params'], variables['batch_stats']
+  mean = x.mean((1, 2), keepdims=True)
+  pooled = numpy_branch(mean, w['pooling']['project'], s['pooling']['project'])
+  branches = [np.broadcast_to(pooled, (2, 9, 12, 8))]
+  branches.append(numpy_branch(x, w['conv'], s['conv']))
+  for i, rate in enumerate(rates, 1):
+    name = f'atrous{i}'
+    branches.append(numpy_branch(x, w[name], s[name], rate))
+  joined = np.concatenate(branches, -1)
+  expected = numpy_branch(joined, w['project'], s['project'])
+  ours = jax.jit(functools.partial(model.apply, train=False))(variables, x)
+  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('output_stride', 'rates'),
+  [(8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))],
+)
+def test_aspp_rates_follow_the_output_stride(output_stride, rates):
+  assert deeplab_v3(output_stride=output_stride).aspp.rates == rates
+
+
+@pytest.mark.parametrize('size', [(33, 33), (40, 65), (17, 90)])
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_logits_have_the_size_of_the_images_in_float32(
+  size, output_stride, random_variables
+):
+  model = deeplab_v3(
+    'resnet18',
+    num_classes=5,
+    width=0.125,
+    output_stride=output_stride,
+    dtype=jnp.bfloat16,
+  )
+  variables = random_variables(model)
+  logits = jax.eval_shape(
+    lambda x: model.apply(variables, x, train=False),
+    jax.ShapeDtypeStruct((2, *size, 3), jnp.uint8),
+  )
+  assert logits.shape == (2, *size, 5)
+  assert logits.dtype == jnp.float32
+
+
+def test_bfloat16_stays_near_float32_with_float32_parameters(random_variables):
+  images = np.random.default_rng(0).integers(0, 256, (2, 49, 65, 3), np.uint8)
+  logits = {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = deeplab_v3('resnet18', num_classes=5, width=0.25, dtype=dtype)
+    variables = random_variables(model)
+    apply = functools.partial(model.apply, train=True, mutable=['batch_stats'])
+    updates = jax.eval_shape(apply, variables, images)[1]
+    for leaf in jax.tree.leaves((variables, updates)):
+      assert leaf.dtype == jnp.float32
+    logits[dtype] = jax.jit(functools.partial(model.apply, train=False))(
+      variables, images
+    )
+  exact, rounded = logits[jnp.float32], logits[jnp.bfloat16]
+  assert 0 < np.abs(exact - rounded).mean() < 0.05 * exact.std()
+
+
+def test_uint8_and_float_images_give_the_same_logits(random_variables):
+  model = deeplab_v3('resnet18', num_classes=3, width=0.125)
+  variables = random_variables(model)
+  images = np.random.default_rng(0).integers(0, 256, (1, 33, 33, 3), np.uint8)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  a = apply(variables, images)
+  b = apply(variables, images.astype(np.float32))
+  np.testing.assert_array_equal(a, b)
+
+
+def test_the_image_is_normalised_to_minus_one_and_one():
+  seen = []
+
+  class Backbone(deeplab_jax.ResNetV2):
+    def __call__(self, x, *, train):
+      seen.append(np.asarray(x))
+      return {'postnorm': x}
+
+  model = deeplab_jax.DeepLabV3(
+    Backbone((1, 1, 1, 1), None), ASPP((1,), 2), num_classes=2
+  )
+  images = np.stack([np.zeros((3, 3, 3)), np.full((3, 3, 3), 255.0)])
+  model.init(jax.random.key(0), images, train=False)
+  np.testing.assert_array_equal(seen[0][0], -1)
+  np.testing.assert_array_equal(seen[0][1], 1)
+
+
+@pytest.mark.parametrize(
+  ('call', 'words'),
+  [
+    ({'backbone': 'resnet51'}, 'backbone must be one of resnet18, .*resnet51'),
+    ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
+    ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
+    ({'multi_grid': (1,)}, 'multi_grid needs one factor for each of the 3'),
+  ],
+)
+def test_impossible_arguments_are_named_at_construction(call, words):
+  with pytest.raises(ValueError, match=words):
+    deeplab_v3(**call)

@@ -1,0 +1,90 @@
+"""Convolution against XLA's own, resizing against hand-computed values."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from deeplab_jax.models import layers
+
+
+def xla_conv(x, kernel, stride, rate):
+  pad = rate * (kernel.shape[0] // 2)
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(pad, pad)] * 2,
+    rhs_dilation=(rate, rate),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+SIZES = ((5, 8), (9, 9), (12, 7))
+KINDS = (
+  (1, 1, 1),
+  (1, 2, 1),
+  (3, 1, 1),
+  (3, 2, 1),
+  (3, 1, 2),
+  (3, 1, 4),
+  (3, 1, 18),
+  (7, 2, 1),
+)
+CASES = [(size, *kind) for size, kind in itertools.product(SIZES, KINDS)]
+
+
+@pytest.mark.parametrize(('size', 'k', 'stride', 'rate'), CASES)
+def test_conv2d_equals_xla_in_value_and_gradient(size, k, stride, rate):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+  kernel = rng.normal(size=(k, k, 3, 4)).astype(np.float32)
+  weights = rng.normal(size=xla_conv(x, kernel, stride, rate).shape)
+
+  def loss(conv, x, kernel):
+    y = conv(x, kernel, stride, rate)
+    return (y * weights).sum(), y
+
+  run = jax.jit(
+    jax.value_and_grad(loss, argnums=(1, 2), has_aux=True), static_argnums=0
+  )
+  (_, ours), our_gradients = run(layers.conv2d, x, kernel)
+  (_, theirs), their_gradients = run(xla_conv, x, kernel)
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  for a, b in zip(our_gradients, their_gradients, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_resize_with_aligned_corners_equals_a_hand_computed_case():
+  x = jnp.asarray([[0.0, 2.0, 6.0]]).reshape(1, 1, 3, 1)
+  y = layers.resize_bilinear(x, (2, 5))
+  np.testing.assert_allclose(y[0, :, :, 0], [[0, 1, 2, 4, 6]] * 2, atol=1e-6)
+
+
+def test_resize_keeps_every_input_pixel_at_513():
+  x = np.random.default_rng(0).normal(size=(1, 33, 33, 2)).astype(np.float32)
+  y = layers.resize_bilinear(jnp.asarray(x), (513, 513))
+  assert y.shape == (1, 513, 513, 2)
+  np.testing.assert_allclose(y[:, ::16, ::16], x, atol=1e-5)
+
+
+def test_resize_equals_numpy_interpolation_along_each_axis():
+  x = np.random.default_rng(1).normal(size=(7, 4)).astype(np.float32)
+  y = layers.resize_bilinear(jnp.asarray(x)[None, :, :, None], (10, 9))
+  rows = np.stack(
+    [np.interp(np.linspace(0, 6, 10), np.arange(7), c) for c in x.T], 1
+  )
+  both = np.stack(
+    [np.interp(np.linspace(0, 3, 9), np.arange(4), r) for r in rows]
+  )
+  np.testing.assert_allclose(y[0, :, :, 0], both, atol=1e-5)
+
+
+def test_resize_of_one_pixel_spreads_it_and_to_one_pixel_takes_the_corner():
+  x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+  np.testing.assert_array_equal(layers.resize_bilinear(x, (1, 1)), [[[[0.0]]]])
+  spread = layers.resize_bilinear(jnp.full((1, 1, 1, 1), 5.0), (3, 4))
+  np.testing.assert_array_equal(spread, np.full((1, 3, 4, 1), 5.0))
