@@ -1,0 +1,1 @@
+"""Images from disk to device batches."""

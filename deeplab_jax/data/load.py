@@ -1,0 +1,241 @@
+"""Data sets by name: prepared on disk once, then read at random access."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from deeplab_jax import errors
+from deeplab_jax.data import datasets, folder, shapes
+
+# What a loader gives: for every split the TFDS builder that holds its records.
+Builders = dict[str, tfds.core.DatasetBuilder]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """A prepared data set.
+
+  Attributes:
+    info: what the label values mean.
+    builders: for every split the TFDS builder that holds its records.
+  """
+
+  info: datasets.DatasetInfo
+  builders: Builders
+
+  def source(self, split: str) -> Sequence[dict[str, bytes]]:
+    """Returns the raw records of a split, at random access.
+
+    A record is a dict of `image` (JPEG or PNG bytes), `label` (bytes of a gray
+    PNG of class indices) and `name` (bytes); `images.decode_image` and
+    `images.decode_label` decode them.
+    """
+    skip = tfds.decode.SkipDecoding()
+    return self._builder(split).as_data_source(
+      split, decoders={'image': skip, 'label': skip}
+    )
+
+  def num_images(self, split: str) -> int:
+    """Returns the number of images of a split."""
+    return self._builder(split).info.metadata['splits'][split]['num_images']
+
+  def max_size(self, split: str) -> tuple[int, int]:
+    """Returns the largest height and the largest width in a split."""
+    metadata = self._builder(split).info.metadata
+    height, width = metadata['splits'][split]['max_size']
+    return height, width
+
+  def _builder(self, split: str) -> tfds.core.DatasetBuilder:
+    if split not in self.builders:
+      raise errors.UserError(
+        f'no split {split!r} in {self.info.name}; known: '
+        f'{", ".join(self.builders)}'
+      )
+    return self.builders[split]
+
+
+def load_dataset(
+  name: str,
+  *,
+  directory: str = '',
+  prepared_dir: str = '',
+  splits: Sequence[str] = ('train', 'val'),
+  ignore_label: int = 255,
+  on_bad_image: str = 'stop',
+) -> Dataset:
+  """Loads a data set, and prepares it first if that was not done yet.
+
+  Args:
+    name: a key of `LOADERS`.
+    directory: the source, for the data sets that have one.
+    prepared_dir: where prepared data sets lie; '' is TFDS's own place
+      (TFDS_DATA_DIR, else ~/tensorflow_datasets).
+    splits: the splits wanted.
+    ignore_label: label value of void pixels.
+    on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
+
+  Raises:
+    UserError: if the name, a split, an option or anything in the source is
+      wrong.
+  """
+  if name not in LOADERS:
+    raise errors.UserError(
+      f'config.data.name: no data set {name!r}; known: {", ".join(LOADERS)}'
+    )
+  if not 0 <= ignore_label <= 255:
+    raise errors.UserError(
+      f'config.data.ignore_label must be 0 to 255, got {ignore_label}'
+    )
+  if not splits:
+    raise ValueError('splits must name at least one split')
+  builders = LOADERS[name](
+    directory=directory,
+    prepared_dir=prepared_dir or None,
+    splits=splits,
+    ignore_label=ignore_label,
+    on_bad_image=on_bad_image,
+  )
+  any_builder = next(iter(builders.values()))
+  info = datasets.DatasetInfo.from_json(any_builder.info.metadata['info'])
+  dataset = Dataset(info, builders)
+  for split in splits:
+    dataset.num_images(split)  # fails early
+  return dataset
+
+
+def _load_shapes(
+  *, prepared_dir: str | None, ignore_label: int, **unused: Any
+) -> Builders:
+  own = datasets.DATASETS['shapes'].ignore_label
+  if ignore_label != own:
+    raise errors.UserError(
+      f"config.data.ignore_label of 'shapes' is {own}, got {ignore_label}"
+    )
+  config = shapes.ShapesConfig()
+  builder = _prepared(shapes.ShapesSegmentation, prepared_dir, config)
+  return dict.fromkeys(builder.info.splits, builder)
+
+
+def _load_folder(
+  *,
+  directory: str,
+  prepared_dir: str | None,
+  splits: Sequence[str],
+  **options: Any,
+) -> Builders:
+  if not directory:
+    raise errors.UserError(
+      "config.data.dir is empty; the data set 'folder' needs its directory"
+    )
+  # All are surveyed before the first is prepared, which may take minutes.
+  configs = {
+    split: folder.make_config(directory, split, **options) for split in splits
+  }
+  return {
+    split: _prepared(folder.FolderSegmentation, prepared_dir, config)
+    for split, config in configs.items()
+  }
+
+
+# Each loads one kind of data set; the keywords are those of `load_dataset`.
+LOADERS: dict[str, Callable[..., Builders]] = {
+  'shapes': _load_shapes,
+  'folder': _load_folder,
+}
+
+
+def _prepared(
+  builder_class: type[tfds.core.DatasetBuilder],
+  prepared_dir: str | None,
+  config: shapes.ShapesConfig | folder.FolderConfig,
+) -> tfds.core.DatasetBuilder:
+  """Returns the builder with its data on disk.
+
+  TFDS writes into a folder of another name and renames it at the end, so a
+  prepared folder is whole. The lock makes a second process wait for the first
+  instead of doing the work again.
+  """
+  with _quiet():
+    builder = builder_class(data_dir=prepared_dir, config=config)
+  if builder.info.splits:
+    return builder
+  # <prepared_dir>/<data set>/<config>/<version>
+  path = pathlib.Path(builder.data_path)
+  home = path.parent.parent
+  with _locked(home / f'.{config.name}.lock'), _quiet():
+    builder = builder_class(data_dir=prepared_dir, config=config)
+    if builder.info.splits:  # another process has done it
+      return builder
+    for leftover in path.parent.glob('incomplete.*'):
+      shutil.rmtree(leftover, ignore_errors=True)
+    logging.info('Preparing %s, once', path)
+    builder.download_and_prepare(file_format='array_record')
+    # read back, as every later run will
+    builder = builder_class(data_dir=prepared_dir, config=config)
+  if isinstance(config, folder.FolderConfig):
+    _report_older(home, config)
+  return builder
+
+
+def _report_older(home: pathlib.Path, config: folder.FolderConfig) -> None:
+  """Logs which other preparations of the same split lie in `home`."""
+  for other in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}')):
+    if other.name != config.name:
+      logging.info(
+        '%s was prepared from another state of the same source or with other '
+        'options; remove it if it is not needed',
+        other,
+      )
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+  """Holds an exclusive lock between processes, freed even by a kill."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('w')
+  except OSError as error:
+    raise errors.UserError(
+      f'{path.parent}: cannot be written ({error.strerror}); set '
+      'config.data.prepared_dir to another folder'
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logging.info('Waiting for another process that prepares %s', path.stem)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps from the user what TFDS tells authors of builders.
+
+  That is its greetings on stdout, its progress bars where stderr is no
+  terminal, and its warning that a config is not one of the class's own.
+  """
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  logger = logging.get_absl_logger()
+  logger.addFilter(_is_for_users)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logger.removeFilter(_is_for_users)
+
+
+def _is_for_users(record: Any) -> bool:
+  return not str(record.msg).startswith('Using custom data configuration')

@@ -1,0 +1,254 @@
+"""Batches for training and evaluation, loaded in the background by grain.
+
+Both iterators are pure functions of their arguments: neither the number of
+threads nor of workers changes a single pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from deeplab_jax import errors
+from deeplab_jax.data import images, transforms
+
+Record = dict[str, bytes]
+Batch = dict[str, np.ndarray]
+
+
+def make_train_iterator(
+  source: Sequence[Record],
+  transforms: Sequence[transforms.Transform],
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 4,
+  workers: int = 0,
+) -> Iterator[Batch]:
+  """Yields shuffled, transformed batches for ever.
+
+  Step `s` is a pure function of `seed` and `s`; the hosts' batches of one step
+  together are the batch of a single host.
+
+  Args:
+    source: random access to records `image`, `label`, `name`, as of
+      `load.Dataset.source`.
+    transforms: applied in order; the last must give all images one size.
+    batch_size: of all hosts together, divisible by `hosts`; may exceed the
+      number of records.
+    seed: of shuffling and transforms.
+    start_step: the first step to yield.
+    host: index of this host.
+    hosts: number of hosts.
+    threads: that load, per worker; 0 loads when asked.
+    workers: number of processes that load; 0 is this process alone. They are
+      spawned: the program needs its `__main__` guard.
+
+  Returns:
+    An iterator of image uint8 [B / hosts, h, w, 3] and label uint8
+    [B / hosts, h, w]; its `close()` ends the background work.
+
+  Raises:
+    UserError: on `next`, if a record does not decode.
+    ValueError: if the arguments cannot work together.
+  """
+  _check_hosts(batch_size, host, hosts)
+  if len(source) == 0:
+    raise ValueError('source has no records')
+  cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loaders
+  dataset = (
+    grain.MapDataset.source(source)
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(_Augment(tuple(transforms)))
+    .slice(slice(start_step * batch_size + host, None, hosts))
+    .batch(batch_size // hosts)
+    .to_iter_dataset(_read_options(threads))
+  )
+  if workers:
+    if not flags.FLAGS.is_parsed():  # outside absl.app; grain reads its flags
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=2
+      ),
+      worker_init_fn=_start_worker,
+    )
+  return iter(dataset)
+
+
+def make_eval_iterator(
+  source: Sequence[Record],
+  *,
+  size: tuple[int, int],
+  fill: tuple[int, int, int] = transforms.MEAN_COLOR,
+  ignore_label: int = 255,
+  batch_size: int,
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 4,
+) -> Iterator[Batch]:
+  """Yields every record once over all hosts, in order, at its own resolution.
+
+  Every host yields the same number of batches of the same shape; where the
+  records run out, rows are filler.
+
+  Args:
+    source: as of `make_train_iterator`.
+    size: height and width to which images are padded, bottom and right.
+    fill: RGB of the padding.
+    ignore_label: of the padding, and of all filler rows.
+    batch_size: of one host.
+    host: index of this host.
+    hosts: number of hosts.
+    threads: that load; 0 loads when asked.
+
+  Returns:
+    An iterator of image uint8 [B, *size, 3], label uint8 [B, *size], size
+    int [B, 2] (height and width before padding), valid bool [B] (False in
+    filler rows) and name str [B]; its `close()` ends the background work.
+
+  Raises:
+    UserError: on `next`, if a record does not decode.
+    ValueError: if the arguments cannot work together; on `next`, if a record
+      is larger than `size`.
+  """
+  _check_hosts(batch_size * hosts, host, hosts)
+  cv2.setNumThreads(0)
+  rows = batch_size * hosts
+  total = -(-len(source) // rows) * rows
+  load = _LoadPadded(source, tuple(size), tuple(fill), ignore_label)
+  dataset = (
+    grain.MapDataset.range(host, total, hosts)
+    .map(load)
+    .batch(batch_size)
+    .to_iter_dataset(_read_options(threads))
+  )
+  return iter(dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augment:
+  """Decodes one record and transforms it."""
+
+  transforms: tuple[transforms.Transform, ...]
+
+  def __call__(
+    self, record: Record, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    image, label = _decode(record)
+    image, label = transforms.apply_transforms(
+      self.transforms, image, label, rng
+    )
+    return {'image': image, 'label': label}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoadPadded:
+  """Loads one record of the evaluation by index, or makes a filler row."""
+
+  source: Sequence[Record]
+  size: tuple[int, int]
+  fill: tuple[int, int, int]
+  ignore_label: int
+
+  def __call__(self, index: int) -> dict[str, Any]:
+    valid = index < len(self.source)
+    if valid:
+      record = self.source[index]
+      name = _name(record)
+      image, label = _decode(record)
+    else:
+      name = ''
+      image, label = np.empty((0, 0, 3), np.uint8), np.empty((0, 0), np.uint8)
+    if any(
+      has > room for has, room in zip(label.shape, self.size, strict=True)
+    ):
+      raise ValueError(
+        f'record {name!r} is {label.shape[0]} high and {label.shape[1]} wide, '
+        f'larger than size={self.size}'
+      )
+    padded_image = np.empty((*self.size, 3), np.uint8)
+    padded_image[:] = self.fill
+    padded_label = np.full(self.size, self.ignore_label, np.uint8)
+    height, width = label.shape
+    padded_image[:height, :width] = image
+    padded_label[:height, :width] = label
+    return {
+      'image': padded_image,
+      'label': padded_label,
+      'size': np.asarray(label.shape),
+      'valid': np.bool_(valid),
+      'name': np.str_(name),
+    }
+
+
+def _decode(record: Record) -> tuple[np.ndarray, np.ndarray]:
+  """Returns image uint8 [H, W, 3] and label uint8 [H, W] of a record."""
+  try:
+    image = images.decode_image(record['image'])
+    label = images.decode_label(record['label'])
+    if image.shape[:2] != label.shape:
+      raise ValueError(f'image {image.shape} but label {label.shape}')
+  except (ValueError, cv2.error) as error:
+    raise errors.UserError(
+      f'record {_name(record)!r} of the prepared data set is damaged '
+      f'({" ".join(str(error).split())}); remove the prepared folder, it will '
+      'be made again'
+    ) from error
+  return image, label
+
+
+def _name(record: Record) -> str:
+  name = record.get('name', b'')
+  return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
+  if batch_size < 1 or batch_size % hosts:
+    raise ValueError(
+      f'batch_size must be a positive multiple of hosts={hosts}, got '
+      f'{batch_size}'
+    )
+  if not 0 <= host < hosts:
+    raise ValueError(f'host must be 0 to {hosts - 1}, got {host}')
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+  # The buffer counts batches here; grain's own 500 would fill the memory.
+  return grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0
+  )
+
+
+def _start_worker(worker: int, workers: int) -> None:
+  """Prepares a loader process, so that it ends with its parent, not before."""
+  del worker, workers
+  cv2.setNumThreads(0)
+  # A signal to the whole group must leave the workers alive: the parent still
+  # trains until its checkpoint is written.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process().pid
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)  # the parent was killed; nobody else would end this process
+
+  threading.Thread(target=watch, daemon=True).start()
