@@ -1,0 +1,177 @@
+"""One step of training, evaluation and prediction, and their pmap.
+
+Each step is a pure function of its arguments. Batches hold `image` uint8
+[b, H, W, 3] RGB and `label` uint8 [b, H, W]; under pmap both have the device
+axis in front.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from deeplab_jax.losses import softmax_cross_entropy
+from deeplab_jax.metrics import confusion_matrix
+
+AXIS_NAME = 'batch'
+
+
+@struct.dataclass
+class TrainState:
+  """What training carries from step to step; replicated, no device axis."""
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `model.apply` takes."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def create_state(
+  model: nn.Module, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+  """Initial state: fresh variables, drawn from `seed` alone."""
+
+  @jax.jit
+  def create(key: jax.Array) -> TrainState:
+    # The size matters to no parameter.
+    variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=variables['params'],
+      batch_stats=variables['batch_stats'],
+      opt_state=optimizer.init(variables['params']),
+    )
+
+  return create(jax.random.key(seed))
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  ignore_label: int = 255,
+  freeze_bn: bool = False,
+  axis_name: str = AXIS_NAME,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Updates the state by one batch.
+
+  The loss is the mean over the valid pixels of the batch of all devices.
+
+  Args:
+    state: the same on every device.
+    batch: this device's share.
+    model: maps images to logits [b, H, W, C].
+    optimizer: the one that made `state.opt_state`.
+    ignore_label: marks pixels that have no part in the loss.
+    freeze_bn: normalise by the running statistics and leave them as they are.
+    axis_name: of the mapped device axis.
+
+  Returns:
+    The next state, and `loss` and `grad_norm` (global L2, before clipping) as
+    float32 scalars, equal on every device.
+  """
+  valid = lax.psum((batch['label'] != ignore_label).sum(), axis_name)
+  valid = jnp.maximum(valid, 1).astype(jnp.float32)
+
+  def loss_of(params: Any) -> tuple[jax.Array, Any]:
+    logits, updated = model.apply(
+      {'params': params, 'batch_stats': state.batch_stats},
+      batch['image'],
+      train=not freeze_bn,
+      mutable=['batch_stats'],
+    )
+    losses = softmax_cross_entropy(logits, batch['label'], ignore_label)
+    return losses.sum() / valid, updated['batch_stats']
+
+  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+    state.params
+  )
+  loss, gradients = lax.psum((loss, gradients), axis_name)
+  updates, opt_state = optimizer.update(
+    gradients, state.opt_state, state.params
+  )
+  state = TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=lax.pmean(batch_stats, axis_name),
+    opt_state=opt_state,
+  )
+  return state, {'loss': loss, 'grad_norm': optax.global_norm(gradients)}
+
+
+def eval_step(
+  variables: dict[str, Any],
+  batch: dict[str, jax.Array],
+  *,
+  model: nn.Module,
+  num_classes: int,
+  ignore_label: int = 255,
+  axis_name: str = AXIS_NAME,
+) -> tuple[jax.Array, jax.Array]:
+  """Predicts a batch and counts it.
+
+  Returns:
+    int32 [C, C] confusion matrix of the batch of all devices (rows are labels),
+    and this device's predictions, uint8 [b, H, W].
+  """
+  predictions = predict_step(variables, batch['image'], model=model)
+  confusion = confusion_matrix(
+    batch['label'], predictions, num_classes, ignore_label
+  )
+  return lax.psum(confusion, axis_name), predictions
+
+
+def predict_step(
+  variables: dict[str, Any], images: jax.Array, *, model: nn.Module
+) -> jax.Array:
+  """Most likely class of each pixel: [b, H, W, 3] -> uint8 [b, H, W]."""
+  logits = model.apply(variables, images, train=False)
+  return jnp.argmax(logits, -1).astype(jnp.uint8)
+
+
+def pmap_train_step(**settings: Any) -> Callable[..., Any]:
+  """`train_step` over all devices; its argument `state` is donated.
+
+  The state goes in and comes out without a device axis, batch and measures
+  with one.
+  """
+  return jax.pmap(
+    functools.partial(train_step, **settings),
+    axis_name=AXIS_NAME,
+    in_axes=(None, 0),
+    out_axes=(None, 0),
+    donate_argnums=0,
+  )
+
+
+def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
+  """`eval_step` over all devices: one confusion, predictions [D, ...]."""
+  return jax.pmap(
+    functools.partial(eval_step, **settings),
+    axis_name=AXIS_NAME,
+    in_axes=(None, 0),
+    out_axes=(None, 0),
+  )
+
+
+def pmap_predict_step(**settings: Any) -> Callable[..., Any]:
+  """`predict_step` over the local devices: [D, b, H, W, 3] -> [D, b, H, W]."""
+  return jax.pmap(
+    functools.partial(predict_step, **settings),
+    axis_name=AXIS_NAME,
+    in_axes=(None, 0),
+    devices=jax.local_devices(),
+  )

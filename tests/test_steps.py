@@ -1,0 +1,213 @@
+"""Steps over several devices against the same step on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deeplab_jax import deeplab_v3, distributed, steps
+from deeplab_jax.optimizers import make_optimizer
+
+CLASSES = 4
+
+
+def make(*, sync_bn=True, dtype=jnp.float32):
+  return deeplab_v3(
+    'resnet18',
+    num_classes=CLASSES,
+    width=0.125,
+    aspp_features=8,
+    bn_decay=0.9,
+    axis_name=steps.AXIS_NAME if sync_bn else None,
+    dtype=dtype,
+  )
+
+
+def global_batch(count=8, seed=0):
+  """Images whose labels hold void in very different amounts."""
+  rng = np.random.default_rng(seed)
+  image = rng.integers(0, 256, (count, 33, 49, 3), np.uint8)
+  label = rng.integers(0, CLASSES, (count, 33, 49)).astype(np.uint8)
+  for i in range(count):
+    label[i, : 4 * i] = 255
+  return {'image': image, 'label': label}
+
+
+def initial_state(model, optimizer, variables):
+  return steps.TrainState(
+    step=np.zeros((), np.int32),
+    params=variables['params'],
+    batch_stats=variables['batch_stats'],
+    opt_state=jax.device_get(optimizer.init(variables['params'])),
+  )
+
+
+def one_device_step(**settings):
+  """The same pure step, its device axis mapped over one entry by vmap."""
+  step = jax.vmap(
+    functools.partial(steps.train_step, **settings),
+    axis_name=steps.AXIS_NAME,
+    in_axes=(None, 0),
+    out_axes=(None, 0),
+  )
+  return jax.jit(step)
+
+
+def assert_trees_close(ours, theirs, atol):
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  for path, a in jax.tree_util.tree_leaves_with_path(ours):
+    b = functools.reduce(
+      lambda t, k: t[getattr(k, 'key', getattr(k, 'idx', None))], path, theirs
+    )
+    np.testing.assert_allclose(
+      a, b, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+@pytest.fixture
+def after_one_step(random_variables):
+  model, optimizer = make(), make_optimizer('sgd', 0.1, weight_decay=1e-4)
+  state = initial_state(model, optimizer, random_variables(model))
+  settings = {'model': model, 'optimizer': optimizer}
+  return state, settings
+
+
+def test_train_step_on_four_devices_matches_one(after_one_step):
+  assert jax.device_count() == 4
+  state, settings = after_one_step
+  batch = global_batch()
+  void = (batch['label'] == 255).reshape(4, -1).sum(1)
+  assert len(set(void.tolist())) == 4
+  four, measures = steps.pmap_train_step(**settings)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  one, expected = one_device_step(**settings)(
+    state, jax.tree.map(lambda x: x[None], batch)
+  )
+  np.testing.assert_allclose(
+    measures['loss'], np.full(4, expected['loss'][0]), atol=1e-5
+  )
+  np.testing.assert_allclose(
+    measures['grad_norm'], np.full(4, expected['grad_norm'][0]), rtol=1e-4
+  )
+  for name in ('params', 'batch_stats'):
+    ours, theirs = (jax.device_get(getattr(s, name)) for s in (four, one))
+    assert_trees_close(ours, theirs, atol=1e-5)
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), four.params, state.params
+  )
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_loss_is_the_mean_over_all_valid_pixels(after_one_step):
+  state, settings = after_one_step
+  batch = global_batch()
+  _, measures = steps.pmap_train_step(**settings)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  logits, _ = jax.jit(
+    functools.partial(
+      make(sync_bn=False).apply, train=True, mutable=['batch_stats']
+    )
+  )({'params': state.params, 'batch_stats': state.batch_stats}, batch['image'])
+  valid = batch['label'] != 255
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits[valid], batch['label'][valid]
+  )
+  np.testing.assert_allclose(measures['loss'][0], losses.mean(), rtol=1e-5)
+
+
+def test_a_batch_of_void_alone_gives_zero_and_not_nan(after_one_step):
+  state, settings = after_one_step
+  batch = global_batch(4)
+  batch['label'][:] = 255
+  _, measures = steps.pmap_train_step(**settings)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  np.testing.assert_array_equal(measures['loss'], 0)
+  assert np.isfinite(measures['grad_norm']).all()
+
+
+def test_frozen_bn_keeps_statistics_and_normalises_by_them(after_one_step):
+  state, settings = after_one_step
+  before = jax.tree.map(np.copy, state.batch_stats)
+  batch = global_batch()
+  after, measures = steps.pmap_train_step(**settings, freeze_bn=True)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before)
+  logits = jax.jit(functools.partial(make().apply, train=False))(
+    {'params': state.params, 'batch_stats': before}, batch['image']
+  )
+  valid = batch['label'] != 255
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits[valid], batch['label'][valid]
+  )
+  np.testing.assert_allclose(measures['loss'][0], losses.mean(), rtol=1e-5)
+
+
+def test_without_synchronised_bn_statistics_are_those_of_the_devices_averaged(
+  random_variables,
+):
+  model, optimizer = make(sync_bn=False), make_optimizer('sgd', 0.1)
+  state = initial_state(model, optimizer, random_variables(model))
+  batch = distributed.shard(global_batch())
+  after, _ = steps.pmap_train_step(model=model, optimizer=optimizer)(
+    distributed.replicate(state), batch
+  )
+  apply = jax.jit(
+    functools.partial(model.apply, train=True, mutable=['batch_stats'])
+  )
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  each = [apply(variables, x)[1]['batch_stats'] for x in batch['image']]
+  mean = jax.tree.map(lambda *x: np.mean(x, 0), *each)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    jax.device_get(after.batch_stats),
+    mean,
+  )
+
+
+def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
+  state, settings = after_one_step
+  compiled = []
+  listener = lambda name, *_, **__: compiled.append(name)  # noqa: E731
+  step = steps.pmap_train_step(**settings)
+  current = distributed.replicate(state)
+  batch = distributed.shard(global_batch())
+  first = current
+  current, _ = step(current, batch)
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  current, _ = step(current, batch)
+  jax.block_until_ready(step(current, batch))
+  assert not [name for name in compiled if 'backend_compile' in name]
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+
+
+def test_eval_step_counts_the_pixels_of_all_devices(random_variables):
+  model = make()
+  variables = random_variables(model)
+  batch = global_batch()
+  confusion, predictions = steps.pmap_eval_step(
+    model=model, num_classes=CLASSES
+  )(distributed.replicate(variables), distributed.shard(batch))
+  logits = jax.jit(functools.partial(model.apply, train=False))(
+    variables, batch['image']
+  )
+  classes = np.argmax(logits, -1)
+  expected = np.zeros((CLASSES, CLASSES), int)
+  valid = batch['label'] != 255
+  np.add.at(expected, (batch['label'][valid], classes[valid]), 1)
+  np.testing.assert_array_equal(distributed.unshard(predictions), classes)
+  np.testing.assert_array_equal(confusion, expected)
+
+
+def test_initial_state_depends_on_the_seed_alone():
+  model, optimizer = make(), make_optimizer('sgd', 0.1)
+  a, b, c = (steps.create_state(model, optimizer, s) for s in (0, 0, 1))
+  kernel = a.params['backbone']['stem']['kernel']
+  jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+  assert np.abs(kernel - c.params['backbone']['stem']['kernel']).max() > 0.01
