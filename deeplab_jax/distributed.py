@@ -7,27 +7,48 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_CLUSTER_VARIABLES = (
-  'JAX_COORDINATOR_ADDRESS',
-  'SLURM_JOB_NUM_NODES',
-  'OMPI_COMM_WORLD_SIZE',
-  'TPU_WORKER_HOSTNAMES',
-)
+from deeplab_jax.errors import UserError
 
 
 def initialize() -> None:
   """Joins the other processes where the environment names a cluster.
 
-  JAX reads the address and its own place from the environment of Slurm, Open
-  MPI or a TPU pod, or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID. Alone on a machine this does nothing.
+  JAX finds the address and its own place in the environment of Slurm, Open MPI
+  or a TPU pod; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+  give them anywhere else. Alone on a machine this does nothing.
+
+  Raises:
+    UserError: if one of the three variables is missing or no number.
   """
   if jax.distributed.is_initialized():
     return
-  values = [os.environ.get(name, '') for name in _CLUSTER_VARIABLES]
-  address, nodes, ranks, tpus = values
-  if address or nodes not in ('', '1') or ranks not in ('', '1') or ',' in tpus:
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  if address:
+    jax.distributed.initialize(
+      address,
+      num_processes=_number('JAX_NUM_PROCESSES'),
+      process_id=_number('JAX_PROCESS_ID'),
+    )
+  elif _in_cluster():
     jax.distributed.initialize()
+
+
+def _number(variable: str) -> int:
+  value = os.environ.get(variable, '')
+  if not value.isdigit():
+    raise UserError(
+      f'{variable} must be a number where JAX_COORDINATOR_ADDRESS is set, got'
+      f' {value!r}'
+    )
+  return int(value)
+
+
+def _in_cluster() -> bool:
+  several = any(
+    os.environ.get(variable, '1') != '1'
+    for variable in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+  )
+  return several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
 
 
 def is_first_process() -> bool:

@@ -39,6 +39,7 @@ SETTINGS = {
   'train.batch_size': 4,
   'train.log_every': 1,
   'train.eval_every': 2,
+  'optimizer.learning_rate': 0.05,
   'optimizer.warmup_steps': 2,
   'eval.batch_size': 4,
 }

@@ -1,0 +1,272 @@
+"""The embedded default configuration, and checks of any other.
+
+The default trains a small network on generated scenes within minutes on a
+laptop, so that every part can be seen at work without a data set. The recipes
+in `experiments/` change what they need.
+"""
+
+import functools
+import json
+import math
+import runpy
+import textwrap
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from deeplab_jax.errors import UserError
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the default configuration, locked against new keys."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  # The arguments of `deeplab_v3`; the data set gives the number of classes.
+  config.model = ml_collections.ConfigDict()
+  config.model.backbone = 'resnet18'
+  config.model.width = 0.25
+  config.model.output_stride = 8
+  config.model.multi_grid = (1, 2, 4)
+  config.model.aspp_rates = (6, 12, 18)
+  config.model.aspp_features = 64
+  config.model.bn_decay = 0.97
+  config.model.bn_epsilon = 1e-5
+  config.model.dtype = 'float32'
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = 'shapes'  # or 'folder'
+  config.data.dir = ''  # the folder, in VOC devkit layout
+  config.data.prepared_dir = ''  # prepared records; '' for the TFDS default
+  config.data.train_split = 'train'
+  config.data.eval_split = 'val'
+  config.data.ignore_label = 255
+  config.data.on_bad_image = 'stop'  # or 'skip'
+  config.data.scale = (0.5, 2.0)
+  config.data.crop_size = (129, 129)  # height, width
+  config.data.flip = 0.5  # probability
+  # Strength of brightness, contrast, saturation and hue.
+  config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)
+  config.data.threads = 4
+  config.data.workers = 0  # loader processes beside the threads
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 300
+  config.train.batch_size = 8  # over all devices
+  config.train.log_every = 20
+  config.train.eval_every = 150  # evaluates and saves
+  config.train.sync_bn = True  # batch statistics over all devices
+  config.train.freeze_bn = False  # keep the batch statistics as loaded
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'sgd'  # or 'adam'
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.power = 0.9
+  config.optimizer.warmup_steps = 20
+  config.optimizer.momentum = 0.9
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.head_multiplier = 1.0
+  config.optimizer.clip_norm = 0.0  # 0 for no clipping
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.step = 'best'  # 'best', 'latest' or a number
+  config.eval.batch_size = 8  # over all devices
+  config.eval.panels = 8  # images in the picture of each evaluation
+
+  config.predict = ml_collections.ConfigDict()
+  config.predict.output_dir = ''  # '' for WORKDIR/predictions
+  return config.lock()
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+
+_ABOVE_0: _Rule = 'above 0', lambda x: x > 0
+_FROM_0: _Rule = 'at least 0', lambda x: x >= 0
+_FROM_1: _Rule = 'at least 1', lambda x: x >= 1
+_FRACTION: _Rule = 'in [0, 1)', lambda x: 0 <= x < 1
+_RATES: _Rule = (
+  'a tuple of numbers from 1',
+  lambda x: len(x) > 0 and min(x) >= 1,
+)
+
+
+def _one_of(*values: Any) -> _Rule:
+  return ' or '.join(map(str, values)), lambda x: x in values
+
+
+# What the value of a key must be, in words and as a test.
+_RULES: dict[str, _Rule] = {
+  'seed': ('in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
+  'model.width': _ABOVE_0,
+  'model.output_stride': _one_of(8, 16, 32),
+  'model.multi_grid': _RATES,
+  'model.aspp_rates': _RATES,
+  'model.aspp_features': _ABOVE_0,
+  'model.bn_decay': _FRACTION,
+  'model.bn_epsilon': _ABOVE_0,
+  'model.dtype': _one_of('float32', 'bfloat16'),
+  'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
+  'data.on_bad_image': _one_of('stop', 'skip'),
+  'data.scale': (
+    '(smallest, largest), above 0',
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1],
+  ),
+  'data.crop_size': (
+    '(height, width), from 1',
+    lambda x: len(x) == 2 and min(x) >= 1,
+  ),
+  'data.flip': ('a probability', lambda x: 0 <= x <= 1),
+  'data.color_jitter': (
+    'four strengths from 0, the last (hue) up to 0.5',
+    lambda x: len(x) == 4 and min(x) >= 0 and x[3] <= 0.5,
+  ),
+  'data.threads': _FROM_1,
+  'data.workers': _FROM_0,
+  'train.steps': _FROM_1,
+  'train.batch_size': _FROM_1,
+  'train.log_every': _FROM_1,
+  'train.eval_every': _FROM_1,
+  'optimizer.name': _one_of('sgd', 'adam'),
+  'optimizer.learning_rate': _ABOVE_0,
+  'optimizer.power': _FROM_0,
+  'optimizer.warmup_steps': _FROM_0,
+  'optimizer.momentum': _FRACTION,
+  'optimizer.weight_decay': _FROM_0,
+  'optimizer.head_multiplier': _FROM_0,
+  'optimizer.clip_norm': _FROM_0,
+  'eval.step': (
+    'best, latest or a number',
+    lambda x: x in ('best', 'latest') or x.isdecimal(),
+  ),
+  'eval.batch_size': _FROM_1,
+  'eval.panels': _FROM_0,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks structure, types and ranges.
+
+  Raises:
+    UserError: naming the key and its value.
+  """
+  _check_structure(config, get_config(), 'config')
+  for key, (what, holds) in _RULES.items():
+    value = functools.reduce(
+      lambda section, name: section[name], key.split('.'), config
+    )
+    if not holds(value):
+      raise UserError(f'config.{key} must be {what}, got {value!r}')
+  crop_size, stride = config.data.crop_size, config.model.output_stride
+  if min(crop_size) < stride:
+    raise UserError(
+      f'config.data.crop_size={crop_size} must be at least one cell of the'
+      f' feature map: config.model.output_stride={stride} pixels'
+    )
+
+
+def check_key(key: str) -> None:
+  """Raises `UserError` unless there is a setting `key`, as 'train.steps'."""
+  section, path = get_config(), 'config'
+  for name in key.split('.'):
+    if not isinstance(section, ml_collections.ConfigDict):
+      raise UserError(f'unknown key config.{key}; {path} is no section')
+    _check_name(section, name, path)
+    section, path = section[name], f'{path}.{name}'
+
+
+def _check_name(
+  section: ml_collections.ConfigDict, name: str, path: str
+) -> None:
+  if name not in section:
+    raise UserError(
+      f'unknown key {path}.{name}; {path} has {", ".join(section)}'
+    )
+
+
+def _check_structure(value: Any, default: Any, key: str) -> None:
+  """Raises unless `value` has the keys and types of `default`."""
+  if isinstance(default, ml_collections.ConfigDict):
+    if not isinstance(value, ml_collections.ConfigDict):
+      raise UserError(f'{key} is a section and cannot be set to {value!r}')
+    for name in value:
+      _check_name(default, name, key)
+    for name in default:
+      if name not in value:
+        raise UserError(f'{key}.{name} is missing: the section was replaced')
+      _check_structure(value[name], default[name], f'{key}.{name}')
+  elif isinstance(default, tuple):
+    if not isinstance(value, tuple):
+      raise UserError(f'{key} must be a tuple, got {value!r}')
+    for element in value:
+      _check_number(element, default[0], key, value)
+  else:
+    _check_number(value, default, key, value)
+
+
+def _check_number(value: Any, default: Any, key: str, shown: Any) -> None:
+  kind = type(default)
+  fits = type(value) is kind or (kind is float and type(value) is int)
+  if not fits:
+    raise UserError(f'{key} must be of type {kind.__name__}, got {shown!r}')
+  if kind is float and not math.isfinite(value):
+    raise UserError(f'{key} must be finite, got {shown!r}')
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The configuration as plain JSON values."""
+  return json.loads(config.to_json())
+
+
+def from_json(path: Path) -> ml_collections.ConfigDict:
+  """Reads the configuration that a run wrote into its workdir.
+
+  Raises:
+    UserError: if the file is damaged or holds unknown keys.
+  """
+  config = get_config()
+  try:
+    saved = json.loads(path.read_text())
+    for name, value in saved.items():
+      if isinstance(value, dict):
+        for key, entry in value.items():
+          config[name][key] = tuple(entry) if type(entry) is list else entry
+      else:
+        config[name] = value
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'{path} is not a configuration of this version: {_one_line(error)};'
+      ' remove it, or pass --config'
+    ) from error
+  return config
+
+
+def from_recipe(path: str) -> ml_collections.ConfigDict:
+  """Returns what the function `get_config()` of a Python file returns.
+
+  Raises:
+    UserError: naming the file, and the line where it fails.
+  """
+  file = str(Path(path).expanduser())
+  if not Path(file).is_file():
+    raise UserError(f'--config={path}: no such file')
+  try:
+    config = runpy.run_path(file)['get_config']()
+  except Exception as error:  # a recipe is a program and may raise anything
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == file]
+    place = f', line {lines[-1]}' if lines else ''
+    raise UserError(f'--config={path}{place}: {_one_line(error)}') from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+      f'--config={path}: get_config() must return a ConfigDict, got {config!r}'
+    )
+  _check_structure(config, get_config(), 'config')
+  return config
+
+
+def _one_line(error: Exception) -> str:
+  text = f'{type(error).__name__}: {error}'
+  return textwrap.shorten(text, 200, placeholder=' ...')

@@ -1,0 +1,145 @@
+"""The command: python -m deeplab_jax.main --workdir=DIR [--mode=...].
+
+Trains by default. `--config=FILE` names a recipe, `--config.section.key=value`
+changes one setting, `--mode=predict` takes files, folders or globs behind the
+options.
+"""
+
+import contextlib
+import importlib
+import logging as standard_logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from deeplab_jax import config as default_config
+from deeplab_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run: checkpoints, logs and results.'
+)
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ('train', 'eval', 'predict'), 'What to do.'
+)
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
+_RECIPE = flags.DEFINE_string(
+  'config',
+  None,
+  'Recipe, a Python file with get_config(); without it, what the workdir was'
+  ' trained with, else the default. --config.section.key=value changes one'
+  ' setting.',
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the mode that was asked for; `argv` holds settings, then inputs."""
+  if not _WORKDIR.value:
+    raise UserError('--workdir=DIR is missing: the folder of the run')
+  workdir = Path(_WORKDIR.value).expanduser()
+  config, inputs = _override(_base_config(workdir), argv)
+  default_config.validate(config)
+  if inputs and _MODE.value != 'predict':
+    raise UserError(
+      f'{inputs[0]}: not an option; only --mode=predict takes inputs'
+    )
+  # JAX and the drivers are imported late: options are checked at once, and
+  # loader processes, which import this module too, stay light.
+  distributed = importlib.import_module('deeplab_jax.distributed')
+  distributed.initialize()
+  if _MODE.value == 'train':
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f'--workdir={workdir}: {error.strerror}') from error
+    _driver('train').train_and_evaluate(config, workdir)
+  elif not (workdir / 'checkpoints').is_dir():
+    raise UserError(
+      f'no checkpoint in {workdir}; train there first, or give the --workdir'
+      ' of a training run'
+    )
+  elif _MODE.value == 'eval':
+    _driver('evaluate').evaluate(config, workdir)
+  else:
+    _driver('predict').predict(config, workdir, inputs)
+
+
+def _driver(name: str) -> ModuleType:
+  return importlib.import_module(f'deeplab_jax.{name}')
+
+
+def _base_config(workdir: Path) -> ml_collections.ConfigDict:
+  """The recipe given, else what the workdir was trained with, else default."""
+  saved = workdir / 'config.json'
+  if _RECIPE.value is not None:
+    config = default_config.from_recipe(_RECIPE.value)
+  elif saved.exists():
+    config = default_config.from_json(saved)
+  else:
+    config = default_config.get_config()
+  return config
+
+
+def _override(
+  config: ml_collections.ConfigDict, argv: Sequence[str]
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Applies --config.section.key=value; returns the rest of `argv` as well."""
+  for argument in argv:
+    setting = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+    if setting:
+      default_config.check_key(setting[1])
+  values = flags.FlagValues()
+  with _named_options():
+    result = config_flags.DEFINE_config_dict(
+      'config', config, flag_values=values, sys_argv=list(argv)
+    )
+    inputs = values(argv)[1:]
+  return result.value, inputs
+
+
+@contextlib.contextmanager
+def _named_options() -> Iterator[None]:
+  """Turns what absl says about an option into a `UserError`."""
+  try:
+    yield
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(f'option: {" ".join(str(error).split())}') from error
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the options, but leaves the settings, which need the workdir."""
+  with _one_line_errors('--debug' in argv), _named_options():
+    return flags.FLAGS(argv, known_only=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+  """Turns a `UserError` into one line and exit status 1, unless `debug`."""
+  try:
+    yield
+  except UserError as error:
+    if debug:
+      raise
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(argv: Sequence[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  handler = standard_logging.StreamHandler()
+  handler.setFormatter(standard_logging.Formatter('%(message)s'))
+  own = standard_logging.getLogger('deeplab_jax')
+  own.addHandler(handler)
+  own.setLevel(standard_logging.INFO)
+  own.propagate = False
+  with _one_line_errors(_DEBUG.value):
+    main(argv)
+
+
+if __name__ == '__main__':
+  app.run(_run, flags_parser=_parse_flags)

@@ -1,0 +1,154 @@
+"""Predictions for images that have no labels."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from deeplab_jax import checkpoints, distributed, steps, visualize
+from deeplab_jax.data import images
+from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.data.transforms import pad_to
+from deeplab_jax.errors import UserError, naming
+from deeplab_jax.models.deeplab import deeplab_v3
+
+log = logging.getLogger(__name__)
+
+# Images are padded to multiples of this, so that a set of photos compiles for a
+# few sizes and not for each.
+_SIZE_STEP = 64
+
+
+def predict(
+  config: ml_collections.ConfigDict, workdir: Path, inputs: Sequence[str]
+) -> list[Path]:
+  """Segments images with a checkpoint of `workdir`.
+
+  For each image it writes `NAME.png`, the class indices as a palette PNG of the
+  image's own size, and `NAME_overlay.png`, the classes over the image with a
+  legend, and prints the share of each class.
+
+  Args:
+    config: of the run.
+    workdir: holds the checkpoints.
+    inputs: files, folders or globs.
+
+  Returns:
+    The palette PNGs, in the order of the images.
+
+  Raises:
+    UserError: if there is no checkpoint or no readable image.
+  """
+  if not inputs:
+    raise UserError(
+      'no image given; name files, folders or globs behind the options'
+    )
+  paths = images.list_images(inputs)
+  with checkpoints.Checkpoints(workdir) as saved:
+    step = saved.step_named(config.eval.step)
+    metadata = saved.metadata(step)
+    info = DatasetInfo.from_json(metadata['dataset'])
+    checkpoints.check_same_architecture(
+      metadata,
+      checkpoints.describe(config.model.to_dict(), info.to_json()),
+      workdir,
+    )
+    variables = distributed.replicate(saved.restore_variables(step))
+  with naming('config.model'):
+    model = deeplab_v3(num_classes=info.num_classes, **config.model)
+  predict_step = steps.pmap_predict_step(model=model)
+  folder = Path(config.predict.output_dir or workdir / 'predictions')
+  folder.mkdir(parents=True, exist_ok=True)
+  targets = _targets(paths, folder)
+  written = []
+  for path, image, label in _segment(predict_step, variables, paths):
+    _write(targets[path], path, image, label, info)
+    written.append(targets[path])
+  if not written:
+    raise UserError(f'none of the {len(paths)} images could be read')
+  print(f'{len(written)} images segmented by step {step}, in {folder}')
+  return written
+
+
+def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
+  """Where each image's result goes; equal names are told apart by a number."""
+  targets, taken = {}, set()
+  for path in paths:
+    name, number = path.stem, 1
+    while name in taken or f'{name}_overlay' in taken:
+      number += 1
+      name = f'{path.stem}_{number}'
+    taken |= {name, f'{name}_overlay'}
+    targets[path] = folder / f'{name}.png'
+  return targets
+
+
+def _segment(
+  predict_step: Any, variables: dict[str, Any], paths: Sequence[Path]
+) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+  """Yields path, image [H, W, 3] and classes [H, W], a device group a time."""
+  devices = jax.local_device_count()
+  group: list[tuple[Path, np.ndarray]] = []
+  for path in [*paths, None]:
+    image = None
+    if path is not None:
+      try:
+        image = images.read_image(path)
+      except UserError as error:
+        log.warning('%s; left out', error)
+        continue
+    full = len(group) == devices
+    if group and (
+      image is None or full or _padded_size(image) != _padded_size(group[0][1])
+    ):
+      yield from _segment_group(predict_step, variables, group, devices)
+      group = []
+    if image is not None:
+      group.append((path, image))
+
+
+def _segment_group(
+  predict_step: Any,
+  variables: dict[str, Any],
+  group: list[tuple[Path, np.ndarray]],
+  devices: int,
+) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+  size = _padded_size(group[0][1])
+  batch = np.zeros((devices, 1, *size, 3), np.uint8)
+  for row, (_, image) in enumerate(group):
+    label = np.zeros(image.shape[:2], np.uint8)
+    batch[row, 0] = pad_to(image, label, size)[0]
+  labels = distributed.unshard(predict_step(variables, batch))
+  for (path, image), label in zip(group, labels, strict=False):
+    yield path, image, label[: image.shape[0], : image.shape[1]]
+
+
+def _padded_size(image: np.ndarray) -> tuple[int, int]:
+  height, width = (-(-n // _SIZE_STEP) * _SIZE_STEP for n in image.shape[:2])
+  return height, width
+
+
+def _write(
+  target: Path,
+  path: Path,
+  image: np.ndarray,
+  label: np.ndarray,
+  info: DatasetInfo,
+) -> None:
+  visualize.save_indexed_png(target, label, info.palette, info.ignore_label)
+  visualize.save_png(
+    target.with_name(f'{target.stem}_overlay.png'),
+    visualize.overlay(
+      image, label, info.palette, info.classes, ignore_label=info.ignore_label
+    ),
+  )
+  shares = visualize.class_shares(label, info.num_classes, info.ignore_label)
+  order = np.argsort(-shares, kind='stable')
+  text = ', '.join(
+    f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0
+  )
+  print(f'{path}: {text}', flush=True)

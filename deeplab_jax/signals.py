@@ -1,0 +1,52 @@
+"""Ends a loop between two steps when the process is asked to stop."""
+
+import logging
+import signal
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+
+class StopSignal:
+  """Notes SIGTERM and SIGINT instead of dying from them; a second one kills.
+
+  ```
+  with StopSignal() as stop:
+    for step in ...:
+      if stop.requested:
+        save()
+        raise SystemExit(stop.exit_status(step))
+  ```
+  """
+
+  def __init__(self) -> None:
+    self.number = 0
+    self._handlers: dict[int, object] = {}
+
+  @property
+  def requested(self) -> bool:
+    """Whether a signal has come."""
+    return self.number != 0
+
+  def exit_status(self, step: int) -> int:
+    """The shell's status for the signal that came; says where the run is."""
+    log.info('stopped at step %d; the same command goes on from there', step)
+    return 128 + self.number
+
+  def __enter__(self) -> 'StopSignal':
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._handlers[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._restore()
+
+  def _note(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self.number = number
+    self._restore()
+
+  def _restore(self) -> None:
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+    self._handlers.clear()

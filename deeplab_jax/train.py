@@ -1,0 +1,255 @@
+"""Training, from the first step to the table of measures."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from deeplab_jax import checkpoints, distributed, evaluate, steps, visualize
+from deeplab_jax.config import to_json
+from deeplab_jax.data import transforms
+from deeplab_jax.data.load import Dataset
+from deeplab_jax.data.pipeline import make_train_iterator
+from deeplab_jax.errors import UserError, naming
+from deeplab_jax.models.deeplab import deeplab_v3
+from deeplab_jax.optimizers import make_optimizer, poly_schedule
+from deeplab_jax.signals import StopSignal
+from deeplab_jax.writers import Progress, Writer, write_json
+
+log = logging.getLogger(__name__)
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: Path
+) -> dict[str, Any]:
+  """Trains in `workdir`, from its latest checkpoint if there is one.
+
+  Writes checkpoints, TensorBoard events, `metrics.jsonl`, `config.json`,
+  pictures, and at the end the measures of the best checkpoint (`eval.json`).
+
+  Returns:
+    The measures of the best checkpoint, see `evaluate.evaluate`.
+
+  Raises:
+    UserError: if the configuration, the data or the workdir cannot be used, or
+      the loss is no longer finite.
+  """
+  _check_batch(config)
+  data = config.data
+  dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
+  description = checkpoints.describe(
+    to_json(config)['model'], dataset.info.to_json()
+  )
+  with checkpoints.Checkpoints(workdir) as saved:
+    latest = saved.latest_step
+    if latest is not None:
+      checkpoints.check_same_architecture(
+        saved.metadata(latest), description, workdir
+      )
+    if latest is not None and latest >= config.train.steps:
+      log.info(
+        '%s is trained: step %d of %d', workdir, latest, config.train.steps
+      )
+    else:
+      _Training(config, workdir, dataset, saved, description).run()
+      saved.wait()
+    best = saved.step_named('best')
+    measures = saved.metadata(best).get('measures')
+  if measures is None:  # stopped by a signal, before its evaluation
+    return evaluate.evaluate(config, workdir)
+  result = {**measures, 'step': best}
+  evaluate.report(result, workdir)
+  return result
+
+
+def _check_batch(config: ml_collections.ConfigDict) -> None:
+  devices, batch_size = jax.device_count(), config.train.batch_size
+  if batch_size % devices:
+    raise UserError(
+      f'config.train.batch_size={batch_size} must be divisible by the'
+      f' {devices} devices'
+    )
+  per_norm = batch_size if config.train.sync_bn else batch_size // devices
+  if per_norm == 1 and not config.train.freeze_bn:
+    log.warning(
+      'batch normalisation sees one image at a time: that of the image pooling'
+      ' gets a single value per channel and yields its bias alone; use a larger'
+      ' config.train.batch_size or config.train.freeze_bn=True'
+    )
+
+
+class _Training:
+  """The loop and what it holds on to."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    dataset: Dataset,
+    saved: checkpoints.Checkpoints,
+    description: dict[str, Any],
+  ) -> None:
+    self.config, self.workdir, self.dataset = config, workdir, dataset
+    self.saved, self.description = saved, description
+    train, optimizer = config.train, config.optimizer
+    with naming('config.model'):
+      model = deeplab_v3(
+        num_classes=dataset.info.num_classes,
+        axis_name=steps.AXIS_NAME if train.sync_bn else None,
+        **config.model,
+      )
+    self.schedule = poly_schedule(
+      optimizer.learning_rate,
+      train.steps,
+      power=optimizer.power,
+      warmup_steps=optimizer.warmup_steps,
+    )
+    transformation = make_optimizer(
+      optimizer.name,
+      self.schedule,
+      momentum=optimizer.momentum,
+      weight_decay=optimizer.weight_decay,
+      head_multiplier=optimizer.head_multiplier,
+      clip_norm=optimizer.clip_norm,
+    )
+    self.train_step = steps.pmap_train_step(
+      model=model,
+      optimizer=transformation,
+      ignore_label=dataset.info.ignore_label,
+      freeze_bn=train.freeze_bn,
+    )
+    self.eval_step = evaluate.make_eval_step(model, dataset)
+    self.state = self._initial_state(model, transformation)
+    self.start = int(self.state.step)
+    self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+  def _initial_state(
+    self, model: Any, transformation: optax.GradientTransformation
+  ) -> steps.TrainState:
+    state = steps.create_state(model, transformation, self.config.seed)
+    latest = self.saved.latest_step
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    log.info(
+      '%s, %.1f million parameters, %d images',
+      self.config.model.backbone,
+      count / 1e6,
+      self.dataset.num_images(self.config.data.train_split),
+    )
+    if latest is not None:
+      log.info('continuing from step %d', latest)
+      state = self.saved.restore(latest, state)
+    return distributed.replicate(state)
+
+  def run(self) -> None:
+    """Trains to the end, or to a signal, after a checkpoint."""
+    train = self.config.train
+    first = distributed.is_first_process()
+    if first:
+      write_json(self.workdir / 'config.json', to_json(self.config))
+    iterator = self._iterator()
+    with (
+      StopSignal() as stop,
+      Writer(self.workdir, enabled=first, start_step=self.start) as writer,
+      Progress(train.steps, self.start, enabled=first) as progress,
+    ):
+      try:
+        self._clock()
+        for step in range(self.start + 1, train.steps + 1):
+          batch = distributed.shard(next(iterator))
+          self.state, measures = self.train_step(self.state, batch)
+          self.pending.append((step, measures))
+          last = step == train.steps
+          if step % train.log_every == 0 or last:
+            self._log(step, writer, progress)
+          if step % train.eval_every == 0 or last:
+            self._evaluate_and_save(step, writer, progress)
+          elif stop.requested:
+            self._check_finite()
+            self.saved.save(self.state, self.description)
+          if stop.requested and not last:
+            raise SystemExit(stop.exit_status(step))
+      finally:
+        iterator.close()
+
+  def _iterator(self) -> Any:
+    data, train = self.config.data, self.config.train
+    ignore_label = self.dataset.info.ignore_label
+    return make_train_iterator(
+      self.dataset.source(data.train_split),
+      (
+        transforms.RandomScale(*data.scale),
+        transforms.RandomCrop(data.crop_size, ignore_label=ignore_label),
+        transforms.RandomFlip(data.flip),
+        transforms.ColorJitter(*data.color_jitter),
+      ),
+      batch_size=train.batch_size,
+      seed=self.config.seed,
+      start_step=self.start,
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+      threads=data.threads,
+      workers=data.workers,
+    )
+
+  def _clock(self) -> float:
+    """Seconds since the last call."""
+    now = time.monotonic()
+    passed, self.then = now - getattr(self, 'then', now), now
+    return passed
+
+  def _check_finite(self) -> dict[str, float]:
+    """Fetches the measures of the steps since the last call.
+
+    Returns:
+      Those of the last step.
+
+    Raises:
+      UserError: at the first step whose loss or gradient is not finite.
+    """
+    values = {}
+    for step, measures in self.pending:
+      values = {k: float(v[0]) for k, v in jax.device_get(measures).items()}
+      for name, value in values.items():
+        if not math.isfinite(value):
+          kept = self.saved.latest_step
+          raise UserError(
+            f'{name} is {value} at step {step}; lower'
+            ' config.optimizer.learning_rate or set config.optimizer.clip_norm.'
+            + (f' The checkpoint of step {kept} is kept' if kept else '')
+          )
+    self.pending.clear()
+    return values
+
+  def _log(self, step: int, writer: Writer, progress: Progress) -> None:
+    count = len(self.pending)
+    values = self._check_finite()
+    speed = count * self.config.train.batch_size / max(self._clock(), 1e-9)
+    rate = float(self.schedule(step - 1))
+    writer.scalars(
+      step, {**values, 'learning_rate': rate, 'images_per_second': speed}
+    )
+    progress.update(step, speed, values['loss'], rate)
+
+  def _evaluate_and_save(
+    self, step: int, writer: Writer, progress: Progress
+  ) -> None:
+    self._check_finite()
+    measures, picture = evaluate.evaluate_variables(
+      self.eval_step, self.state.variables, self.dataset, self.config
+    )
+    self.saved.save(self.state, {**self.description, 'measures': measures})
+    scalars = {k: v for k, v in measures.items() if isinstance(v, float)}
+    writer.scalars(step, {f'eval_{k}': v for k, v in scalars.items()})
+    if picture is not None and distributed.is_first_process():
+      writer.image(step, 'eval', picture)
+      folder = self.workdir / 'panels'
+      folder.mkdir(exist_ok=True)
+      visualize.save_png(folder / f'step_{step:08d}.png', picture)
+    line = '  '.join(f'{k} {v:.4f}' for k, v in scalars.items())
+    progress.write(f'step {step}: {line}')
+    self._clock()

@@ -1,0 +1,215 @@
+"""Settings that cannot work are refused, with the key and the value."""
+
+import json
+
+import ml_collections
+import pytest
+
+from deeplab_jax import config as default_config
+from deeplab_jax.errors import UserError
+
+
+def changed(key, value):
+  """The default with one value of any type."""
+  config = default_config.get_config()
+  with config.ignore_type(), config.unlocked():
+    config.update_from_flattened_dict({key: value})
+  return config
+
+
+def test_default_is_valid_and_locked():
+  config = default_config.get_config()
+  default_config.validate(config)
+  with pytest.raises(AttributeError):
+    config.train.step = 3
+
+
+def test_every_rule_is_about_a_setting():
+  for key in default_config._RULES:
+    default_config.check_key(key)
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('seed', -1),
+    ('seed', 2**32),
+    ('model.output_stride', 12),
+    ('model.width', 0.0),
+    ('model.dtype', 'float16'),
+    ('model.bn_decay', 1.0),
+    ('model.bn_epsilon', 0.0),
+    ('model.aspp_features', 0),
+    ('model.multi_grid', ()),
+    ('model.multi_grid', (1, 0)),
+    ('model.aspp_rates', (6, -12)),
+    ('data.crop_size', (33,)),
+    ('data.crop_size', (33, 33, 3)),
+    ('data.crop_size', (33, 0)),
+    ('data.scale', (2.0, 0.5)),
+    ('data.scale', (0.0, 2.0)),
+    ('data.scale', (1.0,)),
+    ('data.color_jitter', (0.1, 0.1, 0.1)),
+    ('data.color_jitter', (0.0, 0.0, 0.0, 0.6)),
+    ('data.flip', 1.5),
+    ('data.ignore_label', 256),
+    ('data.on_bad_image', 'ignore'),
+    ('data.threads', 0),
+    ('data.workers', -1),
+    ('train.steps', 0),
+    ('train.batch_size', 0),
+    ('train.log_every', 0),
+    ('train.eval_every', -5),
+    ('eval.batch_size', 0),
+    ('eval.panels', -1),
+    ('eval.step', 'last'),
+    ('eval.step', '²'),
+    ('optimizer.name', 'lion'),
+    ('optimizer.learning_rate', 0.0),
+    ('optimizer.momentum', 1.0),
+    ('optimizer.power', -1.0),
+    ('optimizer.warmup_steps', -1),
+    ('optimizer.weight_decay', -0.1),
+    ('optimizer.head_multiplier', -1.0),
+    ('optimizer.clip_norm', -1.0),
+  ],
+)
+def test_value_out_of_range_is_named_with_its_key(key, value):
+  with pytest.raises(UserError) as error:
+    default_config.validate(changed(key, value))
+  assert f'config.{key} must be ' in str(error.value)
+  assert str(error.value).endswith(f', got {value!r}')
+
+
+@pytest.mark.parametrize(
+  'key, value, kind',
+  [
+    ('train.steps', 2.5, 'int'),
+    ('train.steps', True, 'int'),
+    ('train.sync_bn', 1, 'bool'),
+    ('data.dir', None, 'str'),
+    ('data.crop_size', (33.0, 33.0), 'int'),
+    ('optimizer.learning_rate', '0.1', 'float'),
+  ],
+)
+def test_value_of_another_type_is_named_with_its_key(key, value, kind):
+  with pytest.raises(UserError) as error:
+    default_config.validate(changed(key, value))
+  message = f'config.{key} must be of type {kind}, got {value!r}'
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_numbers_must_be_finite(value):
+  with pytest.raises(UserError, match=r'config\.data\.flip must be finite'):
+    default_config.validate(changed('data.flip', value))
+
+
+def test_crop_must_hold_a_cell_of_the_feature_map():
+  config = changed('data.crop_size', (97, 31))
+  default_config.validate(config)  # the default's stride is 8
+  config.model.output_stride = 32
+  with pytest.raises(UserError, match=r'crop_size=\(97, 31\).*stride=32'):
+    default_config.validate(config)
+
+
+@pytest.mark.parametrize(
+  'section, words',
+  [
+    ({}, 'config.optimizer.name is missing'),
+    (3, 'config.optimizer is a section and cannot be set to 3'),
+    ({'nme': 'sgd'}, 'unknown key config.optimizer.nme'),
+  ],
+)
+def test_replaced_section_is_named(section, words):
+  config = default_config.get_config()
+  with config.ignore_type(), config.unlocked():
+    config.optimizer = (
+      ml_collections.ConfigDict(section) if section != 3 else 3
+    )
+  with pytest.raises(UserError, match=words.replace('.', r'\.')):
+    default_config.validate(config)
+
+
+@pytest.mark.parametrize(
+  'key, words',
+  [
+    ('nokey', 'unknown key config.nokey; config has seed, model, data'),
+    ('train.step', 'unknown key config.train.step; config.train has steps, '),
+    ('no.train', 'unknown key config.no; config has '),
+    ('seed.x', 'unknown key config.seed.x; config.seed is no section'),
+  ],
+)
+def test_unknown_key_is_named_beside_those_there_are(key, words):
+  with pytest.raises(UserError) as error:
+    default_config.check_key(key)
+  assert str(error.value).startswith(words)
+
+
+def test_saved_configuration_reads_back_the_same(tmp_path):
+  config = changed('data.crop_size', (65, 33))
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(default_config.to_json(config)))
+  assert default_config.from_json(path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['{"train": {"ste', '{"train": {"step": 3}}', '[1]', '{"trian": {"x": 3}}'],
+)
+def test_damaged_or_strange_saved_configuration_is_named(tmp_path, text):
+  path = tmp_path / 'config.json'
+  path.write_text(text)
+  with pytest.raises(UserError) as error:
+    default_config.from_json(path)
+  assert str(error.value).startswith(str(path))
+  assert '\n' not in str(error.value)
+
+
+RECIPE = """
+from deeplab_jax import config as default
+def get_config():
+  config = default.get_config()
+  {}
+  return config
+"""
+
+
+def test_recipe_changes_the_default(tmp_path):
+  path = tmp_path / 'recipe.py'
+  path.write_text(RECIPE.format('config.train.steps = 7'))
+  config = default_config.from_recipe(str(path))
+  assert config.train.steps == 7
+  config.train.steps = 400
+  assert config.to_dict() == default_config.get_config().to_dict()
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('def get_config(', 'SyntaxError'),
+    ('import nosuchmodule', ', line 1: ModuleNotFoundError: No module named'),
+    ('x = 1', "KeyError: 'get_config'"),
+    ('def get_config(): pass', 'must return a ConfigDict, got None'),
+    (RECIPE.format('1 / 0'), ', line 5: ZeroDivisionError'),
+    (RECIPE.format('config.nokey = 3'), ', line 5: AttributeError: '),
+    (RECIPE.format('config.train.steps = "x"'), ', line 5: TypeError: '),
+    (RECIPE.format('raise SystemError("a\\nb")'), 'SystemError: a b'),
+  ],
+)
+def test_recipe_that_fails_is_named_with_its_line(tmp_path, text, words):
+  path = tmp_path / 'recipe.py'
+  path.write_text(text)
+  with pytest.raises(UserError) as error:
+    default_config.from_recipe(str(path))
+  message = str(error.value)
+  assert message.startswith(f'--config={path}') and words in message
+  assert '\n' not in message and len(message) < len(str(path)) + 250
+
+
+@pytest.mark.parametrize('name', ['nope.py', ''])
+def test_missing_recipe_is_named(tmp_path, name):
+  path = tmp_path / name
+  with pytest.raises(UserError, match='no such file') as error:
+    default_config.from_recipe(str(path))
+  assert str(path) in str(error.value)

@@ -1,0 +1,68 @@
+"""Every recipe loads, and the paper's one does a step at its own crop."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deeplab_jax import config as default
+from deeplab_jax import deeplab_v3, distributed, steps
+from deeplab_jax.optimizers import make_optimizer
+
+RECIPES = sorted((Path(__file__).parents[1] / 'experiments').glob('*.py'))
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid_and_names_its_command(path):
+  module = load(path)
+  default.validate(module.get_config())
+  assert f'--config=experiments/{path.name}' in module.__doc__
+
+
+def test_voc_recipe_is_the_schedule_of_the_paper():
+  config = load(RECIPES[0].parent / 'voc_resnet50.py').get_config()
+  assert config.data.crop_size == (513, 513)
+  assert (config.train.batch_size, config.train.steps) == (16, 30_000)
+  optimizer = config.optimizer
+  assert (optimizer.name, optimizer.learning_rate) == ('sgd', 0.007)
+  assert (optimizer.power, optimizer.momentum) == (0.9, 0.9)
+  assert optimizer.weight_decay == 1e-4
+  assert config.model.bn_decay == 0.9997
+  assert config.model.output_stride == 16
+  assert config.data.scale == (0.5, 2.0)
+
+
+@pytest.mark.slow
+def test_voc_step_at_crop_513_in_bfloat16_stays_within_2_percent():
+  config = load(RECIPES[0].parent / 'voc_resnet50.py').get_config()
+  rng = np.random.default_rng(0)
+  size = config.data.crop_size
+  batch_size = max(2, jax.device_count())
+  batch = {
+    'image': rng.integers(0, 256, (batch_size, *size, 3), np.uint8),
+    'label': rng.integers(0, 21, (batch_size, *size), np.uint8),
+  }
+  losses = {}
+  for dtype in ('float32', 'bfloat16'):
+    config.model.dtype = dtype
+    model = deeplab_v3(
+      num_classes=21, axis_name=steps.AXIS_NAME, **config.model
+    )
+    optimizer = make_optimizer('sgd', config.optimizer.learning_rate)
+    state = steps.create_state(model, optimizer, 0)
+    _, measures = steps.pmap_train_step(model=model, optimizer=optimizer)(
+      distributed.replicate(state), distributed.shard(batch)
+    )
+    losses[dtype] = float(measures['loss'][0])
+  assert np.isfinite(losses['float32'])
+  assert losses['bfloat16'] != losses['float32']
+  np.testing.assert_allclose(losses['bfloat16'], losses['float32'], rtol=0.02)

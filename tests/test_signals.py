@@ -1,0 +1,33 @@
+"""A signal is noted, and only once."""
+
+import os
+import signal
+
+import pytest
+
+from deeplab_jax.signals import StopSignal
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_noted_and_gives_the_status_of_the_shell(number):
+  with StopSignal() as stop:
+    assert not stop.requested
+    os.kill(os.getpid(), number)
+    assert stop.requested
+  assert stop.exit_status(3) == 128 + number
+
+
+def test_second_signal_meets_the_handler_from_before():
+  with StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  assert stop.requested
+
+
+def test_handlers_are_restored_at_the_end():
+  before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  with StopSignal():
+    assert signal.getsignal(signal.SIGTERM) not in before
+  after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  assert after == before

@@ -1,0 +1,229 @@
+"""Runs of the trainer: resuming, what they leave behind, how they stop."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import as_options, make_config
+from PIL import Image
+
+from deeplab_jax import train
+from deeplab_jax.checkpoints import Checkpoints
+from deeplab_jax.errors import UserError
+from deeplab_jax.train import train_and_evaluate
+
+MEASURES = {
+  'miou',
+  'pixel_accuracy',
+  'mean_accuracy',
+  'frequency_weighted_iou',
+  'per_class_iou',
+  'per_class_accuracy',
+  'images',
+  'step',
+}
+
+
+@pytest.fixture(scope='module')
+def stopped(trained, tmp_path_factory):
+  """The workdir of the same run, sent a SIGTERM in its third step."""
+  workdir = tmp_path_factory.mktemp('stopped')
+  show = train.Progress.update
+
+  def update(progress, step, *values):
+    show(progress, step, *values)
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Progress, 'update', update)
+    with pytest.raises(SystemExit) as stop:
+      train_and_evaluate(trained.config, workdir)
+  assert stop.value.code == 128 + signal.SIGTERM
+  return workdir
+
+
+def read_state(workdir, step):
+  with Checkpoints(workdir) as saved:
+    assert saved.latest_step == step
+    variables = saved.restore_variables(step)
+  return jax.tree_util.tree_leaves_with_path(variables)
+
+
+def read_lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [
+    {k: v for k, v in line.items() if k != 'images_per_second'}
+    for line in lines
+  ]
+
+
+def assert_same_run(workdir, other):
+  ours, theirs = read_state(workdir, 6), read_state(other, 6)
+  assert len(ours) == len(theirs) > 0
+  for (path, leaf), (_, expected) in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(leaf, expected, str(path))
+  assert read_lines(workdir) == read_lines(other)
+
+
+def test_run_stopped_after_three_steps_goes_on_as_if_it_never_stopped(
+  trained, stopped, tmp_path
+):
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  assert [line['step'] for line in read_lines(workdir)] == [1, 2, 2, 3]
+  read_state(workdir, 3)
+  assert train_and_evaluate(trained.config, workdir) == trained.result
+  assert_same_run(workdir, trained.workdir)
+
+
+@pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_signalled_process_saves_and_the_next_run_goes_on(
+  trained, tmp_path, name, status
+):
+  workdir = tmp_path / 'w'
+  settings = {**trained.settings, 'train.eval_every': 1}
+  command = [sys.executable, '-m', 'deeplab_jax.main', f'--workdir={workdir}']
+  process = subprocess.Popen(
+    [*command, *as_options(settings)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stderr:
+    if line.startswith('step 1/6'):
+      process.send_signal(getattr(signal, name))
+      break
+  _, rest = process.communicate(timeout=120)
+  assert process.returncode == status, rest
+  with Checkpoints(workdir) as saved:
+    step = saved.latest_step
+  assert 1 <= step < 6
+  assert rest.splitlines()[-1].startswith(f'stopped at step {step}')
+  train_and_evaluate(make_config(settings), workdir)
+  ours, theirs = read_state(workdir, 6), read_state(trained.workdir, 6)
+  for (path, leaf), (_, expected) in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(leaf, expected, str(path))
+
+
+def test_finished_workdir_is_reported_without_training(
+  trained, tmp_path, monkeypatch, capsys
+):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  before = (workdir / 'eval.json').read_text()
+  (workdir / 'eval.json').unlink()
+  monkeypatch.setattr(train, '_Training', None)
+  assert train_and_evaluate(trained.config, workdir) == trained.result
+  assert (workdir / 'eval.json').read_text() == before
+  assert 'pixel accuracy' in capsys.readouterr().out
+
+
+def test_workdir_whose_only_checkpoint_is_unevaluated_is_evaluated(
+  trained, stopped, tmp_path
+):
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  for step in (workdir / 'checkpoints').iterdir():
+    if step.name != '3':
+      shutil.rmtree(step)
+  result = train_and_evaluate(
+    make_config(trained.settings, train__steps=3), workdir
+  )
+  assert result['step'] == 3 and result['images'] == 3
+  assert json.loads((workdir / 'eval.json').read_text()) == result
+
+
+def test_run_leaves_its_files(trained):
+  workdir = trained.workdir
+  result = json.loads((workdir / 'eval.json').read_text())
+  assert result == trained.result
+  assert set(result) == MEASURES
+  assert result['images'] == 3
+  assert list(result['per_class_iou']) == ['ground', 'left', 'right', 'absent']
+  assert result['per_class_accuracy']['absent'] is None
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['model']['width'] == 0.125
+  assert config['data']['crop_size'] == [33, 33]
+  lines = read_lines(workdir)
+  assert [x['step'] for x in lines if 'loss' in x] == [1, 2, 3, 4, 5, 6]
+  scores = {x['step']: x['eval_miou'] for x in lines if 'eval_miou' in x}
+  assert list(scores) == [2, 4, 6]
+  best = max(scores, key=scores.get)
+  assert result['step'] == best and result['miou'] == scores[best]
+  kept = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
+  assert kept == {best, 6}
+  panels = sorted((workdir / 'panels').iterdir())
+  assert [p.name for p in panels] == [f'step_{s:08d}.png' for s in (2, 4, 6)]
+  assert all(Image.open(p).mode == 'RGB' for p in panels)
+  assert any((workdir / 'tensorboard').glob('events*'))
+
+
+def test_learning_rate_follows_the_schedule_of_the_whole_run(trained):
+  rates = [
+    x['learning_rate'] for x in read_lines(trained.workdir) if 'loss' in x
+  ]
+  expected = [0.05 * min(s / 2, 1) * (1 - s / 6) ** 0.9 for s in range(6)]
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+  trained, tmp_path
+):
+  config = make_config(
+    trained.settings,
+    train__eval_every=1,
+    optimizer__learning_rate=1e30,
+    optimizer__warmup_steps=0,
+  )
+  with pytest.raises(UserError, match=r' at step [2-6]; .*learning_rate') as e:
+    train_and_evaluate(config, tmp_path)
+  step = int(str(e.value).split('at step ')[1].split(';')[0])
+  assert f'checkpoint of step {step - 1} is kept' in str(e.value)
+  leaves = read_state(tmp_path, step - 1)
+  assert all(np.isfinite(leaf).all() for _, leaf in leaves)
+
+
+def test_evaluation_split_of_void_alone_is_named(trained, tmp_path):
+  folder = shutil.copytree(trained.folder, tmp_path / 'void')
+  for path in (folder / 'SegmentationClass').glob('val_*'):
+    label = np.full(Image.open(path).size[::-1], 255, np.uint8)
+    Image.fromarray(label).save(path)
+  config = make_config(trained.settings, data__dir=str(folder))
+  with pytest.raises(UserError, match='eval_split=val has no pixel'):
+    train_and_evaluate(config, tmp_path / 'w')
+
+
+@pytest.mark.parametrize(
+  'changes, warns',
+  [
+    ({}, False),
+    ({'train__sync_bn': False}, True),
+    ({'train__sync_bn': False, 'train__batch_size': 8}, False),
+    ({'train__sync_bn': False, 'train__freeze_bn': True}, False),
+  ],
+)
+def test_batch_normalisation_over_one_image_is_warned_of(
+  trained, caplog, changes, warns
+):
+  with caplog.at_level(logging.WARNING, 'deeplab_jax'):
+    train._check_batch(make_config(trained.settings, **changes))
+  assert ('sees one image at a time' in caplog.text) == warns
+
+
+def test_batch_of_one_image_in_all_is_warned_of(trained, caplog, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  train._check_batch(make_config(trained.settings, train__batch_size=1))
+  assert 'sees one image at a time' in caplog.text
+
+
+def test_impossible_network_leaves_no_configuration_behind(trained, tmp_path):
+  config = make_config(trained.settings, model__backbone='resnet19')
+  with pytest.raises(UserError, match=r"config\.model: .*got 'resnet19'"):
+    train_and_evaluate(config, tmp_path)
+  assert not (tmp_path / 'config.json').exists()
