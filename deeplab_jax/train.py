@@ -46,6 +46,7 @@ def train_and_evaluate(
     to_json(config)['model'], dataset.info.to_json()
   )
   with checkpoints.Checkpoints(workdir) as saved:
+    saved.remove_interrupted()
     latest = saved.latest_step
     if latest is not None:
       checkpoints.check_same_architecture(

@@ -67,8 +67,11 @@ def test_file_imports_from_lower_floors_alone(name):
 
 @pytest.mark.parametrize('module', ['deeplab_jax', 'deeplab_jax.train'])
 def test_import_loads_no_other_framework(module):
-  heavy = ('tensorflow', 'torch', 'keras')
-  program = f'import sys, {module}; print(*[m for m in {heavy} if m in sys.modules])'
+  program = (
+    f'import sys, {module}\n'
+    "heavy = {'tensorflow', 'torch', 'keras'}\n"
+    'print(*heavy.intersection(sys.modules))'
+  )
   done = subprocess.run(
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )
