@@ -14,7 +14,8 @@ FLOORS = [
   {
     'errors', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
     'distributed', 'writers', 'visualize', 'config', 'models.layers',
-    'data.datasets', 'data.transforms', 'data.images', 'weights.mapping',
+    'data.datasets', 'data.transforms', 'data.images', 'data.records',
+    'weights.mapping',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
