@@ -165,14 +165,15 @@ class _Training:
           self.state, measures = self.train_step(self.state, batch)
           self.pending.append((step, measures))
           last = step == train.steps
+          stopping = stop.requested(step)
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
           if step % train.eval_every == 0 or last:
             self._evaluate_and_save(step, writer, progress)
-          elif stop.requested:
+          elif stopping:
             self._check_finite()
             self.saved.save(self.state, self.description)
-          if stop.requested and not last:
+          if stopping and not last:
             raise SystemExit(stop.exit_status(step))
       finally:
         iterator.close()
