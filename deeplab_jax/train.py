@@ -165,9 +165,9 @@ class _Training:
           self.state, measures = self.train_step(self.state, batch)
           self.pending.append((step, measures))
           last = step == train.steps
-          stopping = stop.requested(step)
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
+          stopping = stop.requested(step)
           if step % train.eval_every == 0 or last:
             self._evaluate_and_save(step, writer, progress)
           elif stopping:
