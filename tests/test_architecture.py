@@ -15,6 +15,7 @@ FLOORS = [
     'errors', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
     'distributed', 'writers', 'visualize', 'config', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'weights.mapping',
+    'weights.download',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
@@ -68,7 +69,9 @@ def test_file_imports_from_lower_floors_alone(name):
 @pytest.mark.parametrize('module', ['deeplab_jax', 'deeplab_jax.train'])
 def test_import_loads_no_other_framework(module):
   heavy = ('tensorflow', 'torch', 'keras')
-  program = f'import sys, {module}; print(*[m for m in {heavy} if m in sys.modules])'
+  program = (
+    f'import sys, {module}; print(*[m for m in {heavy} if m in sys.modules])'
+  )
   done = subprocess.run(
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )

@@ -124,9 +124,7 @@ def test_crop_must_hold_a_cell_of_the_feature_map():
 def test_replaced_section_is_named(section, words):
   config = default_config.get_config()
   with config.ignore_type(), config.unlocked():
-    config.optimizer = (
-      ml_collections.ConfigDict(section) if section != 3 else 3
-    )
+    config.optimizer = ml_collections.ConfigDict(section) if section != 3 else 3
   with pytest.raises(UserError, match=words.replace('.', r'\.')):
     default_config.validate(config)
 
