@@ -19,7 +19,8 @@ _UNEVALUATED = -1.0
 class Checkpoints:
   """The checkpoints of one workdir: the latest one and the best by mIoU."""
 
-  def __init__(self, workdir: str | Path) -> None:
+  def __init__(self, workdir: str | Path, *, read_only: bool = False) -> None:
+    """Opens the checkpoints, of another run with `read_only`."""
     policies = ocp.checkpoint_managers
     self._directory = Path(workdir).absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
@@ -33,7 +34,8 @@ class Checkpoints:
           ]
         ),
         best_fn=lambda metrics: metrics['miou'],
-        cleanup_tmp_directories=jax.process_count() == 1,
+        cleanup_tmp_directories=jax.process_count() == 1 and not read_only,
+        read_only=read_only,
       ),
     )
 
@@ -151,15 +153,23 @@ def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def preset_of(metadata: dict[str, Any]) -> str:
+  """The preset of a checkpoint's network, by what `describe` made."""
+  return metadata['model'].get('preset') or 'paper'
+
+
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
-  """Compares the settings that shape the variables, of two `describe`.
+  """Compares the preset and what shapes the variables, of two `describe`.
 
   Raises:
     UserError: naming the settings that differ.
   """
   differences = []
+  old, new = preset_of(saved), preset_of(asked)
+  if old != new:
+    differences.append(f'preset {old} there, {new} asked for')
   for key in (
     'backbone',
     'width',

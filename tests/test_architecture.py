@@ -15,7 +15,7 @@ FLOORS = [
     'errors', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
     'distributed', 'writers', 'visualize', 'config', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'weights.mapping',
-    'weights.download',
+    'weights.download', 'weights.files',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
@@ -68,7 +68,7 @@ def test_file_imports_from_lower_floors_alone(name):
 
 @pytest.mark.parametrize('module', ['deeplab_jax', 'deeplab_jax.train'])
 def test_import_loads_no_other_framework(module):
-  heavy = ('tensorflow', 'torch', 'keras')
+  heavy = ('tensorflow', 'torch', 'keras', 'h5py', 'huggingface_hub')
   program = (
     f'import sys, {module}; print(*[m for m in {heavy} if m in sys.modules])'
   )

@@ -5,12 +5,12 @@ pass through the project's own name mappings.
 """
 
 import functools
-import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from reference import slim_shapes, timm_shapes, weight
 
 from deeplab_jax import deeplab_v3
 from deeplab_jax.weights.mapping import merge_variables
@@ -23,93 +23,6 @@ SIZES = ((97, 129), (96, 128))
 pytestmark = pytest.mark.skipif(
   not GOLDEN.is_dir(), reason=f'the reference outputs are not in {GOLDEN}'
 )
-
-
-def weight(name, shape, kind):
-  """The formula of the reference outputs, copied from their README."""
-  r = np.random.default_rng(zlib.crc32(name.encode()))
-  if kind == 'slim':
-    scale = name.endswith(('gamma', 'moving_variance'))
-    shift = name.endswith(('beta', 'moving_mean', 'biases'))
-    fan_in = np.prod(shape[:-1])  # HWIO
-  else:
-    norm = 'norm' in name
-    scale = name.endswith('running_var') or (norm and name.endswith('weight'))
-    shift = name.endswith(('bias', 'running_mean'))
-    fan_in = np.prod(shape[1:])  # OIHW
-  if scale:
-    a = r.uniform(0.5, 1.5, shape)
-  elif shift:
-    a = r.normal(0, 0.1, shape)
-  else:
-    a = r.normal(0, 1, shape) * np.sqrt(1.0 / fan_in)
-  return a.astype(np.float32)
-
-
-UNITS, WIDTHS = (3, 4, 6, 3), (64, 128, 256, 512)
-
-
-def slim_shapes():
-  """Names and shapes of the seed's variables, written from the README."""
-
-  def conv(name, *shape, biases=False, norm=False):
-    yield f'{name}/weights', shape
-    if biases:
-      yield f'{name}/biases', shape[-1:]
-    if norm:
-      yield from bn(f'{name}/BatchNorm', shape[-1])
-
-  def bn(name, width):
-    for leaf in ('beta', 'gamma', 'moving_mean', 'moving_variance'):
-      yield f'{name}/{leaf}', (width,)
-
-  root = 'resnet_v2_50'
-  yield from conv(f'{root}/conv1', 7, 7, 3, 64, biases=True)
-  last = 64
-  for b, (units, width) in enumerate(zip(UNITS, WIDTHS, strict=True), 1):
-    for u in range(1, units + 1):
-      unit = f'{root}/block{b}/unit_{u}/bottleneck_v2'
-      yield from bn(f'{unit}/preact', last)
-      if u == 1:
-        yield from conv(f'{unit}/shortcut', 1, 1, last, 4 * width, biases=True)
-      yield from conv(f'{unit}/conv1', 1, 1, last, width, norm=True)
-      yield from conv(f'{unit}/conv2', 3, 3, width, width, norm=True)
-      yield from conv(f'{unit}/conv3', 1, 1, width, 4 * width, biases=True)
-      last = 4 * width
-  yield from bn(f'{root}/postnorm', last)
-  yield from conv(f'{root}/logits', 1, 1, last, 1000, biases=True)
-  aspp = 'DeepLab_v3/ASPP_layer'
-  for name in ('image_level_conv_1x1', 'conv_1x1_0'):
-    yield from conv(f'{aspp}/{name}', 1, 1, last, 256, norm=True)
-  for i in (1, 2, 3):
-    yield from conv(f'{aspp}/conv_3x3_{i}', 3, 3, last, 256, norm=True)
-  yield from conv(f'{aspp}/conv_1x1_output', 1, 1, 5 * 256, 256, norm=True)
-  yield from conv('DeepLab_v3/logits', 1, 1, 256, 21, biases=True)
-
-
-def timm_shapes():
-  """Names and shapes of timm's variables, written from the README."""
-
-  def bn(name, width):
-    for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
-      yield f'{name}.{leaf}', (width,)
-
-  yield 'stem.conv.weight', (64, 3, 7, 7)
-  last = 64
-  for s, (units, width) in enumerate(zip(UNITS, WIDTHS, strict=True)):
-    for b in range(units):
-      block = f'stages.{s}.blocks.{b}'
-      for i, channels in enumerate((last, width, width), 1):
-        yield from bn(f'{block}.norm{i}', channels)
-      yield f'{block}.conv1.weight', (width, last, 1, 1)
-      yield f'{block}.conv2.weight', (width, width, 3, 3)
-      yield f'{block}.conv3.weight', (4 * width, width, 1, 1)
-      if b == 0:
-        yield f'{block}.downsample.conv.weight', (4 * width, last, 1, 1)
-      last = 4 * width
-  yield from bn('norm', last)
-  yield 'head.fc.weight', (1000, last, 1, 1)
-  yield 'head.fc.bias', (1000,)
 
 
 def variables_of(model, shapes, kind, mapper, initial):

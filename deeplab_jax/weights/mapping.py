@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ class MergeReport:
   unused: dict[str, str]
 
   def __str__(self) -> str:
-    lines = [f'loaded: {len(self.loaded)} arrays']
+    lines = [f'loaded: {_arrays(self.loaded)}']
     for title, reasons, depth in (
       ('kept at the initial value', self.initial, 3),
       ('not used', self.unused, None),
@@ -115,7 +115,7 @@ class MergeReport:
         lines.append(f'{title}: nothing')
       for reason, names in _by_reason(reasons).items():
         shown = _shorten(names) if depth is None else _modules(names, depth)
-        lines.append(f'{title}: {len(names)} arrays ({reason}): {shown}')
+        lines.append(f'{title}: {_arrays(names)} ({reason}): {shown}')
     return '\n'.join(lines)
 
 
@@ -175,7 +175,7 @@ def merge_variables(
       if path not in arrays and fnmatch.fnmatchcase(path, pattern):
         kept.setdefault(path, reason)
   _check(
-    'fits nothing in the network',
+    'without a place in the network',
     [*names.unknown, *(path for path in arrays if path not in leaves)],
   )
   _check(
@@ -204,8 +204,11 @@ def merge_variables(
 
 def _check(what: str, culprits: list[str]) -> None:
   if culprits:
-    count = f'{len(culprits)} array{"s" if len(culprits) > 1 else ""}'
-    raise UserError(f'{count} {what}: {_shorten(culprits)}')
+    raise UserError(f'{_arrays(culprits)} {what}: {_shorten(culprits)}')
+
+
+def _arrays(names: Sized) -> str:
+  return f'{len(names)} array{"" if len(names) == 1 else "s"}'
 
 
 def _float32(path: str, array: np.ndarray) -> np.ndarray:
