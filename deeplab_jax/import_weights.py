@@ -37,6 +37,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
   if config.list:
     print(f'{pretrained.names}\npreset: {config.model.preset}')
     return
+  _check_unused(workdir)
   info = _dataset_info(config, pretrained)
   with naming('config.model'):
     model = deeplab_v3(num_classes=info.num_classes, **config.model)
@@ -46,17 +47,23 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
   )
   workdir.mkdir(parents=True, exist_ok=True)
   with checkpoints.Checkpoints(workdir) as saved:
-    if saved.latest_step is not None:
-      raise UserError(
-        f'{workdir} has a checkpoint of step {saved.latest_step}; import into'
-        ' another --workdir'
-      )
     saved.save(
       state, checkpoints.describe(to_json(config)['model'], info.to_json())
     )
   if distributed.is_first_process():
     write_json(workdir / 'config.json', to_json(config))
     print(f'{workdir} holds the weights; --mode=eval and predict work on it')
+
+
+def _check_unused(workdir: Path) -> None:
+  if not (workdir / 'checkpoints').is_dir():
+    return
+  with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+    if saved.latest_step is not None:
+      raise UserError(
+        f'{workdir} has a checkpoint of step {saved.latest_step}; import into'
+        ' another --workdir'
+      )
 
 
 def initialize(
