@@ -35,7 +35,8 @@ class Checkpoints:
         ),
         best_fn=lambda metrics: metrics['miou'],
         cleanup_tmp_directories=jax.process_count() == 1 and not read_only,
-        read_only=read_only,
+        # not Orbax's own `read_only`, which warns of itself three times
+        create=not read_only,
       ),
     )
 
