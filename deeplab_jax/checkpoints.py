@@ -5,6 +5,7 @@ settings of the model, the classes and the measures that it reached.
 """
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,32 @@ _UNEVALUATED = -1.0
 class Checkpoints:
   """The checkpoints of one workdir: the latest one and the best by mIoU."""
 
-  def __init__(self, workdir: str | Path, *, read_only: bool = False) -> None:
-    """Opens the checkpoints, of another run with `read_only`."""
+  def __init__(self, workdir: str | Path) -> None:
+    """Opens the folder, creating it if need be.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
     policies = ocp.checkpoint_managers
     self._directory = Path(workdir).absolute() / 'checkpoints'
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      item_names=('state', 'metadata'),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(
-          [
-            policies.LatestN(1),
-            policies.BestN(get_metric_fn=lambda m: m['miou'], n=1),
-          ]
-        ),
-        best_fn=lambda metrics: metrics['miou'],
-        cleanup_tmp_directories=jax.process_count() == 1 and not read_only,
-        # not Orbax's own `read_only`, which warns of itself three times
-        create=not read_only,
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(1),
+          policies.BestN(get_metric_fn=lambda m: m['miou'], n=1),
+        ]
       ),
+      best_fn=lambda metrics: metrics['miou'],
     )
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+        self._directory, item_names=('state', 'metadata'), options=options
+      )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+      raise UserError(
+        f'{self._directory} cannot be used: {_first_line(error)}'
+      ) from error
 
   @property
   def latest_step(self) -> int | None:
@@ -67,6 +74,17 @@ class Checkpoints:
         f' {", ".join(map(str, steps))}'
       )
     return int(name)
+
+  def remove_interrupted(self) -> None:
+    """Removes what a killed save left; only for the one process that saves.
+
+    Orbax's own clean-up runs in a thread that a quick end of the program cuts
+    off with a traceback, and would take a running save from under training
+    when an evaluation starts.
+    """
+    if jax.process_count() == 1:
+      for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def save(self, state: Any, metadata: dict[str, Any]) -> None:
     """Starts to save, unless the step is there; `close` waits for the end.
@@ -100,7 +118,7 @@ class Checkpoints:
   def restore(self, step: int, template: Any) -> Any:
     """Restores the state into numpy arrays of the template's structure."""
     template = jax.device_get(template)
-    with self._readable(step):
+    with self._readable(step, 'it needs the config.optimizer it came from; '):
       return self._manager.restore(
         step,
         args=ocp.args.Composite(state=ocp.args.PyTreeRestore(template)),
@@ -115,14 +133,14 @@ class Checkpoints:
     return {key: state[key] for key in ('params', 'batch_stats')}
 
   @contextlib.contextmanager
-  def _readable(self, step: int) -> Any:
+  def _readable(self, step: int, hint: str = '') -> Any:
     try:
       yield
     except (ValueError, KeyError, OSError, TypeError) as error:
-      first = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise UserError(
-        f'{self._directory / str(step)} cannot be restored: {first}; if it was'
-        ' damaged, remove that folder to fall back on the checkpoint before'
+        f'{self._directory / str(step)} cannot be restored:'
+        f' {_first_line(error)}; {hint}if it was damaged, remove that folder to'
+        ' fall back on the checkpoint before'
       ) from error
 
   def wait(self) -> None:
@@ -139,6 +157,12 @@ class Checkpoints:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def _first_line(error: Exception) -> str:
+  return (
+    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
+  )
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,6 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
   state = initialize(
     pretrained, steps.create_state(model, optax.identity(), config.seed)
   )
-  workdir.mkdir(parents=True, exist_ok=True)
   with checkpoints.Checkpoints(workdir) as saved:
     saved.save(
       state, checkpoints.describe(to_json(config)['model'], info.to_json())
@@ -58,7 +57,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def _check_unused(workdir: Path) -> None:
   if not (workdir / 'checkpoints').is_dir():
     return
-  with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+  with checkpoints.Checkpoints(workdir) as saved:
     if saved.latest_step is not None:
       raise UserError(
         f'{workdir} has a checkpoint of step {saved.latest_step}; import into'

@@ -54,18 +54,14 @@ def make_optimizer(
   """
   if name not in OPTIMIZERS:
     raise ValueError(f'optimizer must be sgd or adam, got {name!r}')
-  parts = []
-  if clip_norm:
-    parts.append(optax.clip_by_global_norm(clip_norm))
-  if weight_decay:
-    parts.append(optax.add_decayed_weights(weight_decay, mask=_is_kernel))
-  parts.append(
-    optax.trace(momentum) if name == 'sgd' else optax.scale_by_adam()
+  # The same parts whatever the numbers, so that a run may go on with others.
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm or float('inf')),
+    optax.add_decayed_weights(weight_decay, mask=_is_kernel),
+    optax.trace(momentum) if name == 'sgd' else optax.scale_by_adam(),
+    optax.masked(optax.scale(head_multiplier), _is_head),
+    optax.scale_by_learning_rate(learning_rate),
   )
-  if head_multiplier != 1:
-    parts.append(optax.masked(optax.scale(head_multiplier), _is_head))
-  parts.append(optax.scale_by_learning_rate(learning_rate))
-  return optax.chain(*parts)
 
 
 def _is_kernel(params: Any) -> Any:

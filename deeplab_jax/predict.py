@@ -64,21 +64,31 @@ def predict(
     model = deeplab_v3(num_classes=info.num_classes, **config.model)
   predict_step = steps.pmap_predict_step(model=model)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f'config.predict.output_dir={folder}: {error.strerror}'
+    ) from error
   targets = _targets(paths, folder)
   written = []
   for path, image, label in _segment(predict_step, variables, paths):
     _write(targets[path], path, image, label, info)
     written.append(targets[path])
   if not written:
-    raise UserError(f'none of the {len(paths)} images could be read')
+    raise UserError(
+      f'{paths[0]}: neither this nor another of {len(paths)} images could be'
+      ' read'
+    )
   print(f'{len(written)} images segmented by step {step}, in {folder}')
   return written
 
 
 def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
   """Where each image's result goes; equal names are told apart by a number."""
-  targets, taken = {}, set()
+  targets = {}
+  # No result takes the place of a picture.
+  taken = {p.stem for p in paths if p.parent.resolve() == folder.resolve()}
   for path in paths:
     name, number = path.stem, 1
     while name in taken or f'{name}_overlay' in taken:

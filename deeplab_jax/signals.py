@@ -4,16 +4,22 @@ import logging
 import signal
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 log = logging.getLogger(__name__)
 
 
 class StopSignal:
   """Notes SIGTERM and SIGINT instead of dying from them; a second one kills.
 
+  Of several processes one may be told first. JAX then notes the SIGTERM, and
+  all of them stop at the same step.
+
   ```
   with StopSignal() as stop:
     for step in ...:
-      if stop.requested:
+      if stop.requested(step):
         save()
         raise SystemExit(stop.exit_status(step))
   ```
@@ -23,9 +29,11 @@ class StopSignal:
     self.number = 0
     self._handlers: dict[int, object] = {}
 
-  @property
-  def requested(self) -> bool:
-    """Whether a signal has come."""
+  def requested(self, step: int) -> bool:
+    """Whether to stop after this step; every process asks at every step."""
+    several = jax.process_count() > 1
+    if several and multihost_utils.reached_preemption_sync_point(step):
+      self.number = signal.SIGTERM
     return self.number != 0
 
   def exit_status(self, step: int) -> int:
@@ -34,8 +42,9 @@ class StopSignal:
     return 128 + self.number
 
   def __enter__(self) -> 'StopSignal':
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._handlers[number] = signal.signal(number, self._note)
+    if jax.process_count() == 1:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._handlers[number] = signal.signal(number, self._note)
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -42,7 +42,10 @@ def create_state(
 ) -> TrainState:
   """Initial state: fresh variables, drawn from `seed` alone."""
 
-  @jax.jit
+  # It runs once: optimising it takes 25 s of compiling on CPU for nothing.
+  @functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  )
   def create(key: jax.Array) -> TrainState:
     # The size matters to no parameter.
     variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)

@@ -53,6 +53,7 @@ def train_and_evaluate(
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
   with checkpoints.Checkpoints(workdir) as saved:
+    saved.remove_interrupted()
     latest, pretrained = saved.latest_step, None
     if latest is not None:
       preset = checkpoints.preset_of(saved.metadata(latest))
@@ -189,14 +190,15 @@ class _Training:
           self.state, measures = self.train_step(self.state, batch)
           self.pending.append((step, measures))
           last = step == train.steps
+          stopping = stop.requested(step)
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
           if step % train.eval_every == 0 or last:
             self._evaluate_and_save(step, writer, progress)
-          elif stop.requested:
+          elif stopping:
             self._check_finite()
             self.saved.save(self.state, self.description)
-          if stop.requested and not last:
+          if stopping and not last:
             raise SystemExit(stop.exit_status(step))
       finally:
         iterator.close()

@@ -8,7 +8,9 @@ import os
 import tempfile
 import types
 
-_CACHE = tempfile.TemporaryDirectory(prefix='deeplab_jax_programs_')
+_CACHE = tempfile.TemporaryDirectory(
+  prefix='deeplab_jax_programs_', ignore_cleanup_errors=True
+)
 os.environ['XLA_FLAGS'] = ' '.join(
   [
     '--xla_force_host_platform_device_count=4',

@@ -68,8 +68,8 @@ def test_import_reports_and_remembers_the_network(imported, trained):
   assert config['model']['width'] == 0.125
   assert config['model']['aspp_features'] == 8
   with (
-    Checkpoints(workdir, read_only=True) as saved,
-    Checkpoints(trained.workdir, read_only=True) as original,
+    Checkpoints(workdir) as saved,
+    Checkpoints(trained.workdir) as original,
   ):
     metadata = saved.metadata(0)
     variables = flatten(saved.restore_variables(0))
@@ -96,7 +96,7 @@ def test_training_goes_on_from_what_was_imported(imported, trained, tmp_path):
   workdir = shutil.copytree(imported[0], tmp_path / 'w')
   config = make_config(trained.settings, train__steps=1)
   train.train_and_evaluate(config, workdir)
-  with Checkpoints(workdir, read_only=True) as saved:
+  with Checkpoints(workdir) as saved:
     assert saved.latest_step == 1
     assert saved.metadata(1)['model']['preset'] == 'paper'
 
@@ -128,7 +128,7 @@ def test_keras_file_is_imported_evaluated_and_trained_on(
   run(f'--workdir={workdir}', *more)
   run(f'--workdir={tmp_path / "v"}', *options, *more)
   for folder in (workdir, tmp_path / 'v'):
-    with Checkpoints(folder, read_only=True) as saved:
+    with Checkpoints(folder) as saved:
       assert saved.latest_step == 1
       assert saved.metadata(1)['model']['preset'] == 'keras'
 
@@ -236,8 +236,8 @@ def test_fine_tuning_to_other_classes_keeps_all_but_the_class_layer(
     ' logits/bias, logits/kernel'
   ) in caplog.text
   with (
-    Checkpoints(trained.workdir, read_only=True) as before,
-    Checkpoints(workdir, read_only=True) as after,
+    Checkpoints(trained.workdir) as before,
+    Checkpoints(workdir) as after,
   ):
     old = flatten(before.restore_variables(before.step_named('best')))
     new = flatten(after.restore_variables(1))

@@ -82,3 +82,11 @@ def test_clipping_scales_the_gradient_to_its_norm():
 def test_an_unknown_optimizer_is_refused():
   with pytest.raises(ValueError, match="sgd or adam, got 'lamb'"):
     make_optimizer('lamb', 0.1)
+
+
+def test_a_run_can_go_on_with_other_numbers():
+  plain = make_optimizer('sgd', 0.1).init(PARAMS)
+  other = make_optimizer(
+    'sgd', 0.1, weight_decay=0.1, head_multiplier=2.0, clip_norm=1.0
+  ).init(PARAMS)
+  assert jax.tree.structure(plain) == jax.tree.structure(other)

@@ -1,3 +1,5 @@
+import colorsys
+
 import numpy as np
 import pytest
 
@@ -42,15 +44,17 @@ def test_every_object_is_parted_from_the_rest_by_void():
       assert ((one == 255) | (other == 255))[differ].all()
 
 
-def test_class_is_not_told_by_colour():
-  colours = {shape: [] for shape in range(1, 6)}
+def test_each_class_strays_about_its_own_hue():
+  hues = {shape: [] for shape in range(1, 6)}
   for image, label in _scenes(150):
-    for shape, seen in colours.items():
-      if (label == shape).sum() > 50:
-        seen.append(image[label == shape].mean(axis=0))
-  means = np.array([np.mean(seen, axis=0) for seen in colours.values()])
-  spread = np.array([np.std(seen, axis=0) for seen in colours.values()])
-  assert np.ptp(means, axis=0).max() < 50 and spread.min() > 40
+    for shape, seen in hues.items():
+      if (label == shape).sum() > 200:
+        red, green, blue = image[label == shape].mean(axis=0) / 255
+        seen.append(2 * np.pi * colorsys.rgb_to_hsv(red, green, blue)[0])
+  for shape, seen in hues.items():
+    turned = np.exp(1j * (np.array(seen) - 2 * np.pi * shape / 5))
+    assert abs(np.angle(turned.mean(), deg=True)) < 20
+    assert 3 < np.std(np.angle(turned, deg=True)) < 36
 
 
 def test_scene_of_any_size_fills_its_frame():
@@ -63,13 +67,13 @@ def test_scene_of_any_size_fills_its_frame():
 
 def test_data_set_is_prepared_as_generated(tmp_path, monkeypatch):
   small = shapes.ShapesConfig(train=3, val=2)
-  assert '96x128' in small.name and 'train3_val2' in small.name
+  assert '144x192' in small.name and 'train3_val2' in small.name
   monkeypatch.setattr(shapes, 'ShapesConfig', lambda: small)
   data = load.load_dataset('shapes', prepared_dir=str(tmp_path))
   assert data.info.name == 'shapes' and data.info.num_classes == 6
   assert data.num_images('train') == len(data.source('train')) == 3
   assert data.num_images('val') == len(data.source('val')) == 2
-  assert data.max_size('val') == (96, 128)
+  assert data.max_size('val') == (144, 192)
   records = {record['name']: record for record in data.source('val')}
   assert set(records) == {b'val_00000', b'val_00001'}
   image, label = shapes.generate_scene(np.random.default_rng((0, 1, 1)))

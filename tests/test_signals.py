@@ -11,9 +11,9 @@ from deeplab_jax.signals import StopSignal
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_is_noted_and_gives_the_status_of_the_shell(number):
   with StopSignal() as stop:
-    assert not stop.requested
+    assert not stop.requested(1)
     os.kill(os.getpid(), number)
-    assert stop.requested
+    assert stop.requested(2)
   assert stop.exit_status(3) == 128 + number
 
 
@@ -22,7 +22,7 @@ def test_second_signal_meets_the_handler_from_before():
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
-  assert stop.requested
+  assert stop.requested(2)
 
 
 def test_handlers_are_restored_at_the_end():

@@ -84,7 +84,13 @@ def test_run_stopped_after_three_steps_goes_on_as_if_it_never_stopped(
   assert_same_run(workdir, trained.workdir)
 
 
-@pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
+@pytest.mark.parametrize(
+  'name, status',
+  [
+    ('SIGTERM', 143),
+    pytest.param('SIGINT', 130, marks=pytest.mark.slow),
+  ],
+)
 def test_signalled_process_saves_and_the_next_run_goes_on(
   trained, tmp_path, name, status
 ):

@@ -29,7 +29,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from deeplab_jax import errors
-from deeplab_jax.data import datasets, images
+from deeplab_jax.data import datasets, images, records
 
 ON_BAD_IMAGE = ('stop', 'skip')
 
@@ -130,18 +130,7 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
   code_path = None  # no checksums to look for; TFDS fails where it looks
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(None, None, 3)),
-          'label': tfds.features.Image(shape=(None, None, 1)),
-          'name': tfds.features.Text(),
-        }
-      ),
-      metadata=tfds.core.MetadataDict(),
-    )
+    return records.records_info(self)
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
     config = self.builder_config

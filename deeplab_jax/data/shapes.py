@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import datasets, images
+from deeplab_jax.data import datasets, images, records
 
 _INFO = datasets.DATASETS['shapes']
 _HUES = _INFO.num_classes - 1
@@ -58,18 +58,7 @@ class ShapesSegmentation(tfds.core.GeneratorBasedBuilder):
   code_path = None  # no checksums to look for; TFDS fails where it looks
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(None, None, 3)),
-          'label': tfds.features.Image(shape=(None, None, 1)),
-          'name': tfds.features.Text(),
-        }
-      ),
-      metadata=tfds.core.MetadataDict(),
-    )
+    return records.records_info(self)
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
     config = self.builder_config

@@ -241,7 +241,7 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   # Imported here: Orbax takes longer to import than all the rest.
   from deeplab_jax.checkpoints import Checkpoints, preset_of
 
-  with Checkpoints(workdir, read_only=True) as saved:
+  with Checkpoints(workdir) as saved:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
     arrays = flatten(saved.restore_variables(step))

@@ -1,0 +1,317 @@
+"""The command line: modes, settings, and one line for each mistake."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from conftest import as_options, make_config
+from PIL import Image
+
+from deeplab_jax import config as default_config
+from deeplab_jax import main
+from deeplab_jax.errors import UserError
+
+
+@pytest.fixture
+def command(capsys):
+  """Function (*arguments) -> exit status, standard output and error."""
+  log = logging.getLogger('deeplab_jax')
+  before = log.handlers[:], log.level, log.propagate
+
+  def run(*arguments):
+    argv = ['main', *map(str, arguments)]
+    status = 0
+    with flagsaver.flagsaver():
+      flags.FLAGS.unparse_flags()
+      try:
+        main._run(main._parse_flags(argv))
+      except SystemExit as stop:
+        status = stop.code
+      finally:
+        flags.FLAGS.mark_as_parsed()
+        log.handlers[:], log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+    return status, *capsys.readouterr()
+
+  return run
+
+
+@pytest.fixture
+def refused(command):
+  """Function (*arguments) -> the one line that says what is wrong."""
+
+  def run(*arguments):
+    status, output, errors = command(*arguments)
+    assert status == 1 and output == ''
+    (line,) = errors.splitlines()
+    assert line.startswith('error: ')
+    return line
+
+  return run
+
+
+@pytest.fixture
+def received(monkeypatch):
+  """What a driver that does nothing was called with."""
+  calls = []
+
+  class Driver:
+    def __getattr__(self, name):
+      return lambda *arguments: calls.append((name, *arguments))
+
+  monkeypatch.setattr(main, '_driver', lambda name: Driver())
+  return calls
+
+
+@pytest.mark.parametrize(
+  'option, words',
+  [
+    ('--config.nokey=1', 'unknown key config.nokey;'),
+    (
+      '--config.train.step=3',
+      'unknown key config.train.step; config',
+    ),
+    ('--config.nope.key=1', 'unknown key config.nope;'),
+    ('--noconfig.train.sync', 'unknown key config.train.sync;'),
+    ('--config.train.steps=abc', '--config.train.steps=abc: invalid literal'),
+    ('--config.train.steps=2.5', '--config.train.steps=2.5: '),
+    ('--config.train.steps=', '--config.train.steps='),
+    ('--config.train.sync_bn=maybe', '--config.train.sync_bn=maybe: '),
+    ('--config.optimizer={}', 'is missing: the section was replaced'),
+    ('--config.optimizer=3', '--config.optimizer=3'),
+    ('--config.data.crop_size=(33,)', 'crop_size must be (height, width)'),
+    ('--config.data.crop_size=33', 'crop_size must be (height, width)'),
+    ('--config.data.crop_size=(33,a)', "of type int, got ('(33,a)',)"),
+    ('--config.data.crop_size=(5,5)', 'config.data.crop_size=(5, 5) must be'),
+    ('--config.model.output_stride=12', 'output_stride must be 8 or 16 or 32'),
+    ('--config.model.multi_grid=(1,)', 'config.model: multi_grid needs'),
+    ('--config.model.backbone=vgg', 'config.model: backbone must be one of'),
+    ('--config.train.batch_size=6', 'config.train.batch_size=6 must be divis'),
+    ('--config.optimizer.learning_rate=nan', 'learning_rate must be finite'),
+    ('--config.data.name=coco', "config.data.name: no data set 'coco'"),
+    ('--config.data.dir=/nope', '/nope: no such dataset folder'),
+    ('--config.data.train_split=all', 'ImageSets/Segmentation/all.txt'),
+    ('--config.seed=-1', 'config.seed must be in 0..2^32 - 1, got -1'),
+    ('--config=/nope.py', '--config=/nope.py: no such file'),
+    ('--nope=1', "Unknown command line flag 'nope'"),
+    (
+      '--mode=test',
+      '--mode=test: value should be one of <train|import|eval|predict>',
+    ),
+    ('image.jpg', 'image.jpg: not an option'),
+  ],
+)
+def test_option_that_cannot_work_is_refused_in_one_line(
+  trained, tmp_path, refused, option, words
+):
+  key = option.partition('=')[0].removeprefix('--config.')
+  settings = {
+    name: value
+    for name, value in trained.settings.items()
+    if name != key and not name.startswith(f'{key}.')
+  }
+  line = refused(f'--workdir={tmp_path}', *as_options(settings), option)
+  assert words in line
+
+
+def test_missing_workdir_is_refused(refused):
+  assert '--workdir=DIR is missing' in refused()
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
+def test_workdir_that_is_a_file_is_refused(refused, tmp_path, mode):
+  path = tmp_path / 'file'
+  path.write_text('')
+  assert str(path) in refused(
+    f'--workdir={path}',
+    f'--mode={mode}',
+    *(['x.jpg'] if mode == 'predict' else []),
+  )
+  assert str(path) in refused(f'--workdir={path}/w', f'--mode={mode}')
+
+
+@pytest.mark.parametrize('mode', ['eval', 'predict'])
+def test_workdir_without_checkpoint_is_refused(refused, tmp_path, mode):
+  line = refused(f'--workdir={tmp_path}/w', f'--mode={mode}')
+  assert f'no checkpoint in {tmp_path}/w' in line
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('text', ['def get_config(', 'def get_config(): 1 / 0'])
+def test_recipe_that_fails_is_refused(refused, tmp_path, text):
+  path = tmp_path / 'recipe.py'
+  path.write_text(text)
+  assert str(path) in refused(f'--workdir={tmp_path}', f'--config={path}')
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
+def test_workdir_of_another_network_is_refused(trained, refused, mode):
+  line = refused(
+    f'--workdir={trained.workdir}',
+    f'--mode={mode}',
+    '--config.model.width=0.25',
+    *([trained.folder] if mode == 'predict' else []),
+  )
+  assert 'width 0.125 there, 0.25 asked for' in line
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_workdir_of_other_classes_is_refused(trained, refused, tmp_path, mode):
+  folder = shutil.copytree(trained.folder, tmp_path / 'more')
+  with (folder / 'classes.txt').open('a') as file:
+    file.write('one more\n')
+  line = refused(
+    f'--workdir={trained.workdir}',
+    f'--mode={mode}',
+    f'--config.data.dir={folder}',
+  )
+  assert 'num_classes 4 there, 5 asked for' in line
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
+def test_damaged_checkpoint_is_refused(trained, refused, tmp_path, mode):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  for step in (workdir / 'checkpoints').iterdir():
+    (step / 'metadata' / 'metadata').write_text('{')
+  inputs = [trained.folder] if mode == 'predict' else []
+  line = refused(f'--workdir={workdir}', f'--mode={mode}', *inputs)
+  assert str(workdir / 'checkpoints') in line and 'cannot be restored' in line
+
+
+def test_checkpoint_of_another_optimizer_is_refused(trained, command, tmp_path):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  status, _, errors = command(
+    f'--workdir={workdir}',
+    '--config.train.steps=7',
+    '--config.optimizer.name=adam',
+  )
+  line = errors.splitlines()[-1]
+  assert status == 1 and 'needs the config.optimizer it came from' in line
+
+
+def test_damaged_saved_configuration_is_refused(refused, tmp_path):
+  (tmp_path / 'config.json').write_text('{')
+  assert str(tmp_path / 'config.json') in refused(f'--workdir={tmp_path}')
+
+
+def test_unreadable_image_stops_training(trained, refused, tmp_path):
+  folder = shutil.copytree(trained.folder, tmp_path / 'bad')
+  path = folder / 'JPEGImages' / 'train_3.jpg'
+  path.write_bytes(path.read_bytes()[:300])
+  settings = {**trained.settings, 'data.dir': folder}
+  line = refused(f'--workdir={tmp_path}/w', *as_options(settings))
+  assert str(path) in line and "config.data.on_bad_image='skip'" in line
+
+
+def test_debug_shows_where_a_mistake_was_found(command, tmp_path):
+  with pytest.raises(UserError, match='unknown key'):
+    command(f'--workdir={tmp_path}', '--debug', '--config.nokey=1')
+  with pytest.raises(UserError, match='Unknown command line flag'):
+    command(f'--workdir={tmp_path}', '--debug', '--nope')
+
+
+@pytest.mark.parametrize('debug', [False, True])
+def test_process_prints_one_line_or_with_debug_a_traceback(tmp_path, debug):
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'deeplab_jax.main',
+      f'--workdir={tmp_path}',
+      '--config.data.name=folder',
+      '--config.data.dir=/nope',
+      *(['--debug'] if debug else []),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1 and done.stdout == ''
+  if debug:
+    assert 'Traceback (most recent call last)' in done.stderr
+    assert 'UserError: /nope: no such dataset folder' in done.stderr
+  else:
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('error: /nope: no such dataset folder')
+
+
+def test_without_recipe_a_new_workdir_takes_the_default(
+  command, received, tmp_path
+):
+  assert command(f'--workdir={tmp_path}/w')[0] == 0
+  ((name, config, workdir),) = received
+  assert name == 'train_and_evaluate' and workdir == tmp_path / 'w'
+  assert config.to_dict() == default_config.get_config().to_dict()
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
+def test_without_recipe_a_workdir_takes_its_own_settings(
+  trained, command, received, mode
+):
+  inputs = ['a.jpg', 'b'] if mode == 'predict' else []
+  options = [f'--workdir={trained.workdir}', f'--mode={mode}']
+  override = ['--config.eval.step=latest', '--noconfig.train.sync_bn']
+  assert command(*override, *options, *inputs)[0] == 0
+  ((_, config, _, *rest),) = received
+  expected = make_config(
+    trained.settings,
+    eval__step='latest',
+    train__sync_bn=False,
+    model__preset='paper',
+  )
+  assert config.to_dict() == expected.to_dict()
+  assert rest == ([inputs] if inputs else [])
+
+
+def test_recipe_comes_before_the_workdirs_settings_wherever_it_stands(
+  trained, command, received, tmp_path
+):
+  path = tmp_path / 'recipe.py'
+  path.write_text(
+    'from deeplab_jax import config as default\n'
+    'def get_config():\n'
+    '  config = default.get_config()\n'
+    '  config.train.steps, config.train.batch_size = 7, 12\n'
+    '  return config\n'
+  )
+  command(
+    '--config.train.batch_size=8',
+    f'--workdir={trained.workdir}',
+    f'--config={path}',
+  )
+  ((_, config, _),) = received
+  expected = default_config.get_config()
+  expected.train.steps, expected.train.batch_size = 7, 8
+  assert config.to_dict() == expected.to_dict()
+
+
+def test_workdir_alone_is_enough_to_evaluate_and_predict(
+  trained, command, tmp_path
+):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  before = json.loads((workdir / 'eval.json').read_text())
+  (workdir / 'eval.json').unlink()
+  status, output, errors = command(f'--workdir={workdir}', '--mode=eval')
+  assert (status, errors) == (0, '')
+  assert 'frequency weighted IoU' in output
+  assert json.loads((workdir / 'eval.json').read_text()) == before
+  pictures = trained.folder / 'JPEGImages' / 'val_*'
+  status, output, errors = command(
+    f'--workdir={workdir}', '--mode=predict', pictures
+  )
+  assert (status, errors) == (0, '')
+  assert len(output.splitlines()) == 4
+  for index in range(3):
+    name = f'val_{index}'
+    result = Image.open(workdir / 'predictions' / f'{name}.png')
+    source = Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg')
+    assert result.size == source.size
+
+
+def test_main_joins_no_cluster_here():
+  assert jax.process_count() == 1

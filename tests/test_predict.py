@@ -1,0 +1,172 @@
+"""Pictures in, label maps and overlays out."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_config
+from PIL import Image
+
+from deeplab_jax import deeplab_v3
+from deeplab_jax.checkpoints import Checkpoints
+from deeplab_jax.data import images
+from deeplab_jax.data.transforms import pad_to
+from deeplab_jax.errors import UserError
+from deeplab_jax.predict import predict
+
+
+@pytest.fixture
+def segment(trained, tmp_path):
+  """Function (*inputs) -> what `predict` returns, into tmp_path / 'out'."""
+
+  def run(*inputs):
+    config = make_config(
+      trained.settings, predict__output_dir=str(tmp_path / 'out' / 'deep')
+    )
+    return predict(config, trained.workdir, [str(text) for text in inputs])
+
+  return run
+
+
+def write_image(path, height=40, width=60, **options):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(height)
+  values = rng.integers(0, 256, (height, width, 3), np.uint8)
+  Image.fromarray(values).save(path, **options)
+  return path
+
+
+def test_results_are_the_most_likely_classes_at_the_original_size(
+  trained, segment, tmp_path
+):
+  paths = [
+    write_image(tmp_path / f'in/{i}.png', 30 + i, 64 - i) for i in range(5)
+  ]
+  written = segment(tmp_path / 'in')
+  assert [path.name for path in written] == [path.name for path in paths]
+  model = deeplab_v3(num_classes=4, **trained.config.model)
+  with Checkpoints(trained.workdir) as saved:
+    variables = saved.restore_variables(saved.step_named('best'))
+  apply = jax.jit(lambda x: model.apply(variables, x, train=False))
+  for path, result in zip(paths, written, strict=True):
+    image = images.read_image(path)
+    height, width = image.shape[:2]
+    empty = np.zeros((height, width), np.uint8)
+    padded = pad_to(image, empty, (64, 64))[0]
+    expected = np.asarray(apply(padded[None]))[0, :height, :width].argmax(-1)
+    with Image.open(result) as picture:
+      assert picture.mode == 'P'
+      assert picture.getpalette()[:9] == [10, 20, 30, 200, 0, 0, 0, 200, 0]
+      label = np.asarray(picture)
+    assert label.shape == expected.shape
+    assert (label != expected).mean() < 2e-3  # ties, rounded otherwise
+    with Image.open(result.with_name(f'{path.stem}_overlay.png')) as picture:
+      assert picture.mode == 'RGB'
+      assert picture.height > height and picture.width >= width
+
+
+def test_class_shares_are_printed_for_each_image(segment, tmp_path, capsys):
+  path = write_image(tmp_path / 'in.png')
+  (result,) = segment(path)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith(f'{path}: ')
+  assert lines[-1].startswith('1 images segmented by step ')
+  label = np.asarray(Image.open(result))
+  shares = dict(
+    re.findall(r'(\w+) ([\d.]+)%', lines[0].removeprefix(str(path)))
+  )
+  names = ['ground', 'left', 'right', 'absent']
+  expected = {
+    name: f'{100 * (label == index).mean():.1f}'
+    for index, name in enumerate(names)
+    if (label == index).any()
+  }
+  assert shares == expected
+
+
+def test_files_folders_and_globs_are_taken_each_image_once(segment, tmp_path):
+  write_image(tmp_path / 'in/deep/a.jpg')
+  write_image(tmp_path / 'in/b.jpg')
+  write_image(tmp_path / 'c.png')
+  written = segment(tmp_path / 'c.png', tmp_path / 'in', tmp_path / '*/b.*')
+  assert sorted(path.name for path in written) == ['a.png', 'b.png', 'c.png']
+
+
+def test_images_of_one_name_get_results_of_two(segment, tmp_path):
+  write_image(tmp_path / 'a/x.jpg', 40)
+  write_image(tmp_path / 'b/x.png', 50)
+  write_image(tmp_path / 'b/x_overlay.png', 60)
+  written = segment(tmp_path / 'a', tmp_path / 'b')
+  heights = {path.name: Image.open(path).height for path in written}
+  assert heights == {'x.png': 40, 'x_2.png': 50, 'x_overlay_2.png': 60}
+  assert len(list((tmp_path / 'out' / 'deep').iterdir())) == 6
+
+
+def test_images_of_differing_sizes_are_segmented_in_their_order(
+  segment, tmp_path
+):
+  sizes = [(40, 60), (40, 61), (70, 60), (40, 62), (64, 64)]
+  paths = [
+    write_image(tmp_path / f'{i}.png', *size) for i, size in enumerate(sizes)
+  ]
+  written = segment(*paths)
+  assert [Image.open(p).size[::-1] for p in written] == sizes
+  assert [p.stem for p in written] == [p.stem for p in paths]
+
+
+def test_rotated_photo_is_segmented_as_a_viewer_shows_it(segment, tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # a quarter turn
+  path = write_image(tmp_path / 'in.jpg', 40, 60, exif=exif)
+  (result,) = segment(path)
+  assert Image.open(result).size == (40, 60)
+
+
+def test_unreadable_image_is_named_and_left_out(segment, tmp_path, caplog):
+  write_image(tmp_path / 'in/a.png')
+  (tmp_path / 'in/b.png').write_bytes(b'no picture')
+  write_image(tmp_path / 'in/c.png')
+  with caplog.at_level(logging.WARNING, 'deeplab_jax'):
+    written = segment(tmp_path / 'in')
+  assert [path.name for path in written] == ['a.png', 'c.png']
+  (message,) = caplog.messages
+  assert 'b.png' in message and message.endswith('left out')
+
+
+def test_no_readable_image_at_all_is_an_error(segment, tmp_path):
+  path = tmp_path / 'a.png'
+  path.write_bytes(b'no picture')
+  with pytest.raises(UserError, match=r'a\.png: neither this nor another of 1'):
+    segment(path)
+
+
+def test_missing_inputs_are_named(segment, tmp_path):
+  with pytest.raises(UserError, match='no image given'):
+    segment()
+  with pytest.raises(UserError, match=r'nope\.jpg: no such file'):
+    segment(tmp_path / 'nope.jpg')
+  with pytest.raises(UserError, match='no image found'):
+    segment(tmp_path / '*.jpg')
+
+
+def test_workdir_without_checkpoint_is_named(trained, tmp_path):
+  path = write_image(tmp_path / 'in.png')
+  with pytest.raises(UserError, match=f'no checkpoint in {tmp_path}'):
+    predict(trained.config, tmp_path, [str(path)])
+
+
+def test_results_beside_the_images_replace_none(trained, tmp_path):
+  path = write_image(tmp_path / 'x.png')
+  before = path.read_bytes()
+  config = make_config(trained.settings, predict__output_dir=str(tmp_path))
+  assert predict(config, trained.workdir, [str(path)]) == [tmp_path / 'x_2.png']
+  assert path.read_bytes() == before
+
+
+def test_results_that_cannot_be_written_are_named(trained, tmp_path):
+  path = write_image(tmp_path / 'in.png')
+  config = make_config(trained.settings, predict__output_dir=str(path))
+  with pytest.raises(UserError, match=r'predict\.output_dir=.*in\.png'):
+    predict(config, trained.workdir, [str(path)])
