@@ -10,6 +10,7 @@ import pytest
 import deeplab_jax
 from deeplab_jax import PRESETS, deeplab_v3
 from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.weights.mapping import flatten
 
 
 def test_parameter_count_of_the_paper_network(random_variables):
@@ -116,18 +117,17 @@ def test_presets_add_biases_to_the_variables_and_nothing_else(
 ):
   def paths(preset):
     model = deeplab_v3('resnet18', num_classes=3, width=0.125, preset=preset)
-    leaves = jax.tree_util.tree_leaves_with_path(random_variables(model))
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+    leaves = flatten(random_variables(model))
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
   paper, other = paths('paper'), paths(preset)
   assert paper.items() <= other.items()
   added = sorted(set(other) - set(paper))
   if PRESETS[preset]['conv_bias']:
-    units = [f'block{b}.unit{u}.conv2' for b in (1, 2, 3, 4) for u in (1, 2)]
-    units += [f'block{b}.unit1.shortcut' for b in (2, 3, 4)]
-    assert [path.replace("']['", '.')[19:-7] for path in added] == sorted(
-      [*units, 'stem']
-    )
+    units = [f'block{b}/unit{u}/conv2' for b in (1, 2, 3, 4) for u in (1, 2)]
+    units += [f'block{b}/unit1/shortcut' for b in (2, 3, 4)]
+    expected = [f'params/backbone/{name}/bias' for name in (*units, 'stem')]
+    assert added == sorted(expected)
   else:
     assert not added
 
