@@ -178,15 +178,23 @@ def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def preset_of(metadata: dict[str, Any]) -> str:
+  """The preset of a checkpoint's network, by what `describe` made."""
+  return metadata['model'].get('preset') or 'paper'
+
+
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
-  """Compares the settings that shape the variables, of two `describe`.
+  """Compares the preset and what shapes the variables, of two `describe`.
 
   Raises:
     UserError: naming the settings that differ.
   """
   differences = []
+  old, new = preset_of(saved), preset_of(asked)
+  if old != new:
+    differences.append(f'preset {old} there, {new} asked for')
   for key in (
     'backbone',
     'width',

@@ -5,6 +5,7 @@ laptop, so that every part can be seen at work without a data set. The recipes
 in `experiments/` change what they need.
 """
 
+import copy
 import functools
 import json
 import math
@@ -24,9 +25,14 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the default configuration, locked against new keys."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  # Weights to start from, see `weights.files.SOURCES`; '' for random ones.
+  config.init_from = ''
+  config.list = False  # --mode=import prints where arrays go, and ends
 
   # The arguments of `deeplab_v3`; the data set gives the number of classes.
   config.model = ml_collections.ConfigDict()
+  # A key of `PRESETS`; '' for that of init_from, of the checkpoint, or 'paper'.
+  config.model.preset = ''
   config.model.backbone = 'resnet18'
   config.model.width = 0.25
   config.model.output_stride = 8
@@ -34,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.aspp_rates = (6, 12, 18)
   config.model.aspp_features = 64
   config.model.bn_decay = 0.97
-  config.model.bn_epsilon = 1e-5
+  config.model.bn_epsilon = 0.0  # 0 for that of the preset
   config.model.dtype = 'float32'
 
   config.data = ml_collections.ConfigDict()
@@ -106,7 +112,7 @@ _RULES: dict[str, _Rule] = {
   'model.aspp_rates': _RATES,
   'model.aspp_features': _ABOVE_0,
   'model.bn_decay': _FRACTION,
-  'model.bn_epsilon': _ABOVE_0,
+  'model.bn_epsilon': _FROM_0,
   'model.dtype': _one_of('float32', 'bfloat16'),
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
   'data.on_bad_image': _one_of('stop', 'skip'),
@@ -165,6 +171,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
     )
+
+
+def with_preset(
+  config: ml_collections.ConfigDict, preset: str
+) -> ml_collections.ConfigDict:
+  """A copy in which `preset` stands where `model.preset` is empty."""
+  config = copy.deepcopy(config)
+  config.model.preset = config.model.preset or preset
+  return config
 
 
 def check_key(key: str) -> None:

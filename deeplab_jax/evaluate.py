@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from deeplab_jax import checkpoints, distributed, metrics, steps, visualize
+from deeplab_jax.config import with_preset
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import make_eval_iterator
 from deeplab_jax.errors import UserError, naming
@@ -116,8 +117,10 @@ def evaluate(
   dataset = open_dataset(config, config.data.eval_split)
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(config.eval.step)
+    metadata = saved.metadata(step)
+    config = with_preset(config, checkpoints.preset_of(metadata))
     checkpoints.check_same_architecture(
-      saved.metadata(step),
+      metadata,
       checkpoints.describe(config.model.to_dict(), dataset.info.to_json()),
       workdir,
     )

@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, logs and results.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ('train', 'eval', 'predict'), 'What to do.'
+  'mode', 'train', ('train', 'import', 'eval', 'predict'), 'What to do.'
 )
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
@@ -35,6 +35,7 @@ _RECIPE = flags.DEFINE_string(
   ' trained with, else the default. --config.section.key=value changes one'
   ' setting.',
 )
+_SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +53,11 @@ def main(argv: Sequence[str]) -> None:
   # loader processes, which import this module too, stay light.
   distributed = importlib.import_module('deeplab_jax.distributed')
   distributed.initialize()
-  if _MODE.value == 'train':
+  if _MODE.value in ('train', 'import'):
+    _adopt_settings(config, workdir, argv)
+  if _MODE.value == 'import':
+    _driver('import_weights').import_weights(config, workdir)
+  elif _MODE.value == 'train':
     try:
       workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,6 +72,17 @@ def main(argv: Sequence[str]) -> None:
     _driver('evaluate').evaluate(config, workdir)
   else:
     _driver('predict').predict(config, workdir, inputs)
+
+
+def _adopt_settings(
+  config: ml_collections.ConfigDict, workdir: Path, argv: Sequence[str]
+) -> None:
+  """Where nobody chose a network, takes that of the pretrained weights."""
+  chosen = _RECIPE.value is not None or (workdir / 'config.json').exists()
+  if chosen or not (config.init_from or _MODE.value == 'import'):
+    return
+  said = {match[1] for match in map(_SETTING.match, argv) if match}
+  _driver('import_weights').adopt_settings(config, said)
 
 
 def _driver(name: str) -> ModuleType:
@@ -90,7 +106,7 @@ def _override(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """Applies --config.section.key=value; returns the rest of `argv` as well."""
   for argument in argv:
-    setting = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+    setting = _SETTING.match(argument)
     if setting:
       default_config.check_key(setting[1])
   values = flags.FlagValues()

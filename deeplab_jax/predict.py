@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from deeplab_jax import checkpoints, distributed, steps, visualize
+from deeplab_jax.config import with_preset
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.transforms import pad_to
@@ -51,6 +52,7 @@ def predict(
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(config.eval.step)
     metadata = saved.metadata(step)
+    config = with_preset(config, checkpoints.preset_of(metadata))
     info = DatasetInfo.from_json(metadata['dataset'])
     checkpoints.check_same_architecture(
       metadata,

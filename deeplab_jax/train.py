@@ -10,8 +10,15 @@ import jax
 import ml_collections
 import optax
 
-from deeplab_jax import checkpoints, distributed, evaluate, steps, visualize
-from deeplab_jax.config import to_json
+from deeplab_jax import (
+  checkpoints,
+  distributed,
+  evaluate,
+  import_weights,
+  steps,
+  visualize,
+)
+from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data import transforms
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.pipeline import make_train_iterator
@@ -19,6 +26,7 @@ from deeplab_jax.errors import UserError, naming
 from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.optimizers import make_optimizer, poly_schedule
 from deeplab_jax.signals import StopSignal
+from deeplab_jax.weights.load import Pretrained
 from deeplab_jax.writers import Progress, Writer, write_json
 
 log = logging.getLogger(__name__)
@@ -28,6 +36,8 @@ def train_and_evaluate(
   config: ml_collections.ConfigDict, workdir: Path
 ) -> dict[str, Any]:
   """Trains in `workdir`, from its latest checkpoint if there is one.
+
+  Else it starts from the weights that `config.init_from` names, or random ones.
 
   Writes checkpoints, TensorBoard events, `metrics.jsonl`, `config.json`,
   pictures, and at the end the measures of the best checkpoint (`eval.json`).
@@ -42,12 +52,18 @@ def train_and_evaluate(
   _check_batch(config)
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
-  description = checkpoints.describe(
-    to_json(config)['model'], dataset.info.to_json()
-  )
   with checkpoints.Checkpoints(workdir) as saved:
     saved.remove_interrupted()
-    latest = saved.latest_step
+    latest, pretrained = saved.latest_step, None
+    if latest is not None:
+      preset = checkpoints.preset_of(saved.metadata(latest))
+      config = with_preset(config, preset)
+    elif config.init_from:
+      pretrained, config = import_weights.open_source(config)
+    config = with_preset(config, 'paper')
+    description = checkpoints.describe(
+      to_json(config)['model'], dataset.info.to_json()
+    )
     if latest is not None:
       checkpoints.check_same_architecture(
         saved.metadata(latest), description, workdir
@@ -57,7 +73,7 @@ def train_and_evaluate(
         '%s is trained: step %d of %d', workdir, latest, config.train.steps
       )
     else:
-      _Training(config, workdir, dataset, saved, description).run()
+      _Training(config, workdir, dataset, saved, description, pretrained).run()
       saved.wait()
     best = saved.step_named('best')
     measures = saved.metadata(best).get('measures')
@@ -94,6 +110,7 @@ class _Training:
     dataset: Dataset,
     saved: checkpoints.Checkpoints,
     description: dict[str, Any],
+    pretrained: Pretrained | None,
   ) -> None:
     self.config, self.workdir, self.dataset = config, workdir, dataset
     self.saved, self.description = saved, description
@@ -125,12 +142,15 @@ class _Training:
       freeze_bn=train.freeze_bn,
     )
     self.eval_step = evaluate.make_eval_step(model, dataset)
-    self.state = self._initial_state(model, transformation)
+    self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
   def _initial_state(
-    self, model: Any, transformation: optax.GradientTransformation
+    self,
+    model: Any,
+    transformation: optax.GradientTransformation,
+    pretrained: Pretrained | None,
   ) -> steps.TrainState:
     state = steps.create_state(model, transformation, self.config.seed)
     latest = self.saved.latest_step
@@ -141,9 +161,14 @@ class _Training:
       count / 1e6,
       self.dataset.num_images(self.config.data.train_split),
     )
-    if latest is not None:
+    if latest == 0:  # imported: the optimizer starts afresh
+      log.info('starting from the weights imported into %s', self.workdir)
+      state = state.replace(**self.saved.restore_variables(latest))
+    elif latest is not None:
       log.info('continuing from step %d', latest)
       state = self.saved.restore(latest, state)
+    elif pretrained is not None:
+      state = import_weights.initialize(pretrained, state)
     return distributed.replicate(state)
 
   def run(self) -> None:

@@ -15,7 +15,7 @@ FLOORS = [
     'errors', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
     'distributed', 'writers', 'visualize', 'config', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
-    'weights.mapping',
+    'weights.mapping', 'weights.download', 'weights.files',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
@@ -70,7 +70,7 @@ def test_file_imports_from_lower_floors_alone(name):
 def test_import_loads_no_other_framework(module):
   program = (
     f'import sys, {module}\n'
-    "heavy = {'tensorflow', 'torch', 'keras'}\n"
+    "heavy = {'tensorflow', 'torch', 'keras', 'h5py', 'huggingface_hub'}\n"
     'print(*heavy.intersection(sys.modules))'
   )
   done = subprocess.run(

@@ -192,6 +192,7 @@ DATASET = {'classes': ['a', 'b'], 'name': 'x'}
     ({'width': 1.0}, 'ab', 'width 0.5 there, 1.0 asked for'),
     ({'aspp_features': 16}, 'ab', 'aspp_features 8 there, 16 asked for'),
     ({'aspp_rates': [6]}, 'ab', 'aspp_rates'),
+    ({'preset': 'keras'}, 'ab', 'preset paper there, keras asked for'),
     ({}, 'abc', 'num_classes 2 there, 3 asked for'),
   ],
 )

@@ -38,7 +38,7 @@ def test_every_rule_is_about_a_setting():
     ('model.width', 0.0),
     ('model.dtype', 'float16'),
     ('model.bn_decay', 1.0),
-    ('model.bn_epsilon', 0.0),
+    ('model.bn_epsilon', -1.0),
     ('model.aspp_features', 0),
     ('model.multi_grid', ()),
     ('model.multi_grid', (1, 0)),
@@ -132,7 +132,7 @@ def test_replaced_section_is_named(section, words):
 @pytest.mark.parametrize(
   'key, words',
   [
-    ('nokey', 'unknown key config.nokey; config has data, eval, model'),
+    ('nokey', 'unknown key config.nokey; config has data, eval, init_from'),
     (
       'train.step',
       'unknown key config.train.step; config.train has ',

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import deeplab_jax
-from deeplab_jax import deeplab_v3
+from deeplab_jax import PRESETS, deeplab_v3
 from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.weights.mapping import flatten
 
 
 def test_parameter_count_of_the_paper_network(random_variables):
@@ -69,6 +70,66 @@ def test_aspp_equals_its_numpy_transcription(random_variables):
 )
 def test_aspp_rates_follow_the_output_stride(output_stride, rates):
   assert deeplab_v3(output_stride=output_stride).aspp.rates == rates
+
+
+def test_rates_that_do_not_follow_the_output_stride_stay():
+  for stride in (8, 16, 32):
+    model = deeplab_v3(output_stride=stride, scale_aspp_rates=False)
+    assert model.aspp.rates == (6, 12, 18)
+
+
+def test_every_preset_sets_the_same_settings():
+  for name, settings in PRESETS.items():
+    assert settings.keys() == PRESETS['paper'].keys(), name
+
+
+def test_default_is_the_preset_of_the_paper():
+  paper = repr(deeplab_v3(preset='paper'))
+  assert repr(deeplab_v3()) == repr(deeplab_v3(preset='')) == paper
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_arguments_come_before_the_preset(preset):
+  values = {
+    'mean': (1.0, 2.0, 3.0),
+    'features': 'block4',
+    'upsampling': 'asymmetric',
+    'bn_epsilon': 0.5,
+    'conv_bias': False,
+    'stem_pool': 'zero',
+    'stride_unit': 'first',
+  }
+  model = deeplab_v3(preset=preset, **values)
+  assert model.mean == (1.0, 2.0, 3.0)
+  assert model.std == PRESETS[preset]['std']
+  assert model.aspp.activation == PRESETS[preset]['aspp_activation']
+  assert (model.features, model.upsampling) == ('block4', 'asymmetric')
+  backbone = model.backbone
+  assert not backbone.conv_bias
+  assert (backbone.stem_pool, backbone.stride_unit) == ('zero', 'first')
+  assert backbone.norm.keywords['epsilon'] == 0.5
+  assert model.aspp.norm.keywords['epsilon'] == 0.5
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_add_biases_to_the_variables_and_nothing_else(
+  preset, random_variables
+):
+  def paths(preset):
+    model = deeplab_v3('resnet18', num_classes=3, width=0.125, preset=preset)
+    leaves = flatten(random_variables(model))
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+  paper, other = paths('paper'), paths(preset)
+  assert paper.items() <= other.items()
+  added = sorted(set(other) - set(paper))
+  if PRESETS[preset]['conv_bias']:
+    units = [f'block{b}/unit{u}/conv2' for b in (1, 2, 3, 4) for u in (1, 2)]
+    units += [f'block{b}/unit1/shortcut' for b in (2, 3, 4)]
+    expected = [f'params/backbone/{name}/bias' for name in (*units, 'stem')]
+    assert added == sorted(expected)
+  else:
+    assert not added
 
 
 @pytest.mark.parametrize('size', [(33, 33), (40, 65), (17, 90)])
@@ -140,6 +201,11 @@ def test_the_image_is_normalised_to_minus_one_and_one():
   ('call', 'words'),
   [
     ({'backbone': 'resnet51'}, 'backbone must be one of resnet18, .*resnet51'),
+    ({'preset': 'tf'}, 'preset must be one of paper, seed, .*, got .tf'),
+    ({'features': 'block3'}, 'features must be one of postnorm, block4'),
+    ({'upsampling': 'cubic'}, 'upsampling must be one of align_corners'),
+    ({'stem_pool': 'none'}, 'stem_pool must be one of symmetric'),
+    ({'stride_unit': 'all'}, 'stride_unit must be one of last, first'),
     ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
     ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
     ({'multi_grid': (1,)}, 'multi_grid needs one factor for each of the 3'),

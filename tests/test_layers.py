@@ -88,3 +88,34 @@ def test_resize_of_one_pixel_spreads_it_and_to_one_pixel_takes_the_corner():
   np.testing.assert_array_equal(layers.resize_bilinear(x, (1, 1)), [[[[0.0]]]])
   spread = layers.resize_bilinear(jnp.full((1, 1, 1, 1), 5.0), (3, 4))
   np.testing.assert_array_equal(spread, np.full((1, 3, 4, 1), 5.0))
+
+
+def test_asymmetric_resize_equals_hand_computed_cases():
+  x = jnp.asarray([[0.0, 2.0, 6.0]]).reshape(1, 1, 3, 1)
+  y = layers.resize_bilinear(x, (2, 6), 'asymmetric')
+  expected = [[0, 1, 2, 4, 6, 6]] * 2
+  np.testing.assert_allclose(y[0, :, :, 0], expected, atol=1e-6)
+  y = layers.resize_bilinear(x, (1, 2), 'asymmetric')
+  np.testing.assert_allclose(y[0, :, :, 0], [[0, 4]], atol=1e-6)
+
+
+# Windows of 3 at stride 2 over 5 and 6 negative values, by hand.
+@pytest.mark.parametrize(
+  ('padding', 'size', 'expected'),
+  [
+    ('symmetric', 5, [-4, -2, -1]),
+    ('same', 5, [-4, -2, -1]),
+    ('zero', 5, [0, -2, 0]),
+    ('symmetric', 6, [-5, -3, -1]),
+    ('same', 6, [-4, -2, -1]),
+    ('zero', 6, [0, -3, -1]),
+  ],
+)
+def test_pooling_pads_as_asked(padding, size, expected):
+  row = jnp.arange(-size, 0.0)
+  x = jnp.broadcast_to(row[:, None], (1, size, size, 1))
+  for axes in ((0, 1, 2, 3), (0, 2, 1, 3)):
+    y = layers.max_pool(x.transpose(axes), padding)
+    assert y.shape == (1, 3, 3, 1)
+    line = y.transpose(axes)[0, 1, :, 0]
+    np.testing.assert_array_equal(line, expected)

@@ -100,7 +100,10 @@ def received(monkeypatch):
     ('--config.seed=-1', 'config.seed must be in 0..2^32 - 1, got -1'),
     ('--config=/nope.py', '--config=/nope.py: no such file'),
     ('--nope=1', "Unknown command line flag 'nope'"),
-    ('--mode=test', '--mode=test: value should be one of <train|eval|predict>'),
+    (
+      '--mode=test',
+      '--mode=test: value should be one of <train|import|eval|predict>',
+    ),
     ('image.jpg', 'image.jpg: not an option'),
   ],
 )
@@ -256,7 +259,10 @@ def test_without_recipe_a_workdir_takes_its_own_settings(
   assert command(*override, *options, *inputs)[0] == 0
   ((_, config, _, *rest),) = received
   expected = make_config(
-    trained.settings, eval__step='latest', train__sync_bn=False
+    trained.settings,
+    eval__step='latest',
+    train__sync_bn=False,
+    model__preset='paper',
   )
   assert config.to_dict() == expected.to_dict()
   assert rest == ([inputs] if inputs else [])

@@ -80,11 +80,43 @@ def test_geometry_at_each_output_stride_equals_the_slim_tables():
   ]
 
 
+def test_geometry_with_striding_first_units_equals_the_timm_tables():
+  def table(output_stride):
+    blocks = unit_geometry((3, 4, 6, 3), output_stride, (1, 2, 4), 'first')
+    return [[(g.stride, g.rate, g.rate_out) for g in b] for b in blocks]
+
+  one, two = (1, 1, 1), (2, 1, 1)
+  assert table(32) == [
+    [one] * 3,
+    [two] + [one] * 3,
+    [two] + [one] * 5,
+    [two, (1, 2, 2), (1, 4, 4)],
+  ]
+  assert table(16) == [
+    [one] * 3,
+    [two] + [one] * 3,
+    [two] + [one] * 5,
+    [(1, 1, 2), (1, 4, 4), (1, 8, 8)],
+  ]
+  assert table(8) == [
+    [one] * 3,
+    [two] + [one] * 3,
+    [(1, 1, 2)] + [(1, 2, 2)] * 5,
+    [(1, 2, 4), (1, 8, 8), (1, 16, 16)],
+  ]
+
+
 @pytest.mark.parametrize(
-  ('name', 'size'), [('resnet18', (65, 50)), ('resnet50', (50, 65))]
+  ('name', 'size', 'settings'),
+  [
+    ('resnet18', (65, 50), {}),
+    ('resnet50', (50, 65), {}),
+    ('resnet18', (65, 50), {'stride_unit': 'first', 'conv_bias': True}),
+    ('resnet50', (50, 65), {'stride_unit': 'first', 'conv_bias': True}),
+  ],
 )
 def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
-  name, size, random_variables
+  name, size, settings, random_variables
 ):
   norm = functools.partial(nn.BatchNorm, dtype=jnp.float64)
   images = np.random.default_rng(3).normal(size=(1, *size, 3))
@@ -92,7 +124,12 @@ def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
     outputs = {}
     for stride in (8, 16, 32):
       model = make(
-        name, output_stride=stride, width=0.25, norm=norm, dtype=jnp.float64
+        name,
+        output_stride=stride,
+        width=0.25,
+        norm=norm,
+        dtype=jnp.float64,
+        **settings,
       )
       variables = random_variables(model)
       outputs[stride] = jax.jit(functools.partial(model.apply, train=False))(
@@ -131,6 +168,11 @@ def test_output_sizes_round_up_at_any_input_size(random_variables):
   [
     ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
     ({'multi_grid': (1, 2)}, 'multi_grid needs one factor for each of the 3'),
+    (
+      {'stride_unit': 'middle'},
+      "stride_unit must be one of last, first, got 'middle'",
+    ),
+    ({'stem_pool': 'valid'}, 'stem_pool must be one of symmetric, same, zero'),
     ({'width': 0.001}, 'width must leave at least 1 channel, got 0.001'),
   ],
 )

@@ -15,9 +15,13 @@ from deeplab_jax.models.layers import ConvNormRelu
 
 
 class ImagePooling(nn.Module):
-  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map."""
+  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map.
+
+  Without `activation` the ReLU is left out.
+  """
 
   features: int
+  activation: bool = True
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
@@ -26,7 +30,11 @@ class ImagePooling(nn.Module):
     """Maps [B, H, W, C] to [B, H, W, features], constant over H and W."""
     mean = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
     y = ConvNormRelu(
-      self.features, norm=self.norm, dtype=self.dtype, name='project'
+      self.features,
+      activation=self.activation,
+      norm=self.norm,
+      dtype=self.dtype,
+      name='project',
     )(mean, train=train)
     return jnp.broadcast_to(y, (*x.shape[:3], self.features))
 
@@ -37,19 +45,25 @@ class ASPP(nn.Module):
   Attributes:
     rates: of the 3x3 branches, in pixels of the feature map.
     features: channels of every branch and of the output.
+    activation: whether a ReLU follows each batch normalisation.
     norm: batch normalisation, see `ResNetV2`.
     dtype: of the computation.
   """
 
   rates: tuple[int, ...] = (6, 12, 18)
   features: int = 256
+  activation: bool = True
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps [B, H, W, C] to [B, H, W, features]."""
-    shared = {'norm': self.norm, 'dtype': self.dtype}
+    shared = {
+      'activation': self.activation,
+      'norm': self.norm,
+      'dtype': self.dtype,
+    }
     branches = [
       ImagePooling(self.features, **shared, name='pooling'),
       ConvNormRelu(self.features, **shared, name='conv'),

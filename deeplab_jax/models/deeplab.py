@@ -12,17 +12,30 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from deeplab_jax.models.aspp import ASPP
-from deeplab_jax.models.layers import Conv, resize_bilinear
-from deeplab_jax.models.resnet import BACKBONES, ResNetV2, unit_geometry
+from deeplab_jax.models.layers import (
+  POOL_PADDINGS,
+  UPSAMPLINGS,
+  Conv,
+  check_choice,
+  resize_bilinear,
+)
+from deeplab_jax.models.resnet import (
+  BACKBONES,
+  STRIDE_UNITS,
+  ResNetV2,
+  unit_geometry,
+)
 
 
 class DeepLabV3(nn.Module):
   """Backbone, ASPP, class layer and bilinear upsampling.
 
   Attributes:
-    backbone: maps normalised images to a dict with 'postnorm' features.
+    backbone: maps normalised images to a dict of features.
     aspp: maps those features to the ones the class layer reads.
     num_classes: channels of the logits.
+    features: which of the backbone's the head reads, 'postnorm' or 'block4'.
+    upsampling: of the logits, see `resize_bilinear`.
     mean: subtracted from the RGB values (0..255) of the images.
     std: they are divided by this.
     dtype: of the computation; parameters and logits are float32.
@@ -31,6 +44,8 @@ class DeepLabV3(nn.Module):
   backbone: nn.Module
   aspp: nn.Module
   num_classes: int = 21
+  features: str = 'postnorm'
+  upsampling: str = 'align_corners'
   mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
   std: tuple[float, float, float] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
@@ -50,15 +65,56 @@ class DeepLabV3(nn.Module):
     x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(
       self.std
     )
-    x = self.backbone(x.astype(self.dtype), train=train)['postnorm']
+    x = self.backbone(x.astype(self.dtype), train=train)[self.features]
     x = self.aspp(x, train=train)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
-    return resize_bilinear(x, images.shape[1:3])
+    return resize_bilinear(x, images.shape[1:3], self.upsampling)
+
+
+_PAPER = {
+  'stride_unit': 'last',
+  'conv_bias': False,
+  'stem_pool': 'symmetric',
+  'features': 'postnorm',
+  'aspp_activation': True,
+  'scale_aspp_rates': True,
+  'upsampling': 'align_corners',
+  'mean': (127.5, 127.5, 127.5),
+  'std': (127.5, 127.5, 127.5),
+  'bn_epsilon': 1e-5,
+}
+
+# What the networks whose weights can be loaded differ in. 'slim', 'keras' and
+# 'timm' are ImageNet backbones under the paper's head.
+PRESETS: dict[str, dict[str, Any]] = {
+  'paper': _PAPER,
+  # The TF-slim DeepLab v3 that this project grew from, head and all.
+  'seed': {
+    **_PAPER,
+    'conv_bias': True,
+    'stem_pool': 'same',
+    'features': 'block4',
+    'aspp_activation': False,
+    'scale_aspp_rates': False,
+    'upsampling': 'asymmetric',
+    'mean': (123.68, 116.78, 103.94),
+    'std': (1.0, 1.0, 1.0),
+  },
+  'slim': {**_PAPER, 'conv_bias': True, 'stem_pool': 'same'},
+  'keras': {
+    **_PAPER,
+    'conv_bias': True,
+    'stem_pool': 'zero',
+    'bn_epsilon': 1.001e-5,
+  },
+  'timm': {**_PAPER, 'stride_unit': 'first'},
+}
 
 
 def deeplab_v3(
   backbone: str = 'resnet50',
   *,
+  preset: str = 'paper',
   num_classes: int = 21,
   output_stride: int = 16,
   multi_grid: tuple[int, ...] = (1, 2, 4),
@@ -66,28 +122,49 @@ def deeplab_v3(
   aspp_rates: tuple[int, ...] = (6, 12, 18),
   aspp_features: int = 256,
   bn_decay: float = 0.9997,
-  bn_epsilon: float = 1e-5,
   axis_name: str | None = None,
   dtype: Any = jnp.float32,
+  stride_unit: str | None = None,
+  conv_bias: bool | None = None,
+  stem_pool: str | None = None,
+  features: str | None = None,
+  aspp_activation: bool | None = None,
+  scale_aspp_rates: bool | None = None,
+  upsampling: str | None = None,
+  mean: tuple[float, float, float] | None = None,
+  std: tuple[float, float, float] | None = None,
+  bn_epsilon: float | None = None,
 ) -> DeepLabV3:
   """Builds a DeepLab v3; the defaults are the paper's.
 
   Args:
     backbone: a key of `BACKBONES`.
+    preset: a key of `PRESETS`, which gives the arguments left at None: those in
+      which the networks differ whose weights can be loaded; '' for 'paper'.
     num_classes: channels of the logits.
     output_stride: 8, 16 or 32, input pixels per feature pixel. The variables
       are the same at each.
     multi_grid: factor on the rate of each unit of block 4; a block of fewer
       units (ResNet-18 has two) takes the first ones.
     width: factor on the backbone's number of channels.
-    aspp_rates: rates at output stride 16. They cover the same input pixels at
-      the others: doubled at 8 (section 4.1), halved at 32.
+    aspp_rates: rates at output stride 16, see `scale_aspp_rates`.
     aspp_features: channels of each ASPP branch.
     bn_decay: of the running batch statistics.
-    bn_epsilon: added to the variance.
     axis_name: mapped axis over whose devices batch statistics are averaged
       (synchronised BN); None for each device's own.
     dtype: of the computation, `jnp.float32` or `jnp.bfloat16`.
+    stride_unit: 'last' or 'first', the unit of a block that strides.
+    conv_bias: biases in the backbone, see `ResNetV2`.
+    stem_pool: 'symmetric', 'same' or 'zero', see `layers.max_pool`.
+    features: 'postnorm' or 'block4': the head reads block 4 behind or before
+      the backbone's last BN and ReLU.
+    aspp_activation: whether a ReLU follows each BN of the head.
+    scale_aspp_rates: whether the rates cover the same input pixels at every
+      output stride: doubled at 8 (section 4.1), halved at 32.
+    upsampling: 'align_corners' or 'asymmetric', see `layers.resize_bilinear`.
+    mean: subtracted from the RGB values (0..255) of the images.
+    std: they are divided by this.
+    bn_epsilon: added to the variance; 0 is taken for None.
 
   Returns:
     A Flax module: `model.init(key, images, train=False)` and
@@ -96,16 +173,26 @@ def deeplab_v3(
   Raises:
     ValueError: for an unknown backbone, an impossible output stride, ...
   """
-  if backbone not in BACKBONES:
-    raise ValueError(
-      f'backbone must be one of {", ".join(BACKBONES)}, got {backbone!r}'
-    )
+  check_choice('backbone', backbone, BACKBONES)
   if num_classes < 1:
     raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+  own = {
+    'stride_unit': stride_unit,
+    'conv_bias': conv_bias,
+    'stem_pool': stem_pool,
+    'features': features,
+    'aspp_activation': aspp_activation,
+    'scale_aspp_rates': scale_aspp_rates,
+    'upsampling': upsampling,
+    'mean': mean,
+    'std': std,
+    'bn_epsilon': bn_epsilon or None,
+  }
+  settings = _settings(preset, own)
   norm = functools.partial(
     nn.BatchNorm,
     momentum=bn_decay,
-    epsilon=bn_epsilon,
+    epsilon=settings['bn_epsilon'],
     axis_name=axis_name,
     dtype=dtype,
   )
@@ -116,10 +203,47 @@ def deeplab_v3(
     output_stride=output_stride,
     multi_grid=tuple(multi_grid)[: units[3]],
     width=width,
+    stride_unit=settings['stride_unit'],
+    conv_bias=settings['conv_bias'],
+    stem_pool=settings['stem_pool'],
     norm=norm,
     dtype=dtype,
   )
   unit_geometry(units, output_stride, resnet.multi_grid)
-  rates = tuple(max(1, rate * 16 // output_stride) for rate in aspp_rates)
-  aspp = ASPP(rates, aspp_features, norm=norm, dtype=dtype)
-  return DeepLabV3(resnet, aspp, num_classes, dtype=dtype)
+  rates = tuple(aspp_rates)
+  if settings['scale_aspp_rates']:
+    rates = tuple(max(1, rate * 16 // output_stride) for rate in rates)
+  return DeepLabV3(
+    resnet,
+    ASPP(
+      rates,
+      aspp_features,
+      settings['aspp_activation'],
+      norm=norm,
+      dtype=dtype,
+    ),
+    num_classes,
+    settings['features'],
+    settings['upsampling'],
+    tuple(settings['mean']),
+    tuple(settings['std']),
+    dtype,
+  )
+
+
+_CHOICES = {
+  'stride_unit': STRIDE_UNITS,
+  'stem_pool': POOL_PADDINGS,
+  'features': ('postnorm', 'block4'),
+  'upsampling': UPSAMPLINGS,
+}
+
+
+def _settings(preset: str, own: dict[str, Any]) -> dict[str, Any]:
+  """Those of the preset, and `own` where it has a value."""
+  check_choice('preset', preset or 'paper', PRESETS)
+  own = {name: value for name, value in own.items() if value is not None}
+  settings = {**PRESETS[preset or 'paper'], **own}
+  for name, choices in _CHOICES.items():
+    check_choice(name, settings[name], choices)
+  return settings

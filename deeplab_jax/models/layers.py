@@ -4,7 +4,7 @@ All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,6 +16,14 @@ from jax import lax
 # From this rate on, XLA's convolution on CPU takes about twice the time of one
 # matrix product a tap, forward and backward, and spends much of it on padding.
 _TAPS_FROM_RATE = 4
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises `ValueError` unless the setting `name` has one of its values."""
+  if value not in choices:
+    raise ValueError(
+      f'{name} must be one of {", ".join(choices)}, got {value!r}'
+    )
 
 
 def conv2d(
@@ -112,17 +120,21 @@ class Conv(nn.Module):
 
 
 class ConvNormRelu(nn.Module):
-  """Convolution, batch norm and ReLU: [B, H, W, Cin] -> [B, H, W, features]."""
+  """Convolution, batch norm and ReLU: [B, H, W, Cin] -> [B, H, W, features].
+
+  Without `activation` the ReLU is left out.
+  """
 
   features: int
   kernel_size: int = 1
   rate: int = 1
+  activation: bool = True
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Applies the three; `train` uses and updates the batch statistics."""
+    """Applies them in turn; `train` uses and updates the batch statistics."""
     x = Conv(
       self.features,
       self.kernel_size,
@@ -130,25 +142,55 @@ class ConvNormRelu(nn.Module):
       dtype=self.dtype,
       name='conv',
     )(x)
-    return nn.relu(self.norm(name='norm')(x, use_running_average=not train))
+    x = self.norm(name='norm')(x, use_running_average=not train)
+    return nn.relu(x) if self.activation else x
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes with aligned corners: the outermost pixel centres coincide.
+POOL_PADDINGS = ('symmetric', 'same', 'zero')
 
-  Source coordinate of output i is `i * (in - 1) / (out - 1)`, the convention of
-  the DeepLab code, which makes 513 = 16 * 32 + 1 exact.
+
+def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
+  """Maximum over 3x3 windows at stride 2: [B, H, W, C] -> half, rounded up.
+
+  Args:
+    x: [B, H, W, C].
+    padding: 'symmetric' adds a border that never wins; 'same' is TensorFlow's,
+      which at even sizes has one at the far end alone; 'zero' adds a border of
+      zeros, as Keras does, which wins over negative values.
+  """
+  check_choice('stem_pool', padding, POOL_PADDINGS)
+  if padding == 'same':
+    return nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+  border = ((1, 1), (1, 1))
+  if padding == 'zero':
+    x, border = jnp.pad(x, ((0, 0), *border, (0, 0))), 'VALID'
+  return nn.max_pool(x, (3, 3), (2, 2), border)
+
+
+UPSAMPLINGS = ('align_corners', 'asymmetric')
+
+
+def resize_bilinear(
+  x: jax.Array, size: tuple[int, int], upsampling: str = 'align_corners'
+) -> jax.Array:
+  """Resizes by linear interpolation along both axes.
 
   Args:
     x: [B, H, W, C] float.
     size: (height, width) of the result.
+    upsampling: with 'align_corners' the outermost pixel centres coincide: the
+      source coordinate of output i is `i * (in - 1) / (out - 1)`, the
+      convention of the DeepLab code, which makes 513 = 16 * 32 + 1 exact. With
+      'asymmetric' it is `i * in / out`, clamped, TensorFlow 1's default.
 
   Returns:
     [B, height, width, C].
   """
   for axis, out in zip((1, 2), size, strict=True):
     if out != x.shape[axis]:
-      matrix = jnp.asarray(_interpolation_matrix(x.shape[axis], out), x.dtype)
+      matrix = jnp.asarray(
+        _interpolation_matrix(x.shape[axis], out, upsampling), x.dtype
+      )
       x = jnp.moveaxis(
         jnp.tensordot(matrix, x, (1, axis), precision=lax.Precision.HIGHEST),
         0,
@@ -157,9 +199,12 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   return x
 
 
-def _interpolation_matrix(size: int, out: int) -> np.ndarray:
-  """Weights [out, size] of linear interpolation with aligned corners."""
-  position = np.linspace(0, size - 1, out) if out > 1 else np.zeros(1)
+def _interpolation_matrix(size: int, out: int, upsampling: str) -> np.ndarray:
+  """Weights [out, size] of linear interpolation, see `resize_bilinear`."""
+  if upsampling == 'asymmetric':
+    position = np.minimum(np.arange(out) * (size / out), size - 1)
+  else:
+    position = np.linspace(0, size - 1, out) if out > 1 else np.zeros(1)
   low = np.minimum(position.astype(int), max(size - 2, 0))
   fraction = position - low
   matrix = np.zeros((out, size))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.layers import Conv, check_choice, max_pool
 
 
 class UnitGeometry(NamedTuple):
@@ -27,13 +27,20 @@ class UnitGeometry(NamedTuple):
   rate_out: int
 
 
+STRIDE_UNITS = ('last', 'first')
+
+
 def unit_geometry(
-  units: Sequence[int], output_stride: int, multi_grid: Sequence[int]
+  units: Sequence[int],
+  output_stride: int,
+  multi_grid: Sequence[int],
+  stride_unit: str = 'last',
 ) -> tuple[tuple[UnitGeometry, ...], ...]:
   """Spreads the output stride over the units of the four blocks.
 
-  The last unit of blocks 1 to 3 strides by 2, as in TF-slim and the DeepLab
-  code. Once `output_stride` is reached it keeps stride 1 and every later
+  Three units stride by 2: the last ones of blocks 1 to 3, as in TF-slim, Keras
+  and the DeepLab code, or the first ones of blocks 2 to 4, as in timm. Once
+  `output_stride` is reached such a unit keeps stride 1 and every later
   convolution doubles its rate instead (atrous convolution), so each unit sees
   the same input pixels at every output stride.
 
@@ -41,14 +48,16 @@ def unit_geometry(
     units: number of units in each of the four blocks.
     output_stride: 8, 16 or 32, input pixels per feature pixel.
     multi_grid: factor on the rate of each unit of block 4.
+    stride_unit: 'last' or 'first', the unit of a block that strides.
 
   Returns:
     For each block, a `UnitGeometry` for each unit.
 
   Raises:
-    ValueError: at another output stride, or with a multi-grid of another
-      length than block 4.
+    ValueError: at another output stride or stride unit, or with a multi-grid of
+      another length than block 4.
   """
+  check_choice('stride_unit', stride_unit, STRIDE_UNITS)
   if output_stride not in (8, 16, 32):
     raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
   if len(multi_grid) != units[3]:
@@ -61,7 +70,11 @@ def unit_geometry(
     geometry = []
     for unit in range(count):
       stride, rate_out = 1, rate
-      if block < 3 and unit == count - 1:
+      if stride_unit == 'last':
+        strides = block < 3 and unit == count - 1
+      else:
+        strides = block > 0 and unit == 0
+      if strides:
         if current_stride < output_stride:
           stride = 2
           current_stride *= 2
@@ -83,6 +96,7 @@ class PreActBasicUnit(nn.Module):
 
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
+  conv_bias: bool = False
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
@@ -97,8 +111,14 @@ class PreActBasicUnit(nn.Module):
       preact
     )
     y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
-    y = Conv(self.features, 3, rate=rate_out, dtype=self.dtype, name='conv2')(y)
-    return shortcut + y
+    return shortcut + Conv(
+      self.features,
+      3,
+      rate=rate_out,
+      use_bias=self.conv_bias,
+      dtype=self.dtype,
+      name='conv2',
+    )(y)
 
 
 class PreActBottleneckUnit(nn.Module):
@@ -110,6 +130,7 @@ class PreActBottleneckUnit(nn.Module):
 
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
+  conv_bias: bool = False
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
@@ -125,7 +146,9 @@ class PreActBottleneckUnit(nn.Module):
     y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
     y = Conv(self.features, 3, stride, rate, dtype=self.dtype, name='conv2')(y)
     y = nn.relu(self.norm(name='norm2')(y, use_running_average=not train))
-    return shortcut + Conv(out, dtype=self.dtype, name='conv3')(y)
+    return shortcut + Conv(
+      out, use_bias=self.conv_bias, dtype=self.dtype, name='conv3'
+    )(y)
 
 
 def _preact_and_shortcut(
@@ -136,7 +159,13 @@ def _preact_and_shortcut(
   preact = nn.relu(unit.norm(name='preact')(x, use_running_average=not train))
   if x.shape[-1] == features:
     return preact, x[:, ::stride, ::stride]
-  shortcut = Conv(features, stride=stride, dtype=unit.dtype, name='shortcut')
+  shortcut = Conv(
+    features,
+    stride=stride,
+    use_bias=unit.conv_bias,
+    dtype=unit.dtype,
+    name='shortcut',
+  )
   return preact, shortcut(preact)
 
 
@@ -146,6 +175,7 @@ class Block(nn.Module):
   unit: Callable[..., nn.Module]
   features: int
   geometry: tuple[UnitGeometry, ...]
+  conv_bias: bool = False
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
@@ -154,7 +184,12 @@ class Block(nn.Module):
     """Applies the units to [B, H, W, C]."""
     for i, geometry in enumerate(self.geometry, 1):
       x = self.unit(
-        self.features, geometry, self.norm, self.dtype, name=f'unit{i}'
+        self.features,
+        geometry,
+        conv_bias=self.conv_bias,
+        norm=self.norm,
+        dtype=self.dtype,
+        name=f'unit{i}',
       )(x, train=train)
     return x
 
@@ -168,6 +203,10 @@ class ResNetV2(nn.Module):
     output_stride: 8, 16 or 32, input pixels per feature pixel.
     multi_grid: factor on the rate of each unit of block 4.
     width: factor on the number of channels (1: 64 in the stem).
+    stride_unit: 'last' or 'first', see `unit_geometry`.
+    conv_bias: biases on the stem, on every shortcut convolution and on the last
+      convolution of every unit, as in TF-slim and Keras.
+    stem_pool: padding of the stem's 3x3 pooling, see `max_pool`.
     norm: batch normalisation; called with `name`, then with the map and
       `use_running_average`.
     dtype: of the computation; parameters stay float32.
@@ -178,6 +217,9 @@ class ResNetV2(nn.Module):
   output_stride: int = 16
   multi_grid: tuple[int, ...] = (1, 2, 4)
   width: float = 1.0
+  stride_unit: str = 'last'
+  conv_bias: bool = False
+  stem_pool: str = 'symmetric'
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
@@ -195,19 +237,29 @@ class ResNetV2(nn.Module):
       behind the final BN and ReLU. Sizes round up.
 
     Raises:
-      ValueError: at an impossible output stride, multi-grid or width.
+      ValueError: at an impossible value of an attribute.
     """
     base = round(64 * self.width)
     if base < 1:
       raise ValueError(f'width must leave at least 1 channel, got {self.width}')
-    blocks = unit_geometry(self.units, self.output_stride, self.multi_grid)
-    x = Conv(base, 7, 2, dtype=self.dtype, name='stem')(x)
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    blocks = unit_geometry(
+      self.units, self.output_stride, self.multi_grid, self.stride_unit
+    )
+    x = Conv(
+      base, 7, 2, use_bias=self.conv_bias, dtype=self.dtype, name='stem'
+    )(x)
+    x = max_pool(x, self.stem_pool)
     outputs = {'stem': x}
     for i, geometry in enumerate(blocks):
       name = f'block{i + 1}'
       x = Block(
-        self.unit, base * 2**i, geometry, self.norm, self.dtype, name=name
+        self.unit,
+        base * 2**i,
+        geometry,
+        conv_bias=self.conv_bias,
+        norm=self.norm,
+        dtype=self.dtype,
+        name=name,
       )(x, train=train)
       outputs[name] = x
     x = self.norm(name='postnorm')(x, use_running_average=not train)

@@ -1,0 +1,1 @@
+"""Weights trained elsewhere: reading, naming, merging."""
