@@ -173,6 +173,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What `load_dataset` takes, but for the splits."""
+  data = config.data
+  return {
+    'name': data.name,
+    'directory': data.dir,
+    'prepared_dir': data.prepared_dir,
+    'ignore_label': data.ignore_label,
+    'on_bad_image': data.on_bad_image,
+  }
+
+
 def with_preset(
   config: ml_collections.ConfigDict, preset: str
 ) -> ml_collections.ConfigDict:

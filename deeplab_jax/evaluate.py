@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from deeplab_jax import checkpoints, distributed, metrics, steps, visualize
-from deeplab_jax.config import with_preset
+from deeplab_jax.config import dataset_arguments, with_preset
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import make_eval_iterator
 from deeplab_jax.errors import UserError, naming
@@ -23,12 +23,7 @@ log = logging.getLogger(__name__)
 def open_dataset(config: ml_collections.ConfigDict, *splits: str) -> Dataset:
   """The data set of `config.data`, prepared, with at least these splits."""
   return load_dataset(
-    config.data.name,
-    directory=config.data.dir,
-    prepared_dir=config.data.prepared_dir,
-    splits=tuple(dict.fromkeys(splits)),
-    ignore_label=config.data.ignore_label,
-    on_bad_image=config.data.on_bad_image,
+    **dataset_arguments(config), splits=tuple(dict.fromkeys(splits))
   )
 
 

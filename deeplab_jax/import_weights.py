@@ -10,7 +10,7 @@ import ml_collections
 import optax
 
 from deeplab_jax import checkpoints, distributed, steps
-from deeplab_jax.config import get_config, to_json
+from deeplab_jax.config import dataset_arguments, get_config, to_json
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo
 from deeplab_jax.data.load import load_dataset
 from deeplab_jax.errors import UserError, naming
@@ -134,18 +134,11 @@ def _dataset_info(
   config: ml_collections.ConfigDict, pretrained: Pretrained
 ) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
-  data, default = config.data, get_config().data
-  if data.name == default.name:
+  if config.data.name == get_config().data.name:
     if pretrained.dataset:
       return DatasetInfo.from_json(pretrained.dataset)
     voc = DATASETS['voc2012']
     if pretrained.num_classes == voc.num_classes:
       return voc
-  return load_dataset(
-    data.name,
-    directory=data.dir,
-    prepared_dir=data.prepared_dir,
-    splits=(data.eval_split,),
-    ignore_label=data.ignore_label,
-    on_bad_image=data.on_bad_image,
-  ).info
+  splits = (config.data.eval_split,)
+  return load_dataset(**dataset_arguments(config), splits=splits).info
