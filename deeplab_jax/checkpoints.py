@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from deeplab_jax.errors import UserError
 
 _UNEVALUATED = -1.0
+_TUPLES = ('multi_grid', 'aspp_rates')
 
 
 class Checkpoints:
@@ -65,7 +66,8 @@ class Checkpoints:
         ' --workdir of a training run'
       )
     if name == 'best':
-      return self._manager.best_step() or steps[-1]
+      best = self._manager.best_step()
+      return steps[-1] if best is None else best
     if name == 'latest':
       return steps[-1]
     if not name.isdigit() or int(name) not in steps:
@@ -186,7 +188,7 @@ def preset_of(metadata: dict[str, Any]) -> str:
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
-  """Compares the preset and what shapes the variables, of two `describe`.
+  """Compares what the variables were made for, of two `describe`.
 
   Raises:
     UserError: naming the settings that differ.
@@ -198,13 +200,19 @@ def check_same_architecture(
   for key in (
     'backbone',
     'width',
+    'multi_grid',
     'aspp_features',
     'aspp_rates',
     'num_classes',
   ):
     old, new = saved['model'][key], asked['model'][key]
-    if (len(old) != len(new)) if key == 'aspp_rates' else (old != new):
+    if (list(old) != list(new)) if key in _TUPLES else (old != new):
       differences.append(f'{key} {old} there, {new} asked for')
+  names = [list(d['dataset']['classes']) for d in (saved, asked)]
+  if len(names[0]) == len(names[1]) and names[0] != names[1]:
+    pairs = zip(*names, strict=True)
+    old, new = next(pair for pair in pairs if pair[0] != pair[1])
+    differences.append(f'class {old!r} there, {new!r} asked for')
   if differences:
     raise UserError(
       f'the checkpoint in {workdir} is of another network:'

@@ -27,6 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   # Weights to start from, see `weights.files.SOURCES`; '' for random ones.
   config.init_from = ''
+  # Patterns of arrays that may fit nothing or stay as they are, by commas.
+  config.init_allow = ''
   config.list = False  # --mode=import prints where arrays go, and ends
 
   # The arguments of `deeplab_v3`; the data set gives the number of classes.

@@ -46,7 +46,7 @@ def _number(variable: str) -> int:
 def _in_cluster() -> bool:
   several = any(
     os.environ.get(variable, '1') != '1'
-    for variable in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+    for variable in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
   )
   return several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
 

@@ -32,6 +32,7 @@ def evaluate_variables(
   variables: dict[str, Any],
   dataset: Dataset,
   config: ml_collections.ConfigDict,
+  size: tuple[int, int],
 ) -> tuple[dict[str, Any], np.ndarray | None]:
   """Counts every pixel of the evaluation split once.
 
@@ -40,6 +41,7 @@ def evaluate_variables(
     variables: `params` and `batch_stats`, on the devices.
     dataset: holds the split.
     config: of the run.
+    size: (height, width) to which all images are padded with void.
 
   Returns:
     The measures with the number of `images`, and a picture of the first ones
@@ -49,7 +51,7 @@ def evaluate_variables(
   devices = jax.device_count()
   iterator = make_eval_iterator(
     dataset.source(split),
-    size=dataset.max_size(split),
+    size=size,
     ignore_label=info.ignore_label,
     batch_size=-(-config.eval.batch_size // devices) * jax.local_device_count(),
     host=jax.process_index(),
@@ -127,6 +129,7 @@ def evaluate(
     distributed.replicate(variables),
     dataset,
     config,
+    model.padded_size(dataset.max_size(config.data.eval_split)),
   )
   result = {**measures, 'step': step}
   report(result, workdir)

@@ -1,6 +1,7 @@
 """Imports weights into a workdir, to evaluate, predict or train on."""
 
 import copy
+import functools
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -10,12 +11,21 @@ import ml_collections
 import optax
 
 from deeplab_jax import checkpoints, distributed, steps
-from deeplab_jax.config import dataset_arguments, get_config, to_json
+from deeplab_jax.config import (
+  dataset_arguments,
+  from_json,
+  get_config,
+  to_json,
+)
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo
 from deeplab_jax.data.load import load_dataset
 from deeplab_jax.errors import UserError, naming
 from deeplab_jax.models.deeplab import PRESETS, deeplab_v3
-from deeplab_jax.weights.load import Pretrained, open_pretrained
+from deeplab_jax.weights.load import (
+  Pretrained,
+  open_pretrained,
+  own_checkpoint,
+)
 from deeplab_jax.writers import write_json
 
 log = logging.getLogger(__name__)
@@ -38,12 +48,15 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(f'{pretrained.names}\npreset: {config.model.preset}')
     return
   _check_unused(workdir)
+  _adopt_data(config)
   info = _dataset_info(config, pretrained)
   with naming('config.model'):
     model = deeplab_v3(num_classes=info.num_classes, **config.model)
   # Without an optimizer: the state of any is the initial one at step 0.
   state = initialize(
-    pretrained, steps.create_state(model, optax.identity(), config.seed)
+    pretrained,
+    steps.create_state(model, optax.identity(), config.seed),
+    config,
   )
   with checkpoints.Checkpoints(workdir) as saved:
     saved.save(
@@ -51,7 +64,18 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
     )
   if distributed.is_first_process():
     write_json(workdir / 'config.json', to_json(config))
-    print(f'{workdir} holds the weights; --mode=eval and predict work on it')
+    print(f'{workdir} holds the weights for --mode=eval and --mode=predict')
+    if config.data == get_config().data:
+      print('eval needs a data set of these classes: --config.data.*')
+
+
+def _adopt_data(config: ml_collections.ConfigDict) -> None:
+  """Takes the data set of a run of this project, unless another was named."""
+  own = own_checkpoint(Path(config.init_from).expanduser())
+  if own and config.data == get_config().data:
+    saved = own[0] / 'config.json'
+    if saved.exists():
+      config.data.update(from_json(saved).data)
 
 
 def _check_unused(workdir: Path) -> None:
@@ -66,10 +90,16 @@ def _check_unused(workdir: Path) -> None:
 
 
 def initialize(
-  pretrained: Pretrained, state: steps.TrainState
+  pretrained: Pretrained,
+  state: steps.TrainState,
+  config: ml_collections.ConfigDict,
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and reports to the screen."""
-  variables, report = pretrained.merge_into(jax.device_get(state.variables))
+  allow = [name.strip() for name in config.init_allow.split(',') if name]
+  variables, report = pretrained.merge_into(
+    jax.device_get(state.variables), allow
+  )
+  _open.cache_clear()
   if distributed.is_first_process():
     preset = ' or '.join(pretrained.presets)
     log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
@@ -89,7 +119,7 @@ def open_source(
   """
   config = copy.deepcopy(config)
   config.init_from = config.init_from or _DEFAULT_SOURCE
-  pretrained = open_pretrained(config.init_from, backbone=config.model.backbone)
+  pretrained = _open(config.init_from, config.model.backbone)
   model = config.model
   model.preset = pretrained.preset_for(model.preset)
   epsilon = pretrained.settings.get(
@@ -111,6 +141,12 @@ def open_source(
   return pretrained, config
 
 
+@functools.lru_cache(maxsize=1)
+def _open(source: str, backbone: str) -> Pretrained:
+  """Reads a source once for its settings and its arrays."""
+  return open_pretrained(source, backbone=backbone)
+
+
 def adopt_settings(
   config: ml_collections.ConfigDict, said: Collection[str]
 ) -> None:
@@ -124,7 +160,7 @@ def adopt_settings(
   if 'model.backbone' in said:
     backbone = config.model.backbone
   source = config.init_from or _DEFAULT_SOURCE
-  settings = open_pretrained(source, backbone=backbone).settings
+  settings = _open(source, backbone).settings
   for key, value in {'aspp_features': 256, **settings}.items():
     if f'model.{key}' not in said:
       config.model[key] = value

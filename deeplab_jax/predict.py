@@ -15,13 +15,9 @@ from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.transforms import pad_to
 from deeplab_jax.errors import UserError, naming
-from deeplab_jax.models.deeplab import deeplab_v3
+from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 
 log = logging.getLogger(__name__)
-
-# Images are padded to multiples of this, so that a set of photos compiles for a
-# few sizes and not for each.
-_SIZE_STEP = 64
 
 
 def predict(
@@ -44,6 +40,8 @@ def predict(
   Raises:
     UserError: if there is no checkpoint or no readable image.
   """
+  if not distributed.is_first_process():
+    return []
   if not inputs:
     raise UserError(
       'no image given; name files, folders or globs behind the options'
@@ -62,7 +60,6 @@ def predict(
     variables = distributed.replicate(saved.restore_variables(step))
   with naming('config.model'):
     model = deeplab_v3(num_classes=info.num_classes, **config.model)
-  predict_step = steps.pmap_predict_step(model=model)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +69,7 @@ def predict(
     ) from error
   targets = _targets(paths, folder)
   written = []
-  for path, image, label in _segment(predict_step, variables, paths):
+  for path, image, label in _segment(model, variables, paths):
     _write(targets[path], path, image, label, info)
     written.append(targets[path])
   if not written:
@@ -100,11 +97,13 @@ def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _segment(
-  predict_step: Any, variables: dict[str, Any], paths: Sequence[Path]
+  model: DeepLabV3, variables: dict[str, Any], paths: Sequence[Path]
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
   """Yields path, image [H, W, 3] and classes [H, W], a device group a time."""
+  predict_step = steps.pmap_predict_step(model=model)
   devices = jax.local_device_count()
   group: list[tuple[Path, np.ndarray]] = []
+  size = None
   for path in [*paths, None]:
     image = None
     if path is not None:
@@ -113,12 +112,11 @@ def _segment(
       except UserError as error:
         log.warning('%s; left out', error)
         continue
-    full = len(group) == devices
-    if group and (
-      image is None or full or _padded_size(image) != _padded_size(group[0][1])
-    ):
-      yield from _segment_group(predict_step, variables, group, devices)
+    own = None if image is None else model.padded_size(image.shape[:2])
+    if group and (own != size or len(group) == devices):
+      yield from _segment_group(predict_step, variables, group, size)
       group = []
+    size = own
     if image is not None:
       group.append((path, image))
 
@@ -127,21 +125,15 @@ def _segment_group(
   predict_step: Any,
   variables: dict[str, Any],
   group: list[tuple[Path, np.ndarray]],
-  devices: int,
+  size: tuple[int, int],
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-  size = _padded_size(group[0][1])
-  batch = np.zeros((devices, 1, *size, 3), np.uint8)
+  batch = np.zeros((jax.local_device_count(), 1, *size, 3), np.uint8)
   for row, (_, image) in enumerate(group):
     label = np.zeros(image.shape[:2], np.uint8)
     batch[row, 0] = pad_to(image, label, size)[0]
   labels = distributed.unshard(predict_step(variables, batch))
   for (path, image), label in zip(group, labels, strict=False):
     yield path, image, label[: image.shape[0], : image.shape[1]]
-
-
-def _padded_size(image: np.ndarray) -> tuple[int, int]:
-  height, width = (-(-n // _SIZE_STEP) * _SIZE_STEP for n in image.shape[:2])
-  return height, width
 
 
 def _write(

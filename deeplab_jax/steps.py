@@ -42,10 +42,6 @@ def create_state(
 ) -> TrainState:
   """Initial state: fresh variables, drawn from `seed` alone."""
 
-  # It runs once: optimising it takes 25 s of compiling on CPU for nothing.
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-  )
   def create(key: jax.Array) -> TrainState:
     # The size matters to no parameter.
     variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
@@ -56,7 +52,11 @@ def create_state(
       opt_state=optimizer.init(variables['params']),
     )
 
-  return create(jax.random.key(seed))
+  # It runs once: optimising it takes 25 s of compiling on CPU for nothing.
+  options = None
+  if jax.default_backend() == 'cpu':
+    options = {'xla_backend_optimization_level': 0}
+  return jax.jit(create, compiler_options=options)(jax.random.key(seed))
 
 
 def train_step(

@@ -142,6 +142,7 @@ class _Training:
       freeze_bn=train.freeze_bn,
     )
     self.eval_step = evaluate.make_eval_step(model, dataset)
+    self.eval_size = model.padded_size(dataset.max_size(config.data.eval_split))
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -168,7 +169,7 @@ class _Training:
       log.info('continuing from step %d', latest)
       state = self.saved.restore(latest, state)
     elif pretrained is not None:
-      state = import_weights.initialize(pretrained, state)
+      state = import_weights.initialize(pretrained, state, self.config)
     return distributed.replicate(state)
 
   def run(self) -> None:
@@ -247,7 +248,11 @@ class _Training:
           raise UserError(
             f'{name} is {value} at step {step}; lower'
             ' config.optimizer.learning_rate or set config.optimizer.clip_norm.'
-            + (f' The checkpoint of step {kept} is kept' if kept else '')
+            + (
+              f' The checkpoint of step {kept} is kept'
+              if kept is not None
+              else ''
+            )
           )
     self.pending.clear()
     return values
@@ -267,7 +272,11 @@ class _Training:
   ) -> None:
     self._check_finite()
     measures, picture = evaluate.evaluate_variables(
-      self.eval_step, self.state.variables, self.dataset, self.config
+      self.eval_step,
+      self.state.variables,
+      self.dataset,
+      self.config,
+      self.eval_size,
     )
     self.saved.save(self.state, {**self.description, 'measures': measures})
     scalars = {k: v for k, v in measures.items() if isinstance(v, float)}

@@ -19,8 +19,8 @@ def get_config():
   config.data.scale = (0.75, 1.5)
   config.data.crop_size = (241, 321)
   config.train.batch_size = 8
-  config.train.steps = 550
-  config.train.eval_every = 275
+  config.train.steps = 750
+  config.train.eval_every = 250
   config.train.log_every = 10
   config.optimizer.name = 'adam'
   config.optimizer.learning_rate = 0.003

@@ -179,6 +179,7 @@ MODEL = {
   'backbone': 'resnet18',
   'width': 0.5,
   'output_stride': 16,
+  'multi_grid': [1, 2, 4],
   'aspp_features': 8,
   'aspp_rates': [6, 12, 18],
 }
@@ -191,9 +192,11 @@ DATASET = {'classes': ['a', 'b'], 'name': 'x'}
     ({'backbone': 'resnet34'}, 'ab', 'backbone resnet18 there, resnet34 asked'),
     ({'width': 1.0}, 'ab', 'width 0.5 there, 1.0 asked for'),
     ({'aspp_features': 16}, 'ab', 'aspp_features 8 there, 16 asked for'),
-    ({'aspp_rates': [6]}, 'ab', 'aspp_rates'),
+    ({'aspp_rates': [6, 12, 24]}, 'ab', 'aspp_rates'),
+    ({'multi_grid': [1, 1, 1]}, 'ab', 'multi_grid'),
     ({'preset': 'keras'}, 'ab', 'preset paper there, keras asked for'),
     ({}, 'abc', 'num_classes 2 there, 3 asked for'),
+    ({}, 'ac', "class 'b' there, 'c' asked for"),
   ],
 )
 def test_another_architecture_is_named(changes, classes, words):
@@ -203,6 +206,6 @@ def test_another_architecture_is_named(changes, classes, words):
 
 
 def test_settings_that_shape_no_variable_may_differ():
-  asked = {**MODEL, 'output_stride': 8, 'aspp_rates': (12, 24, 36)}
+  asked = {**MODEL, 'output_stride': 8, 'aspp_rates': (6, 12, 18)}
   saved = json.loads(json.dumps(describe(MODEL, DATASET)))
   check_same_architecture(saved, describe(asked, DATASET), 'w')

@@ -30,7 +30,7 @@ def test_shard_and_unshard_keep_the_order():
 
 def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
   monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
-  monkeypatch.setenv('SLURM_NTASKS', '1')
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
   distributed.initialize()
   assert not jax.distributed.is_initialized()
 

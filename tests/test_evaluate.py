@@ -15,6 +15,11 @@ from deeplab_jax.data.transforms import pad_to
 from deeplab_jax.errors import UserError
 
 
+def padded_size(size, stride=16):
+  """Whole strides and one pixel, as 513: where aligned corners are exact."""
+  return tuple(1 + stride * ((n + stride - 2) // stride) for n in size)
+
+
 def plain_measures(config, dataset, variables):
   """One image at a time, counted by numpy."""
   split, classes = config.data.eval_split, dataset.info.num_classes
@@ -25,7 +30,7 @@ def plain_measures(config, dataset, variables):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
     height, width = label.shape
-    padded = pad_to(image, label, dataset.max_size(split))[0]
+    padded = pad_to(image, label, padded_size(dataset.max_size(split)))[0]
     logits = np.asarray(apply(padded[None]))[0, :height, :width]
     valid = label != 255
     pairs = (label[valid], logits.argmax(-1)[valid])
@@ -49,6 +54,7 @@ def test_evaluation_equals_a_loop_over_the_images(trained, split, batch_size):
     distributed.replicate(variables),
     dataset,
     config,
+    model.padded_size(dataset.max_size(split)),
   )
   assert measures.pop('images') == {'val': 3, 'train': 6}[split]
   expected = plain_measures(config, dataset, variables)
@@ -69,7 +75,9 @@ def test_picture_holds_as_many_rows_as_asked_for(trained, panels):
     del variables
     return np.zeros((4, 4), np.int32) + 1, batch['label'] * 0
 
-  _, picture = evaluate.evaluate_variables(eval_step, {}, dataset, config)
+  _, picture = evaluate.evaluate_variables(
+    eval_step, {}, dataset, config, dataset.max_size('val')
+  )
   if panels == 0:
     assert picture is None
   else:

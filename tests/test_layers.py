@@ -119,3 +119,17 @@ def test_pooling_pads_as_asked(padding, size, expected):
     assert y.shape == (1, 3, 3, 1)
     line = y.transpose(axes)[0, 1, :, 0]
     np.testing.assert_array_equal(line, expected)
+
+
+@pytest.mark.parametrize('upsampling', ['align_corners', 'asymmetric'])
+@pytest.mark.parametrize(('size', 'stride'), [(360, 8), (513, 16), (17, 32)])
+def test_at_an_aligned_size_features_return_to_their_pixels(
+  size, stride, upsampling
+):
+  padded = layers.aligned_size(size, stride, upsampling)
+  assert size <= padded < size + stride
+  count = -(-padded // stride)
+  x = np.random.default_rng(0).normal(size=(1, count, count, 2))
+  x = x.astype(np.float32)
+  y = layers.resize_bilinear(jnp.asarray(x), (padded, padded), upsampling)
+  np.testing.assert_allclose(y[:, ::stride, ::stride], x, atol=1e-5)

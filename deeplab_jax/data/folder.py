@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import re
@@ -26,10 +27,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from deeplab_jax import errors
 from deeplab_jax.data import datasets, images, records
+
+log = logging.getLogger(__name__)
 
 ON_BAD_IMAGE = ('stop', 'skip')
 
@@ -156,7 +158,7 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
           raise errors.UserError(
             f"{error}, or set config.data.on_bad_image='skip'"
           ) from error
-        logging.warning(
+        log.warning(
           'Skipped %r of split %r: %s', item.name, config.split, error
         )
         continue

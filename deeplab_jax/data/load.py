@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import logging
 import pathlib
 import shutil
 import sys
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
 from deeplab_jax import errors
 from deeplab_jax.data import datasets, folder, shapes
+
+log = logging.getLogger(__name__)
 
 # What a loader gives: for every split the TFDS builder that holds its records.
 Builders = dict[str, tfds.core.DatasetBuilder]
@@ -179,7 +182,7 @@ def _prepared(
       return builder
     for leftover in path.parent.glob('incomplete.*'):
       shutil.rmtree(leftover, ignore_errors=True)
-    logging.info('Preparing %s, once', path)
+    log.info('Preparing %s, once', path)
     builder.download_and_prepare(file_format='array_record')
     # read back, as every later run will
     builder = builder_class(data_dir=prepared_dir, config=config)
@@ -192,7 +195,7 @@ def _report_older(home: pathlib.Path, config: folder.FolderConfig) -> None:
   """Logs which other preparations of the same split lie in `home`."""
   for other in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}')):
     if other.name != config.name:
-      logging.info(
+      log.info(
         '%s was prepared from another state of the same source or with other '
         'options; remove it if it is not needed',
         other,
@@ -214,7 +217,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info('Waiting for another process that prepares %s', path.stem)
+      log.info('Waiting for another process that prepares %s', path.stem)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -228,7 +231,7 @@ def _quiet() -> Iterator[None]:
   """
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
-  logger = logging.get_absl_logger()
+  logger = absl_logging.get_absl_logger()
   logger.addFilter(_is_for_users)
   try:
     with contextlib.redirect_stdout(io.StringIO()):

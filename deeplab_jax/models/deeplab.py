@@ -16,6 +16,7 @@ from deeplab_jax.models.layers import (
   POOL_PADDINGS,
   UPSAMPLINGS,
   Conv,
+  aligned_size,
   check_choice,
   resize_bilinear,
 )
@@ -49,6 +50,12 @@ class DeepLabV3(nn.Module):
   mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
   std: tuple[float, float, float] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
+
+  def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) to pad images to for exact upsampling."""
+    stride = self.backbone.output_stride
+    height, width = (aligned_size(n, stride, self.upsampling) for n in size)
+    return height, width
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -201,7 +208,7 @@ def deeplab_v3(
     units,
     unit,
     output_stride=output_stride,
-    multi_grid=tuple(multi_grid)[: units[3]],
+    multi_grid=tuple(multi_grid)[:2] if units[3] == 2 else tuple(multi_grid),
     width=width,
     stride_unit=settings['stride_unit'],
     conv_bias=settings['conv_bias'],

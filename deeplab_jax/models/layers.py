@@ -42,7 +42,7 @@ def conv2d(
   """
   if kernel.shape[:2] == (1, 1):
     return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  if stride == 1 and rate >= _TAPS_FROM_RATE:
+  if stride == 1 and rate >= _TAPS_FROM_RATE and _on_cpu():
     return _conv2d_by_taps(x, kernel, rate)
   pad = rate * (kernel.shape[0] - 1) // 2
   return lax.conv_general_dilated(
@@ -55,8 +55,13 @@ def conv2d(
   )
 
 
-def _matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))
+def _on_cpu() -> bool:
+  return jax.default_backend() == 'cpu'
+
+
+def _matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
+  dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+  return lax.dot_general(x, matrix, dimensions, preferred_element_type=dtype)
 
 
 def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, rate: int) -> jax.Array:
@@ -75,7 +80,7 @@ def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, rate: int) -> jax.Array:
         max(dx, 0) : width + min(dx, 0),
       ]
       placed = jnp.pad(
-        _matmul(window, kernel[i, j]),
+        _matmul(window, kernel[i, j], jnp.promote_types(x.dtype, jnp.float32)),
         (
           (0, 0),
           (max(-dy, 0), max(dy, 0)),
@@ -84,7 +89,7 @@ def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, rate: int) -> jax.Array:
         ),
       )
       total = placed if total is None else total + placed
-  return total
+  return total.astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -197,6 +202,17 @@ def resize_bilinear(
         axis,
       )
   return x
+
+
+def aligned_size(size: int, output_stride: int, upsampling: str) -> int:
+  """Smallest size from `size` on whose upsampling is exact.
+
+  There every feature pixel comes back to the image pixel that it was computed
+  at: multiples of the output stride, and one more with aligned corners. At
+  other sizes the logits are stretched, by up to a stride at the far edge.
+  """
+  extra = 1 if upsampling == 'align_corners' else 0
+  return -(-(size - extra) // output_stride) * output_stride + extra
 
 
 def _interpolation_matrix(size: int, out: int, upsampling: str) -> np.ndarray:

@@ -185,7 +185,7 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
     path = hub_file(source.removeprefix('hf://'))
   else:
     path = Path(source).expanduser()
-  own = _own_checkpoint(path)
+  own = own_checkpoint(path)
   if own:
     return _open_own(source, *own)
   with unpacked(path) as file:
@@ -226,7 +226,7 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   return settings
 
 
-def _own_checkpoint(path: Path) -> tuple[Path, str] | None:
+def own_checkpoint(path: Path) -> tuple[Path, str] | None:
   """The workdir and the name of the step, if `path` is of this project."""
   if (path / 'checkpoints').is_dir():
     return path, 'best'
@@ -248,6 +248,8 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   arrays = {path: np.asarray(array) for path, array in arrays.items()}
   model = metadata['model']
   settings = {key: model[key] for key in ('backbone', 'width', 'aspp_features')}
+  for key in ('multi_grid', 'aspp_rates'):
+    settings[key] = tuple(model[key])
   if model.get('bn_epsilon'):
     settings['bn_epsilon'] = model['bn_epsilon']
   return Pretrained(
