@@ -4,6 +4,7 @@ python -m deeplab_jax.main --config=experiments/camvid_resnet18.py \
   --config.data.dir=CAMVID --workdir=WORKDIR
 
 CAMVID is the SegNet split (367 train, 101 val, 11 classes) in VOC layout.
+Validation mIoU 53.5 and pixel accuracy 89.5, see RESULTS.md.
 """
 
 from deeplab_jax import config as default
