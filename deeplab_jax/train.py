@@ -23,6 +23,7 @@ from deeplab_jax.data import transforms
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.errors import UserError, naming
+from deeplab_jax.metrics import format_table
 from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.optimizers import make_optimizer, poly_schedule
 from deeplab_jax.signals import StopSignal
@@ -279,6 +280,7 @@ class _Training:
       self.eval_size,
     )
     self.saved.save(self.state, {**self.description, 'measures': measures})
+    writer.text(step, 'eval_table', format_table(measures))
     scalars = {k: v for k, v in measures.items() if isinstance(v, float)}
     writer.scalars(step, {f'eval_{k}': v for k, v in scalars.items()})
     if picture is not None and distributed.is_first_process():

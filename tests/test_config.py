@@ -132,7 +132,7 @@ def test_replaced_section_is_named(section, words):
 @pytest.mark.parametrize(
   'key, words',
   [
-    ('nokey', 'unknown key config.nokey; config has data, eval, init_from'),
+    ('nokey', 'unknown key config.nokey; config has data, eval, init_allow'),
     (
       'train.step',
       'unknown key config.train.step; config.train has ',
