@@ -1,3 +1,5 @@
+import contextlib
+import logging
 import os
 import pathlib
 import shutil
@@ -7,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 from deeplab_jax import errors
@@ -127,23 +128,21 @@ def test_changed_source_is_prepared_again(voc_folder, prepared, change):
     assert stored[b'val_0'] == file.read_bytes()
 
 
-class _log:
-  """Collects the lines logged by absl."""
-
-  def __enter__(self):
-    self._lines = []
-    self._verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_logger().addFilter(self._keep)
-    return self._lines
-
-  def __exit__(self, *unused):
-    logging.get_absl_logger().removeFilter(self._keep)
-    logging.set_verbosity(self._verbosity)
-
-  def _keep(self, record):
-    self._lines.append(record.getMessage())
-    return False
+@contextlib.contextmanager
+def _log():
+  """Collects the lines that the package logs."""
+  lines = []
+  logger = logging.getLogger('deeplab_jax')
+  handler = logging.Handler(logging.INFO)
+  handler.emit = lambda record: lines.append(record.getMessage())
+  level = logger.level
+  logger.setLevel(logging.INFO)
+  logger.addHandler(handler)
+  try:
+    yield lines
+  finally:
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 _SCRIPT = """

@@ -160,8 +160,8 @@ def test_run_leaves_its_files(trained):
   assert [x['step'] for x in lines if 'loss' in x] == [1, 2, 3, 4, 5, 6]
   scores = {x['step']: x['eval_miou'] for x in lines if 'eval_miou' in x}
   assert list(scores) == [2, 4, 6]
-  best = max(scores, key=scores.get)
-  assert result['step'] == best and result['miou'] == scores[best]
+  best = result['step']
+  assert result['miou'] == scores[best] == max(scores.values())
   kept = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
   assert kept == {best, 6}
   panels = sorted((workdir / 'panels').iterdir())

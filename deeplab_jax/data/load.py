@@ -182,7 +182,6 @@ def _prepared(
       return builder
     for leftover in path.parent.glob('incomplete.*'):
       shutil.rmtree(leftover, ignore_errors=True)
-    log.info('Preparing %s, once', path)
     builder.download_and_prepare(file_format='array_record')
     # read back, as every later run will
     builder = builder_class(data_dir=prepared_dir, config=config)
