@@ -40,8 +40,6 @@ def predict(
   Raises:
     UserError: if there is no checkpoint or no readable image.
   """
-  if not distributed.is_first_process():
-    return []
   if not inputs:
     raise UserError(
       'no image given; name files, folders or globs behind the options'
@@ -58,6 +56,9 @@ def predict(
       workdir,
     )
     variables = distributed.replicate(saved.restore_variables(step))
+  # Only now: all processes restore together.
+  if not distributed.is_first_process():
+    return []
   with naming('config.model'):
     model = deeplab_v3(num_classes=info.num_classes, **config.model)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
