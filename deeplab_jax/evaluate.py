@@ -78,7 +78,7 @@ def evaluate_variables(
     raise UserError(
       f'config.data.eval_split={split} has no pixel with a class to count'
     )
-  measures['images'] = dataset.num_images(split)
+  measures['images'] = dataset.tally(split).num_images
   rows = rows[: config.eval.panels]
   picture = None
   if rows:
@@ -129,7 +129,7 @@ def evaluate(
     distributed.replicate(variables),
     dataset,
     config,
-    model.padded_size(dataset.max_size(config.data.eval_split)),
+    model.padded_size(dataset.tally(config.data.eval_split).max_size),
   )
   result = {**measures, 'step': step}
   report(result, workdir)

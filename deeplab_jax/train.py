@@ -143,7 +143,9 @@ class _Training:
       freeze_bn=train.freeze_bn,
     )
     self.eval_step = evaluate.make_eval_step(model, dataset)
-    self.eval_size = model.padded_size(dataset.max_size(config.data.eval_split))
+    self.eval_size = model.padded_size(
+      dataset.tally(config.data.eval_split).max_size
+    )
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -161,7 +163,7 @@ class _Training:
       '%s, %.1f million parameters, %d images',
       self.config.model.backbone,
       count / 1e6,
-      self.dataset.num_images(self.config.data.train_split),
+      self.dataset.tally(self.config.data.train_split).num_images,
     )
     if latest == 0:  # imported: the optimizer starts afresh
       log.info('starting from the weights imported into %s', self.workdir)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from deeplab_jax.disk import replacing
+
 VOID_COLOR = (224, 224, 192)
 _PAPER = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -198,15 +200,8 @@ def save_png(path: str | os.PathLike, rgb: np.ndarray) -> None:
 
 
 def _save(path: str | os.PathLike, picture: Image.Image) -> None:
-  folder, name = os.path.split(os.fspath(path))
-  temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
-  try:
+  with replacing(path) as temporary:
     picture.save(temporary, format='PNG')
-    os.replace(temporary, path)
-  except BaseException:
-    if os.path.exists(temporary):
-      os.remove(temporary)
-    raise
 
 
 def _checked(

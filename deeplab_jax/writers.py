@@ -6,11 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 import numpy as np
 from tqdm import tqdm
+
+from deeplab_jax.disk import replacing
 
 
 class Writer:
@@ -223,16 +226,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def _replace(path: str | os.PathLike, text: str) -> None:
-  folder, name = os.path.split(os.fspath(path))
-  temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.write(text)
-    os.replace(temporary, path)
-  except BaseException:
-    if os.path.exists(temporary):
-      os.remove(temporary)
-    raise
+  with replacing(path) as temporary:
+    Path(temporary).write_text(text, encoding='utf-8')
 
 
 def _drop_lines(path: str, start_step: int | None) -> None:

@@ -8,9 +8,9 @@ import types
 import numpy as np
 import pytest
 
+from deeplab_jax import download as module
+from deeplab_jax.download import download
 from deeplab_jax.errors import UserError
-from deeplab_jax.weights import download as module
-from deeplab_jax.weights.download import download
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -30,7 +30,7 @@ def plain_measures(config, dataset, variables):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
     height, width = label.shape
-    padded = pad_to(image, label, padded_size(dataset.max_size(split)))[0]
+    padded = pad_to(image, label, padded_size(dataset.tally(split).max_size))[0]
     logits = np.asarray(apply(padded[None]))[0, :height, :width]
     valid = label != 255
     pairs = (label[valid], logits.argmax(-1)[valid])
@@ -54,7 +54,7 @@ def test_evaluation_equals_a_loop_over_the_images(trained, split, batch_size):
     distributed.replicate(variables),
     dataset,
     config,
-    model.padded_size(dataset.max_size(split)),
+    model.padded_size(dataset.tally(split).max_size),
   )
   assert measures.pop('images') == {'val': 3, 'train': 6}[split]
   expected = plain_measures(config, dataset, variables)
@@ -62,7 +62,7 @@ def test_evaluation_equals_a_loop_over_the_images(trained, split, batch_size):
   for key, value in expected.items():
     # Rounding may tip a pixel of some thousands over to another class.
     assert measures[key] == pytest.approx(value, abs=2e-3), key
-  rows = dataset.num_images(split)
+  rows = dataset.tally(split).num_images
   assert picture.shape[0] > rows * 40 and picture.dtype == np.uint8
 
 
@@ -76,7 +76,7 @@ def test_picture_holds_as_many_rows_as_asked_for(trained, panels):
     return np.zeros((4, 4), np.int32) + 1, batch['label'] * 0
 
   _, picture = evaluate.evaluate_variables(
-    eval_step, {}, dataset, config, dataset.max_size('val')
+    eval_step, {}, dataset, config, dataset.tally('val').max_size
   )
   if panels == 0:
     assert picture is None

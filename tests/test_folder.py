@@ -26,7 +26,7 @@ def _load(source, prepared, **options):
 
 def _prepared(prepared):
   return sorted(
-    path.parent for path in (prepared / 'folder_segmentation').glob('*/1.0.0')
+    path.parent for path in (prepared / 'folder_segmentation').glob('*/1.1.0')
   )
 
 
@@ -54,7 +54,7 @@ def test_folder_is_stored_as_it_lies(voc_folder, prepared):
   assert data.info.palette.tolist() == [[10, 20, 30], [200, 0, 0], [0, 200, 0]]
   for split, count in (('train', 6), ('val', 3)):
     records = list(data.source(split))
-    assert data.num_images(split) == len(records) == count
+    assert data.tally(split).num_images == len(records) == count
     sizes = []
     for record in records:
       name = record['name'].decode()
@@ -67,7 +67,7 @@ def test_folder_is_stored_as_it_lies(voc_folder, prepared):
     assert {r['name'].decode() for r in records} == {
       f'{split}_{index}' for index in range(count)
     }
-    assert data.max_size(split) == tuple(np.max(sizes, axis=0))
+    assert data.tally(split).max_size == tuple(np.max(sizes, axis=0))
 
 
 def test_prepared_once_and_reused_after(voc_folder, prepared, monkeypatch):
@@ -75,7 +75,7 @@ def test_prepared_once_and_reused_after(voc_folder, prepared, monkeypatch):
   monkeypatch.setattr(folder, '_check', None)  # a second preparation would fail
   again = _load(voc_folder, prepared)
   assert again.info.classes == first.info.classes
-  assert again.max_size('val') == first.max_size('val')
+  assert again.tally('val').max_size == first.tally('val').max_size
   assert again.source('val')[0] == first.source('val')[0]
 
 
@@ -121,7 +121,7 @@ def test_changed_source_is_prepared_again(voc_folder, prepared, change):
   if change is _rename_class:
     assert data.info.classes[2] == 'other'
   if change is _shorten_list:
-    assert data.num_images('val') == 2
+    assert data.tally('val').num_images == 2
   if change is _change_image:
     stored = {r['name']: r['image'] for r in data.source('val')}
     file = voc_folder / 'JPEGImages' / 'val_0.jpg'
@@ -160,7 +160,7 @@ def counted(*args):
 folder._check = counted
 data = load.load_dataset('folder', directory=sys.argv[1],
                          prepared_dir=sys.argv[2])
-assert (data.num_images('train'), len(data.source('val'))) == (6, 3)
+assert (data.tally('train').num_images, len(data.source('val'))) == (6, 3)
 print(count)
 """
 
@@ -190,7 +190,7 @@ def test_killed_preparation_leaves_nothing_in_use(voc_folder, prepared):
   leftovers = list(prepared.rglob('incomplete.*'))
   assert leftovers and not _prepared(prepared)
   data = _load(voc_folder, prepared)
-  assert data.num_images('train') == 6 and len(_prepared(prepared)) == 2
+  assert data.tally('train').num_images == 6 and len(_prepared(prepared)) == 2
   assert not list(prepared.rglob('incomplete.*'))
 
 
@@ -199,7 +199,7 @@ def test_lists_may_have_blanks_and_windows_line_ends(voc_folder, prepared):
   (lists / 'val.txt').write_bytes(b'\xef\xbb\xbf val_0 \r\n\r\nval_2\r\n\r\n')
   (voc_folder / 'classes.txt').write_bytes(b'ground\r\nleft\r\nright\r\n\r\n')
   data = _load(voc_folder, prepared)
-  assert data.num_images('val') == 2
+  assert data.tally('val').num_images == 2
   assert data.info.classes == ('ground', 'left', 'right')
 
 
@@ -229,7 +229,7 @@ def test_gray_labels_take_the_voc_palette(voc_folder, prepared):
 def test_only_the_splits_asked_for_are_prepared(voc_folder, prepared):
   (voc_folder / 'JPEGImages' / 'val_0.jpg').unlink()
   data = _load(voc_folder, prepared, splits=('train', 'train'))
-  assert data.num_images('train') == 6
+  assert data.tally('train').num_images == 6
   with pytest.raises(errors.UserError, match=r"'val'.*train"):
     data.source('val')
 
@@ -304,7 +304,7 @@ def test_truncated_file_stops_or_is_skipped(voc_folder, prepared, file):
   with _log() as lines:
     data = _load(voc_folder, prepared, on_bad_image='skip')
   assert any(str(path) in line and 'Skipped' in line for line in lines)
-  assert data.num_images('train') == len(data.source('train')) == 5
+  assert data.tally('train').num_images == len(data.source('train')) == 5
   names = {record['name'] for record in data.source('train')}
   assert b'train_2' not in names
 
@@ -347,9 +347,11 @@ def test_place_that_cannot_be_written_is_named(voc_folder, tmp_path):
 @pytest.mark.skipif(not _CAMVID.is_dir(), reason=f'{_CAMVID} is not here')
 def test_camvid_is_prepared_whole(prepared):
   data = _load(_CAMVID, prepared)
-  assert data.num_images('train') == len(data.source('train')) == 367
-  assert data.num_images('val') == len(data.source('val')) == 101
-  assert data.max_size('train') == data.max_size('val') == (360, 480)
+  assert data.tally('train').num_images == len(data.source('train')) == 367
+  assert data.tally('val').num_images == len(data.source('val')) == 101
+  assert (
+    data.tally('train').max_size == data.tally('val').max_size == (360, 480)
+  )
   assert data.info.num_classes == 11
   seen = np.zeros(256, np.int64)
   for record in data.source('val'):

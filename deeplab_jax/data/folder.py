@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -128,7 +127,7 @@ def make_config(
 class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
   """TFDS builder of one split of a folder; takes a `FolderConfig`."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   code_path = None  # no checksums to look for; TFDS fails where it looks
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -149,7 +148,7 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
     config = self.builder_config
-    sizes = []
+    tally = records.Tally(len(config.classes), config.ignore_label)
     for item in config.items:
       try:
         image, label = _check(item, len(config.classes), config.ignore_label)
@@ -162,22 +161,23 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
           'Skipped %r of split %r: %s', item.name, config.split, error
         )
         continue
-      sizes.append(label.shape)
-      record = {
-        'image': io.BytesIO(image),
-        'label': io.BytesIO(images.encode_label(label)),
-        'name': item.name,
-      }
-      yield item.name, record
-    if not sizes:
+      tally.add(label)
+      yield (
+        item.name,
+        records.make_record(
+          item.name,
+          item.image.name,
+          image,
+          images.encode_label(label),
+          label.shape,
+        ),
+      )
+    if not tally.num_images:
       raise errors.UserError(
         f'{_list_path(config.directory, config.split)}: every listed image is '
         'unreadable; see the warnings above'
       )
-    self.info.metadata['splits'][config.split] = {
-      'num_images': len(sizes),
-      'max_size': np.max(sizes, axis=0).tolist(),
-    }
+    self.info.metadata['splits'][config.split] = tally.to_json()
 
 
 def _check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import logging
 import pathlib
@@ -16,8 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from deeplab_jax import errors
-from deeplab_jax.data import datasets, folder, shapes
+from deeplab_jax import disk, errors
+from deeplab_jax.data import datasets, folder, records, shapes
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +48,10 @@ class Dataset:
       split, decoders={'image': skip, 'label': skip}
     )
 
-  def num_images(self, split: str) -> int:
-    """Returns the number of images of a split."""
-    return self._builder(split).info.metadata['splits'][split]['num_images']
-
-  def max_size(self, split: str) -> tuple[int, int]:
-    """Returns the largest height and the largest width in a split."""
+  def tally(self, split: str) -> records.Tally:
+    """Returns what a split holds: images, sizes, pixels of each class."""
     metadata = self._builder(split).info.metadata
-    height, width = metadata['splits'][split]['max_size']
-    return height, width
+    return records.Tally.from_json(metadata['splits'][split])
 
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:
@@ -113,7 +107,7 @@ def load_dataset(
   info = datasets.DatasetInfo.from_json(any_builder.info.metadata['info'])
   dataset = Dataset(info, builders)
   for split in splits:
-    dataset.num_images(split)  # fails early
+    dataset.tally(split)  # fails early
   return dataset
 
 
@@ -203,21 +197,15 @@ def _report_older(home: pathlib.Path, config: folder.FolderConfig) -> None:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Holds an exclusive lock between processes, freed even by a kill."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open('w')
-  except OSError as error:
-    raise errors.UserError(
-      f'{path.parent}: cannot be written ({error.strerror}); set '
-      'config.data.prepared_dir to another folder'
-    ) from error
-  with file:
+  """`disk.locked`, whose failure names the setting."""
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      log.info('Waiting for another process that prepares %s', path.stem)
-      fcntl.flock(file, fcntl.LOCK_EX)
+      stack.enter_context(disk.locked(path))
+    except OSError as error:
+      raise errors.UserError(
+        f'{path.parent}: cannot be written ({error.strerror}); set '
+        'config.data.prepared_dir to another folder'
+      ) from error
     yield
 
 

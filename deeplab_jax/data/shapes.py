@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,22 +53,14 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class ShapesSegmentation(tfds.core.GeneratorBasedBuilder):
   """TFDS builder of the embedded data set."""
 
-  VERSION = tfds.core.Version('1.0.0')  # a new one for every new look
+  VERSION = tfds.core.Version('1.1.0')  # a new one for every new look
   code_path = None  # no checksums to look for; TFDS fails where it looks
 
   def _info(self) -> tfds.core.DatasetInfo:
     return records.records_info(self)
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-    config = self.builder_config
-    size = [config.height, config.width]
-    self.info.metadata.update(
-      info=_INFO.to_json(),
-      splits={
-        split: {'num_images': getattr(config, split), 'max_size': size}
-        for split in ('train', 'val')
-      },
-    )
+    self.info.metadata.update(info=_INFO.to_json(), splits={})
     return {split: self._generate_examples(split) for split in ('train', 'val')}
 
   def _generate_examples(
@@ -77,19 +68,22 @@ class ShapesSegmentation(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     config = self.builder_config
     stream = ('train', 'val').index(split)
+    tally = records.Tally(_INFO.num_classes, _INFO.ignore_label)
     for index in range(getattr(config, split)):
       # a seed per scene: a longer split begins with the same scenes
       rng = np.random.default_rng((config.seed, stream, index))
       image, label = generate_scene(rng, (config.height, config.width))
       name = f'{split}_{index:05d}'
-      yield (
+      tally.add(label)
+      record = records.make_record(
         name,
-        {
-          'image': io.BytesIO(images.encode_image(image)),
-          'label': io.BytesIO(images.encode_label(label)),
-          'name': name,
-        },
+        f'{name}.png',
+        images.encode_image(image),
+        images.encode_label(label),
+        label.shape,
       )
+      yield name, record
+    self.info.metadata['splits'][split] = tally.to_json()
 
 
 def generate_scene(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deeplab_jax.download import download
 from deeplab_jax.errors import UserError
-from deeplab_jax.weights.download import download
 from deeplab_jax.weights.files import kind_of, unpacked
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import (

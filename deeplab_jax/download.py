@@ -1,7 +1,5 @@
 """Files from the web: fetched once, in parts if need be, never half."""
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import http.client
@@ -9,10 +7,10 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deeplab_jax.disk import locked
 from deeplab_jax.errors import UserError
 
 _CHUNK = 1 << 20
@@ -45,7 +43,7 @@ def download(url: str, md5: str, directory: str | Path | None = None) -> Path:
   path = folder / url.rpartition('/')[2]
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f'.{path.name}.lock'):
+    with locked(folder / f'.{path.name}.lock'):
       if not (path.exists() and _md5(path) == md5):
         _fetch(url, path, md5)
   except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
@@ -160,11 +158,3 @@ def _md5(path: Path) -> str:
     # it guards against accidents alone, so FIPS systems may allow it
     digest = functools.partial(hashlib.md5, usedforsecurity=False)
     return hashlib.file_digest(file, digest).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-  """Makes a second process wait for the first; freed even by a kill."""
-  with path.open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
