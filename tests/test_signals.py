@@ -17,6 +17,15 @@ def test_signal_is_noted_and_gives_the_status_of_the_shell(number):
   assert stop.exit_status(3) == 128 + number
 
 
+@pytest.fixture
+def interruptible():
+  """Python's own handler of SIGINT; a shell's background job ignores it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('interruptible')
 def test_second_signal_meets_the_handler_from_before():
   with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGINT)
