@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deeplab_jax.losses import softmax_cross_entropy
+from deeplab_jax.losses import (
+  median_frequency_weights,
+  softmax_cross_entropy,
+)
 
 
 def test_loss_of_each_pixel_equals_the_numpy_formula_and_void_is_zero():
@@ -44,3 +47,23 @@ def test_huge_logits_do_not_overflow():
   logits = jnp.asarray([[1e4, -1e4], [-1e4, 1e4]])
   losses = softmax_cross_entropy(logits, jnp.asarray([0, 0]))
   np.testing.assert_allclose(losses, [0, 2e4])
+
+
+def test_median_frequency_weights_of_a_set_counted_by_hand():
+  # Images of 10 pixels: one of 8 and 2 of the classes 0 and 1, one of class 0
+  # alone, one of 5 and 5 of the classes 0 and 3. Frequencies 23/30, 2/10, 5/10.
+  weights = median_frequency_weights(
+    np.array([23, 2, 0, 5]), np.array([30, 10, 0, 10])
+  )
+  assert weights.dtype == np.float64
+  np.testing.assert_allclose(weights, [15 / 23, 2.5, 0, 1], rtol=1e-12)
+
+
+def test_median_of_an_even_number_of_classes_lies_between_the_middle_two():
+  weights = median_frequency_weights(np.array([1, 3]), np.array([10, 10]))
+  np.testing.assert_allclose(weights, [2, 2 / 3], rtol=1e-12)
+
+
+def test_a_set_without_labelled_pixels_has_no_weights():
+  none = np.zeros(3, np.int64)
+  np.testing.assert_array_equal(median_frequency_weights(none, none), 0)
