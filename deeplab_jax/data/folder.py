@@ -94,20 +94,10 @@ def make_config(
     raise errors.UserError(
       f"config.data.on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}"
     )
-  root = pathlib.Path(directory).expanduser().resolve()
-  if not root.is_dir():
-    raise errors.UserError(
-      f'{directory}: no such dataset folder; set config.data.dir'
-    )
-  for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
-    if not (root / part).is_dir():
-      raise errors.UserError(
-        f'{root / part}: no such folder; a dataset folder needs JPEGImages, '
-        'SegmentationClass, ImageSets/Segmentation and classes.txt'
-      )
-  classes = _read_classes(root / 'classes.txt')
-  files = _ImageFiles(root / 'JPEGImages')
-  items = tuple(_find(root, files, name) for name in _read_list(root, split))
+  root = find_root(directory)
+  classes = read_classes(root)
+  files = ImageFiles(root)
+  items = tuple(files.item(name) for name in read_list(root, split))
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{split}-'
@@ -190,11 +180,7 @@ def _check(
   """
   image, size = images.storable_image(item.image)
   label = images.read_label(item.label)
-  if label.shape != size:
-    raise errors.UserError(
-      f'{item.label}: label is {label.shape[1]}x{label.shape[0]} but its image '
-      f'{item.image} is {size[1]}x{size[0]}; make them the same size'
-    )
+  check_size(item, size, label.shape)
   counts = np.bincount(label.ravel(), minlength=256)
   counts[:num_classes] = 0
   counts[ignore_label] = 0
@@ -207,6 +193,18 @@ def _check(
       'config.data.ignore_label'
     )
   return image, label
+
+
+def check_size(
+  item: Item, image_size: tuple[int, int], label_size: tuple[int, ...]
+) -> None:
+  """Raises `UserError` unless both sizes (height, width) are the same."""
+  if image_size != label_size:
+    raise errors.UserError(
+      f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
+      f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
+      'size'
+    )
 
 
 def _find_palette(root: str, num_classes: int) -> np.ndarray:
@@ -225,6 +223,26 @@ def _find_palette(root: str, num_classes: int) -> np.ndarray:
   return result
 
 
+def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the folder as an absolute path.
+
+  Raises:
+    UserError: naming it, or the part of a VOC devkit that it lacks.
+  """
+  root = pathlib.Path(directory).expanduser().resolve()
+  if not root.is_dir():
+    raise errors.UserError(
+      f'{directory}: no such dataset folder; set config.data.dir'
+    )
+  for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
+    if not (root / part).is_dir():
+      raise errors.UserError(
+        f'{root / part}: no such folder; a dataset folder needs JPEGImages, '
+        'SegmentationClass, ImageSets/Segmentation and classes.txt'
+      )
+  return root
+
+
 def _read_lines(path: pathlib.Path) -> list[str]:
   try:
     text = path.read_text(encoding='utf-8-sig')
@@ -235,10 +253,17 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def _read_classes(path: pathlib.Path) -> tuple[str, ...]:
+def read_classes(root: pathlib.Path) -> tuple[str, ...]:
+  """Returns the class names of `classes.txt` below a folder.
+
+  Raises:
+    UserError: if the file is missing, or a line is blank or repeated.
+  """
+  path = root / 'classes.txt'
   if not path.is_file():
     raise errors.UserError(
-      f'{path}: no such file; write one class name a line, index from 0'
+      f'{path}: no such file; write one class name a line, index from 0 '
+      '(--mode=prepare tells how many)'
     )
   classes = _read_lines(path)
   if not 1 <= len(classes) <= 256 or '' in classes:
@@ -253,7 +278,12 @@ def _list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
   return pathlib.Path(root, 'ImageSets', 'Segmentation', f'{split}.txt')
 
 
-def _read_list(root: pathlib.Path, split: str) -> list[str]:
+def read_list(root: pathlib.Path, split: str) -> list[str]:
+  """Returns the ids of a split of a folder.
+
+  Raises:
+    UserError: if there is no such list, or it is empty or repeats an id.
+  """
   path = _list_path(root, split)
   if not re.fullmatch(r'\w[\w-]*', split) or not path.is_file():
     known = ', '.join(sorted(p.stem for p in path.parent.glob('*.txt')))
@@ -273,15 +303,43 @@ def _refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
     raise errors.UserError(f'{path}: {name!r} stands {count} times; keep one')
 
 
-class _ImageFiles:
-  """Finds image files by id, reading every directory once."""
+class ImageFiles:
+  """Finds the files of an id, reading every directory once.
+
+  Args:
+    root: a folder in VOC devkit layout.
+  """
 
   def __init__(self, root: pathlib.Path) -> None:
     self._root = root
     self._folders: dict[pathlib.Path, dict[str, list[pathlib.Path]]] = {}
 
-  def __call__(self, name: str) -> list[pathlib.Path]:
-    path = self._root / name  # an id may name a subfolder
+  def item(self, name: str) -> Item:
+    """Returns the files of an id.
+
+    Raises:
+      UserError: if one is missing, or two images have that id.
+    """
+    found = self._images(name)
+    if not found:
+      raise errors.UserError(
+        f'{self._root / "JPEGImages" / name}: listed, but there is no image '
+        'file of that name; add it or take it off the list'
+      )
+    if len(found) > 1:
+      raise errors.UserError(
+        f'{found[0]} and {found[1].name} share the id {name!r}; keep one'
+      )
+    label = self._root / 'SegmentationClass' / f'{name}.png'
+    if not label.is_file():
+      raise errors.UserError(
+        f'{label}: listed, but there is no such label; add it or take '
+        f'{name!r} off the list'
+      )
+    return Item(name, found[0], label)
+
+  def _images(self, name: str) -> list[pathlib.Path]:
+    path = self._root / 'JPEGImages' / name  # an id may name a subfolder
     if path.parent not in self._folders:
       files = collections.defaultdict(list)
       if path.parent.is_dir():
@@ -290,26 +348,6 @@ class _ImageFiles:
             files[file.stem].append(file)
       self._folders[path.parent] = files
     return self._folders[path.parent].get(path.name, [])
-
-
-def _find(root: pathlib.Path, files: _ImageFiles, name: str) -> Item:
-  found = files(name)
-  if not found:
-    raise errors.UserError(
-      f'{root / "JPEGImages" / name}: listed, but there is no image file of '
-      'that name; add it or take it off the list'
-    )
-  if len(found) > 1:
-    raise errors.UserError(
-      f'{found[0]} and {found[1].name} share the id {name!r}; keep one'
-    )
-  label = root / 'SegmentationClass' / f'{name}.png'
-  if not label.is_file():
-    raise errors.UserError(
-      f'{label}: listed, but there is no such label; add it or take '
-      f'{name!r} off the list'
-    )
-  return Item(name, found[0], label)
 
 
 def _fingerprint(
