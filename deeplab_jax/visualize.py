@@ -107,12 +107,15 @@ def overlay(
   entries = [
     (
       f'{classes[index]} {_percent(shares[index])}',
-      tuple(palette[index].tolist()),
+      palette[index].tolist(),
     )
     for index in np.argsort(-shares, kind='stable')
     if shares[index] > 0
   ]
-  return _stack(painted, _legend(entries, image.shape)) if entries else painted
+  if not entries:
+    return painted
+  size = max(13, max(image.shape) // 64)
+  return _stack(painted, legend(entries, image.shape[1], size))
 
 
 def panel(
@@ -155,7 +158,69 @@ def panel(
         f'{[list(picture.shape[:2]) for picture in row]}'
       )
     rows.append(row)
-  return _grid(rows, separator)
+  return grid(rows, separator)
+
+
+def legend(
+  entries: Sequence[tuple[str, Sequence[int] | None]],
+  width: int,
+  size: int = 13,
+) -> np.ndarray:
+  """Draws texts behind boxes of colour, in columns of one width.
+
+  Args:
+    entries: pairs of text and RGB colour; None for text alone.
+    width: of the strip in pixels; more if an entry needs it.
+    size: of the letters in pixels.
+
+  Returns:
+    uint8 [H, W, 3] on white.
+  """
+  font = ImageFont.load_default(size)
+  line, gap = round(1.6 * size), size // 2
+  widths = [size + gap + int(np.ceil(font.getlength(t))) for t, _ in entries]
+  width = max(width, max(widths) + 2 * gap)
+  # Columns of one width line up, which reads better than a ragged flow.
+  columns = max(1, (width - gap) // (max(widths) + 2 * gap))
+  rows = -(-len(entries) // columns)
+  pitch = (width - gap) // columns
+  strip = Image.new('RGB', (width, rows * line + gap), _PAPER)
+  draw = ImageDraw.Draw(strip)
+  for index, (text, color) in enumerate(entries):
+    left = gap + index % columns * pitch
+    middle = gap // 2 + index // columns * line + line // 2
+    if color is not None:
+      top = middle - size // 2
+      box = (left, top, left + size - 1, top + size - 1)
+      draw.rectangle(box, fill=tuple(color), outline=_OUTLINE)
+      left += size + gap
+    draw.text((left, middle), text, _INK, font, anchor='lm')
+  return np.asarray(strip)
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], separator: int) -> np.ndarray:
+  """Sets rows of equally large pictures under one another on white.
+
+  Args:
+    rows: pictures uint8 [H, W, 3], those of a row in one size; no row has more
+      than the first.
+    separator: width of the white lines between pictures, in pixels.
+
+  Returns:
+    uint8 [H', W', 3].
+  """
+  heights = [row[0].shape[0] for row in rows]
+  pitch = max(row[0].shape[1] for row in rows) + separator
+  height = sum(heights) + separator * (len(rows) - 1)
+  shape = (height, pitch * len(rows[0]) - separator, 3)
+  sheet = np.full(shape, _PAPER, np.uint8)
+  top = 0
+  for row, height in zip(rows, heights, strict=True):
+    for column, picture in enumerate(row):
+      left = column * pitch
+      sheet[top : top + height, left : left + picture.shape[1]] = picture
+    top += height + separator
+  return sheet
 
 
 def save_indexed_png(
@@ -255,49 +320,8 @@ def _percent(share: float) -> str:
   return f'{100 * share:.1f}%' if share >= 0.0005 else '<0.1%'
 
 
-def _legend(
-  entries: Sequence[tuple[str, tuple[int, ...]]], shape: Sequence[int]
-) -> np.ndarray:
-  """Draws (text, colour) entries as a strip [H', W', 3] for a picture."""
-  size = max(13, max(shape[:2]) // 64)
-  font = ImageFont.load_default(size)
-  line, gap = round(1.6 * size), size // 2
-  widths = [size + gap + int(np.ceil(font.getlength(t))) for t, _ in entries]
-  width = max(shape[1], max(widths) + 2 * gap)
-  # Columns of one width line up, which reads better than a ragged flow.
-  columns = max(1, (width - gap) // (max(widths) + 2 * gap))
-  rows = -(-len(entries) // columns)
-  pitch = (width - gap) // columns
-  strip = Image.new('RGB', (width, rows * line + gap), _PAPER)
-  draw = ImageDraw.Draw(strip)
-  for index, (text, color) in enumerate(entries):
-    left = gap + index % columns * pitch
-    middle = gap // 2 + index // columns * line + line // 2
-    top = middle - size // 2
-    box = (left, top, left + size - 1, top + size - 1)
-    draw.rectangle(box, fill=color, outline=_OUTLINE)
-    draw.text((left + size + gap, middle), text, _INK, font, anchor='lm')
-  return np.asarray(strip)
-
-
 def _stack(picture: np.ndarray, strip: np.ndarray) -> np.ndarray:
   height, width = picture.shape[:2]
   sheet = np.full((height, strip.shape[1], 3), _PAPER, np.uint8)
   sheet[:, :width] = picture
   return np.concatenate([sheet, strip])
-
-
-def _grid(rows: Sequence[Sequence[np.ndarray]], separator: int) -> np.ndarray:
-  """Sets rows of equally large pictures under one another on white."""
-  heights = [row[0].shape[0] for row in rows]
-  pitch = max(row[0].shape[1] for row in rows) + separator
-  height = sum(heights) + separator * (len(rows) - 1)
-  shape = (height, pitch * len(rows[0]) - separator, 3)
-  sheet = np.full(shape, _PAPER, np.uint8)
-  top = 0
-  for row, height in zip(rows, heights, strict=True):
-    for column, picture in enumerate(row):
-      left = column * pitch
-      sheet[top : top + height, left : left + picture.shape[1]] = picture
-    top += height + separator
-  return sheet
