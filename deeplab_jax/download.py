@@ -1,17 +1,23 @@
 """Files from the web: fetched once, in parts if need be, never half."""
 
-import functools
+import errno
 import hashlib
 import http.client
+import logging
 import os
+import shutil
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deeplab_jax.disk import locked
 from deeplab_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
@@ -24,65 +30,130 @@ def cache_dir() -> Path:
   return Path(home).expanduser() / 'deeplab_jax'
 
 
-def download(url: str, md5: str, directory: str | Path | None = None) -> Path:
+class _WrongContentError(Exception):
+  """An address gives another file."""
+
+
+# HTTP and URL errors are OSErrors as well.
+_FAILURES = (OSError, http.client.HTTPException, _WrongContentError)
+
+
+def download(
+  urls: Sequence[str],
+  *,
+  digest: str,
+  size: int | None = None,
+  directory: str | Path | None = None,
+  advice: str,
+) -> Path:
   """Returns a file from the web, out of the cache if it is whole there.
 
-  The file appears under its name only when its hash is right. What a broken
-  connection left is kept as `NAME.part`, and the next try goes on from there.
-  Proxies are those of the environment (`https_proxy`, `no_proxy`).
+  The file appears under its name only when its digest is right. What a broken
+  connection left is kept as `NAME.part`, and the next address or the next try
+  goes on from there. Proxies are those of the environment (`https_proxy`,
+  `no_proxy`).
 
   Args:
-    url: http or https.
-    md5: of the contents, in hexadecimal.
+    urls: http or https addresses of the same file, tried in order; the first
+      gives the name.
+    digest: of the contents, 'md5:' or 'sha256:' and hexadecimal digits.
+    size: in bytes, if it is known.
     directory: of the cache; None for `cache_dir()`.
+    advice: what to do if no address gives the file, for the error.
 
   Raises:
-    UserError: if the network fails, the disk does, or the hash is wrong.
+    UserError: if no address gives the file, or the disk is full or fails.
   """
   folder = Path(directory or cache_dir())
-  path = folder / url.rpartition('/')[2]
+  path = folder / urls[0].rpartition('/')[2]
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f'.{path.name}.lock'):
-      if not (path.exists() and _md5(path) == md5):
-        _fetch(url, path, md5)
-  except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-    # an OSError with a file name is about the disk
-    if getattr(error, 'filename', None) and not _is_http(error):
-      raise UserError(f'{error.filename}: {error.strerror}') from error
-    raise UserError(_advice(url, path, error)) from error
+      if not (path.exists() and _digest(path, digest) == digest):
+        if size is not None:
+          missing = size - _size(_part(path))
+          require_space(folder, missing, f'the download of {path.name}')
+        _fetch(urls, path, digest, size, advice)
+  except OSError as error:
+    raise UserError(f'{error.filename or folder}: {error.strerror}') from error
   return path
 
 
-def _is_http(error: Exception) -> bool:
-  return isinstance(error, urllib.error.HTTPError)
+def require_space(folder: Path, needed: int, what: str) -> None:
+  """Raises `UserError` unless `needed` bytes are free for `what`.
+
+  Args:
+    folder: where it is to be written; may not be there yet.
+    needed: in bytes.
+    what: a noun, for the error.
+  """
+  there = folder
+  while not there.exists():
+    there = there.parent
+  free = shutil.disk_usage(there).free
+  if free < needed:
+    raise UserError(
+      f'{folder}: {what} needs {_readable(needed)} of disk, but'
+      f' {_readable(free)} are free; make room there'
+    )
 
 
-def _advice(url: str, path: Path, error: Exception) -> str:
-  reason = getattr(error, 'reason', None) or str(error) or type(error).__name__
+def _readable(size: int) -> str:
+  return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
+
+
+def _fetch(
+  urls: Sequence[str], path: Path, digest: str, size: int | None, advice: str
+) -> None:
+  """Tries the addresses in turn, and moves the file in place."""
+  reasons = []
+  for index, url in enumerate(urls, 1):
+    log.info('downloading %s', url)
+    try:
+      _fetch_from(url, _part(path), digest, size)
+    except _FAILURES as error:
+      if _is_about_disk(error):
+        raise
+      reason = getattr(error, 'reason', None) or str(error)
+      reason = ' '.join(str(reason or type(error).__name__).split())
+      if index < len(urls):
+        log.warning('%s: %s; trying the next address', url, reason)
+      place = url if len(urls) == 1 else urllib.parse.urlsplit(url).netloc
+      reasons.append(f'{place}: {reason}')
+    else:
+      os.replace(_part(path), path)
+      return
   kept = _size(_part(path))
   there = f' after {kept / 1e6:.1f} MB, which are kept' if kept else ''
-  return (
-    f'{url} cannot be downloaded{there}: {reason}; try again, or download it'
-    ' elsewhere and name the file'
+  raise UserError(
+    f'{path.name} cannot be downloaded{there}: {"; ".join(reasons)}; {advice}'
   )
 
 
-def _fetch(url: str, path: Path, md5: str) -> None:
-  """Downloads into `.part`, checks it, and moves it in place."""
-  part = _part(path)
+def _is_about_disk(error: Exception) -> bool:
+  if isinstance(error, urllib.error.HTTPError):  # whose file name is the URL
+    return False
+  full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  return bool(getattr(error, 'filename', None)) or (
+    getattr(error, 'errno', None) in full
+  )
+
+
+def _fetch_from(url: str, part: Path, digest: str, size: int | None) -> None:
+  """Completes `part` and checks it."""
   while True:
     resumed = part.exists()
-    _download(url, part)
-    found = _md5(part)
-    if found == md5:
-      os.replace(part, path)
+    if size is None or _size(part) != size:
+      _download(url, part, size)
+    found = _digest(part, digest)
+    if found == digest:
       return
     part.unlink()
     if not resumed:  # else the older part may be to blame
-      raise UserError(
-        f'{url} has the MD5 {found}, expected {md5}; it was not kept. A proxy'
-        ' may have sent another page: download it elsewhere and name the file'
+      kind, _, value = found.partition(':')
+      raise _WrongContentError(
+        f'has the {kind.upper()} {value}, expected {digest.partition(":")[2]};'
+        ' it was not kept, a proxy may have sent another page'
       )
 
 
@@ -94,24 +165,33 @@ def _size(path: Path) -> int:
   return path.stat().st_size if path.exists() else 0
 
 
-def _download(url: str, part: Path) -> None:
+def _download(url: str, part: Path, size: int | None) -> None:
   """Completes `part`; an interrupted connection is taken up again."""
-  failures, size = 0, _size(part)
+  if size is not None and _size(part) > size:
+    part.unlink()
+  failures, before = 0, _size(part)
   while True:
     try:
-      _receive(url, part)
+      _receive(url, part, size)
       return
     except urllib.error.HTTPError:
       raise
-    except (urllib.error.URLError, http.client.HTTPException, OSError):
-      before, size = size, _size(part)
-      failures = 0 if size > before else failures + 1
+    except (OSError, http.client.HTTPException) as error:
+      if _is_about_disk(error):
+        raise
+      now = _size(part)
+      failures, before = 0 if now > before else failures + 1, now
       if failures == _ATTEMPTS:
         raise
 
 
-def _receive(url: str, part: Path) -> None:
-  """Appends what is missing, or all if the server cannot give a range."""
+def _receive(url: str, part: Path, size: int | None) -> None:
+  """Appends what is missing.
+
+  Raises:
+    _WrongContentError: if the length tells that it is another file; what was
+      there stays.
+  """
   start = _size(part)
   request = urllib.request.Request(url)
   if start:
@@ -121,22 +201,34 @@ def _receive(url: str, part: Path) -> None:
     opener = urllib.request.build_opener()
     response = opener.open(request, timeout=_TIMEOUT)
   except urllib.error.HTTPError as error:
-    if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-      return  # it is complete, or not this file: the hash tells
+    beyond = error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+    if beyond and start and size is None:
+      return  # it is complete, or not this file: the digest tells
     raise
   with response:
-    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-      start = 0
+    partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
     length = int(response.headers.get('Content-Length') or 0)
-    with (
-      part.open('ab' if start else 'wb') as file,
-      _progress(part.stem, start, start + length) as bar,
-    ):
+    total = length and length + (start if partial else 0)
+    if size is not None and total not in (0, size):
+      raise _WrongContentError(f'has {total} bytes, expected {size}')
+    if size is None and 0 < total < start:
+      return  # not this file either
+    if not partial:  # without ranges; what is there is not given up for that
+      _skip(response, start)
+    with part.open('ab') as file, _progress(part.stem, start, total) as bar:
       while chunk := response.read(_CHUNK):
         file.write(chunk)
         bar.update(len(chunk))
-      if length and file.tell() < start + length:
-        raise http.client.IncompleteRead(b'', start + length - file.tell())
+      if file.tell() < (size or total):
+        raise http.client.IncompleteRead(b'', (size or total) - file.tell())
+
+
+def _skip(response: http.client.HTTPResponse, count: int) -> None:
+  while count:
+    chunk = response.read(min(count, _CHUNK))
+    if not chunk:
+      raise http.client.IncompleteRead(b'', count)
+    count -= len(chunk)
 
 
 def _progress(name: str, start: int, total: int) -> Any:
@@ -153,8 +245,12 @@ def _progress(name: str, start: int, total: int) -> Any:
   )
 
 
-def _md5(path: Path) -> str:
+def _digest(path: Path, like: str) -> str:
+  """The digest of a file, of the kind and in the form of `like`."""
+  kind = like.partition(':')[0]
   with path.open('rb') as file:
-    # it guards against accidents alone, so FIPS systems may allow it
-    digest = functools.partial(hashlib.md5, usedforsecurity=False)
-    return hashlib.file_digest(file, digest).hexdigest()
+    # it guards against accidents too, so FIPS systems may allow MD5
+    digest = hashlib.file_digest(
+      file, lambda: hashlib.new(kind, usedforsecurity=False)
+    )
+  return f'{kind}:{digest.hexdigest()}'

@@ -393,12 +393,12 @@ def test_keras_is_downloaded_for_the_backbone_and_cached(
   md5 = hashlib.md5(keras_file.read_bytes()).hexdigest()
   url = 'http://127.0.0.1:9/weights.h5'  # nobody listens there
   monkeypatch.setitem(keras.PUBLISHED, 'resnet50', (url, md5))
-  assert f'{url} cannot be downloaded' in refused('keras')
+  assert f'weights.h5 cannot be downloaded: {url}' in refused('keras')
   cached = tmp_path / 'deeplab_jax' / 'weights.h5'
   cached.write_bytes(keras_file.read_bytes())
   _, report = load_pretrained('keras', empty('keras'))
   assert len(report.loaded) == 270
   cached.write_bytes(keras_file.read_bytes()[:-1])
-  assert f'{url} cannot be downloaded' in refused('keras')
+  assert f'weights.h5 cannot be downloaded: {url}' in refused('keras')
   message = refused('keras', empty('keras', 'resnet18'))
   assert "'keras' has weights for resnet50, resnet101, resnet152" in message

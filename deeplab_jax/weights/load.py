@@ -209,7 +209,12 @@ def _published(backbone: str) -> Path:
       f"'keras' has weights for {', '.join(PUBLISHED)}, not for"
       f' {backbone or "this network"}'
     )
-  return download(*PUBLISHED[backbone])
+  url, md5 = PUBLISHED[backbone]
+  return download(
+    [url],
+    digest=f'md5:{md5}',
+    advice='try again, or download it elsewhere and name the file instead',
+  )
 
 
 def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
