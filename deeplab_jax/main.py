@@ -25,7 +25,10 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, logs and results.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ('train', 'import', 'eval', 'predict'), 'What to do.'
+  'mode',
+  'train',
+  ('prepare', 'train', 'import', 'eval', 'predict'),
+  'What to do.',
 )
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
@@ -40,9 +43,9 @@ _SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 def main(argv: Sequence[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
-  if not _WORKDIR.value:
+  workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+  if workdir is None and _MODE.value != 'prepare':
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  workdir = Path(_WORKDIR.value).expanduser()
   config, inputs = _override(_base_config(workdir), argv)
   default_config.validate(config)
   if inputs and _MODE.value != 'predict':
@@ -51,6 +54,9 @@ def main(argv: Sequence[str]) -> None:
     )
   # JAX and the drivers are imported late: options are checked at once, and
   # loader processes, which import this module too, stay light.
+  if _MODE.value == 'prepare':
+    _driver('prepare').prepare(config, workdir)
+    return
   distributed = importlib.import_module('deeplab_jax.distributed')
   distributed.initialize()
   if _MODE.value in ('train', 'import'):
@@ -89,13 +95,12 @@ def _driver(name: str) -> ModuleType:
   return importlib.import_module(f'deeplab_jax.{name}')
 
 
-def _base_config(workdir: Path) -> ml_collections.ConfigDict:
+def _base_config(workdir: Path | None) -> ml_collections.ConfigDict:
   """The recipe given, else what the workdir was trained with, else default."""
-  saved = workdir / 'config.json'
   if _RECIPE.value is not None:
     config = default_config.from_recipe(_RECIPE.value)
-  elif saved.exists():
-    config = default_config.from_json(saved)
+  elif workdir is not None and (workdir / 'config.json').exists():
+    config = default_config.from_json(workdir / 'config.json')
   else:
     config = default_config.get_config()
   return config

@@ -102,7 +102,7 @@ def received(monkeypatch):
     ('--nope=1', "Unknown command line flag 'nope'"),
     (
       '--mode=test',
-      '--mode=test: value should be one of <train|import|eval|predict>',
+      '--mode=test: value should be one of <prepare|train|import|eval|predict>',
     ),
     ('image.jpg', 'image.jpg: not an option'),
   ],

@@ -1,0 +1,198 @@
+"""Prepares a data set, and shows what it holds before anyone trains on it."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from deeplab_jax import samples, visualize
+from deeplab_jax.config import dataset_arguments
+from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.data.load import Dataset, load_dataset
+from deeplab_jax.data.records import Tally
+from deeplab_jax.data.survey import Finding, absent_classes, survey_folder
+from deeplab_jax.disk import replacing
+from deeplab_jax.errors import UserError
+from deeplab_jax.losses import median_frequency_weights
+from deeplab_jax.writers import write_json
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+  config: ml_collections.ConfigDict, workdir: Path | None
+) -> dict[str, Any]:
+  """Prepares the splits of `config.data`; prints and draws what they hold.
+
+  A folder is surveyed first, and what is wrong with it is printed. Into the
+  folder `prepare` go `prepare.txt` (what is printed), `prepare.json` and a
+  page of samples of each split, `SPLIT.png`.
+
+  Args:
+    config: of the run.
+    workdir: where the folder `prepare` is made; None for beside the records.
+
+  Returns:
+    What `prepare.json` holds.
+
+  Raises:
+    UserError: if the data cannot be prepared, or a file not be written.
+  """
+  splits = (config.data.train_split, config.data.eval_split)
+  splits = tuple(dict.fromkeys(filter(None, splits)))
+  surveyed = config.data.name == 'folder' and config.data.dir
+  text, findings = _survey(config, splits) if surveyed else ('', ())
+  dataset = load_dataset(**dataset_arguments(config), splits=splits)
+  info = dataset.info
+  tallies = {split: dataset.tally(split) for split in dataset.builders}
+  if not surveyed:
+    pixels = {split: tally.class_pixels for split, tally in tallies.items()}
+    findings = absent_classes(pixels, info.classes)
+    text = _show(*findings)
+  weights = _class_weights(tallies[config.data.train_split])
+  text += _show(
+    f'{info.name}: {info.num_classes} classes, ignore label '
+    f'{info.ignore_label}\n',
+    _table(_class_rows(info, tallies)) + '\n',
+    _table(_size_rows(tallies)) + '\n',
+    f'class weights by median frequency in {config.data.train_split}:',
+    f'--config.loss.class_weights={",".join(weights)}\n',
+  )
+  result = {
+    'dataset': info.to_json(),
+    'splits': {split: tally.to_json() for split, tally in tallies.items()},
+    'class_weights': [float(weight) for weight in weights],
+    'findings': [dataclasses.asdict(finding) for finding in findings],
+  }
+  if workdir is None:
+    first = dataset.builders[config.data.train_split]
+    workdir = Path(first.data_path).parent
+  output = workdir / 'prepare'
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / 'prepare.json', result)
+    with replacing(output / 'prepare.txt') as temporary:
+      Path(temporary).write_text(text, encoding='utf-8')
+    for split in tallies:
+      _draw(dataset, split, output / f'{split}.png')
+  except OSError as error:
+    raise UserError(
+      f'{output}: cannot be written ({error.strerror})'
+    ) from error
+  return result
+
+
+def _survey(
+  config: ml_collections.ConfigDict, splits: Sequence[str]
+) -> tuple[str, tuple[Finding, ...]]:
+  """Surveys and prints; returns what was printed, and the findings.
+
+  Raises:
+    UserError: if one of them is fatal.
+  """
+  data = config.data
+  log.info('reading all files of %s', data.dir)
+  survey = survey_folder(
+    data.dir,
+    splits,
+    ignore_label=data.ignore_label,
+    on_bad_image=data.on_bad_image,
+  )
+  text = _show(str(survey), *survey.findings, '')
+  fatal = sum(finding.count for finding in survey.findings if finding.fatal)
+  if fatal:
+    raise UserError(
+      f'{survey.root}: cannot be prepared; correct the {fatal:,} errors above'
+    )
+  return text, survey.findings
+
+
+def _show(*parts: object) -> str:
+  """Prints each part on lines of its own; returns what is printed."""
+  text = ''.join(f'{part}\n' for part in parts)
+  print(text, end='', flush=True)
+  return text
+
+
+def _draw(dataset: Dataset, split: str, path: Path) -> None:
+  tally = dataset.tally(split)
+  page = samples.sample_page(
+    dataset.source(split),
+    dataset.info,
+    tally,
+    f'{dataset.info.name}, {split}: {tally.num_images:,} images',
+  )
+  visualize.save_png(path, page)
+  print(path, flush=True)
+
+
+def _class_weights(tally: Tally) -> list[str]:
+  """Writes the weight of each class by its median frequency, shortly."""
+  weights = median_frequency_weights(
+    tally.class_pixels, tally.class_image_pixels
+  )
+  return [f'{weight:.4g}' for weight in weights]
+
+
+def _class_rows(
+  info: DatasetInfo, tallies: Mapping[str, Tally]
+) -> list[list[str]]:
+  """Images, pixels and share of each class, beside one another by split."""
+  rows = [['class'], *([name] for name in info.classes), ['all classes']]
+  rows.append(['void, of all pixels'])
+  for split, tally in tallies.items():
+    pixels = int(tally.class_pixels.sum())
+    rows[0] += [f'{split}: images', 'pixels', '%']
+    for row, images, own in zip(
+      rows[1:-2], tally.class_images, tally.class_pixels, strict=True
+    ):
+      row += [f'{images:,}', f'{own:,}', _percent(own, pixels)]
+    rows[-2] += [
+      f'{tally.num_images:,}',
+      f'{pixels:,}',
+      _percent(pixels, pixels),
+    ]
+    void = tally.void_pixels
+    rows[-1] += ['', f'{void:,}', _percent(void, pixels + void)]
+  return rows
+
+
+def _size_rows(tallies: Mapping[str, Tally]) -> list[list[str]]:
+  """Number of images of each split, and their sizes."""
+  rows = [['split'], ['images'], ['smallest'], ['largest']]
+  rows += [['most common size'], ['images of that size'], ['sizes']]
+  for split, tally in tallies.items():
+    by_area = sorted(tally.sizes, key=lambda size: (size[0] * size[1], size))
+    common, count = tally.sizes.most_common(1)[0]
+    values = [
+      split,
+      f'{tally.num_images:,}',
+      *(f'{width}x{height}' for height, width in (by_area[0], by_area[-1])),
+      f'{common[1]}x{common[0]}',
+      f'{count:,}',
+      f'{len(tally.sizes):,}',
+    ]
+    for row, value in zip(rows, values, strict=True):
+      row.append(value)
+  return rows
+
+
+def _percent(part: int, whole: int) -> str:
+  return f'{100 * part / whole:.2f}' if whole else '-'
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+  """Aligns the columns, the first at its left, with a line below the head."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(
+      cell.rjust(width) if index else cell.ljust(width)
+      for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  lines.insert(1, '-' * len(lines[0]))
+  return '\n'.join(lines)
