@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input."""
+"""The exceptions that stand for bad input."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +10,10 @@ class UserError(ValueError):
   The message is one line that names the culprit (file, key or value) and says
   what to do. `main` prints it without a traceback and exits with status 1.
   """
+
+
+class UnreadableError(UserError):
+  """A file that is there but is damaged."""
 
 
 @contextlib.contextmanager

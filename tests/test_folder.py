@@ -26,7 +26,7 @@ def _load(source, prepared, **options):
 
 def _prepared(prepared):
   return sorted(
-    path.parent for path in (prepared / 'folder_segmentation').glob('*/1.1.0')
+    path.parent for path in (prepared / 'folder_segmentation').glob('*/1.*')
   )
 
 
@@ -72,7 +72,7 @@ def test_folder_is_stored_as_it_lies(voc_folder, prepared):
 
 def test_prepared_once_and_reused_after(voc_folder, prepared, monkeypatch):
   first = _load(voc_folder, prepared)
-  monkeypatch.setattr(folder, '_check', None)  # a second preparation would fail
+  monkeypatch.setattr(folder, '_read', None)  # a second preparation would fail
   again = _load(voc_folder, prepared)
   assert again.info.classes == first.info.classes
   assert again.tally('val').max_size == first.tally('val').max_size
@@ -83,7 +83,7 @@ def test_evaluation_alone_reuses_what_training_prepared(
   voc_folder, prepared, monkeypatch
 ):
   whole = _load(voc_folder, prepared, splits=('train', 'val'))
-  monkeypatch.setattr(folder, '_check', None)
+  monkeypatch.setattr(folder, '_read', None)
   alone = _load(voc_folder, prepared, splits=('val',))
   assert list(alone.source('val')) == list(whole.source('val'))
 
@@ -150,14 +150,14 @@ import os, sys
 from absl import logging
 from deeplab_jax.data import folder, load
 logging.set_verbosity('info')
-check, count = folder._check, 0
+read, count = folder._read, 0
 def counted(*args):
   global count
   count += 1
   if count == int(sys.argv[3]):
     os.kill(os.getpid(), 9)
-  return check(*args)
-folder._check = counted
+  return read(*args)
+folder._read = counted
 data = load.load_dataset('folder', directory=sys.argv[1],
                          prepared_dir=sys.argv[2])
 assert (data.tally('train').num_images, len(data.source('val'))) == (6, 3)

@@ -1,6 +1,7 @@
 import numpy as np
+from tensorflow_datasets.core import shuffle
 
-from deeplab_jax.data import records
+from deeplab_jax.data import load, records
 
 
 def test_tally_counts_a_hand_made_split():
@@ -28,3 +29,19 @@ def test_max_size_need_not_be_one_image():
   tally.add(np.zeros((5, 2), np.uint8))
   tally.add(np.zeros((3, 4), np.uint8))
   assert tally.max_size == (5, 4)
+
+
+def test_set_larger_than_tfds_shuffles_in_memory_is_prepared_in_order(
+  voc_folder, tmp_path, monkeypatch
+):
+  # beyond it, TFDS needs TensorFlow
+  monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1000)
+  monkeypatch.setattr(records, '_SHARD', 4)
+  monkeypatch.setattr(records, '_CHUNK', 3)
+  data = load.load_dataset(
+    'folder', directory=str(voc_folder), prepared_dir=str(tmp_path / 'prepared')
+  )
+  listed = [f'train_{index}' for index in range(6)]
+  assert [r['name'].decode() for r in data.source('train')] == listed
+  assert data.names('train') == listed
+  assert len(list((tmp_path / 'prepared').rglob('*train*array_record*'))) == 2

@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -45,12 +44,10 @@ class Item:
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class FolderConfig(tfds.core.BuilderConfig):
+class FolderConfig(records.SourceConfig):
   """What to prepare; `make_config` fills it in.
 
   Attributes:
-    name: of the prepared set, `prefix` and a fingerprint of the source.
-    prefix: common to all preparations of one split of one folder.
     directory: the source folder.
     split: name of the list.
     classes: names of the classes.
@@ -59,8 +56,6 @@ class FolderConfig(tfds.core.BuilderConfig):
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
   """
 
-  name: str = ''
-  prefix: str = ''
   directory: str = ''
   split: str = ''
   classes: tuple[str, ...] = ()
@@ -114,14 +109,10 @@ def make_config(
   )
 
 
-class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
+class FolderSegmentation(records.RecordsBuilder):
   """TFDS builder of one split of a folder; takes a `FolderConfig`."""
 
-  VERSION = tfds.core.Version('1.1.0')
-  code_path = None  # no checksums to look for; TFDS fails where it looks
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return records.records_info(self)
+  VERSION = tfds.core.Version('1.2.0')
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
     config = self.builder_config
@@ -139,18 +130,17 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
     config = self.builder_config
     tally = records.Tally(len(config.classes), config.ignore_label)
-    for item in config.items:
-      try:
-        image, label = _check(item, len(config.classes), config.ignore_label)
-      except images.UnreadableError as error:
-        if config.on_bad_image == 'stop':
-          raise errors.UserError(
-            f"{error}, or set config.data.on_bad_image='skip'"
-          ) from error
-        log.warning(
-          'Skipped %r of split %r: %s', item.name, config.split, error
-        )
-        continue
+    for item, (image, size, label) in records.readable(
+      config.items, _read, split=config.split, on_bad_image=config.on_bad_image
+    ):
+      records.check_size(item, size, label.shape)
+      records.check_values(
+        item,
+        label,
+        len(config.classes),
+        config.ignore_label,
+        remedy='the file, classes.txt or config.data.ignore_label',
+      )
       tally.add(label)
       yield (
         item.name,
@@ -170,41 +160,9 @@ class FolderSegmentation(tfds.core.GeneratorBasedBuilder):
     self.info.metadata['splits'][config.split] = tally.to_json()
 
 
-def _check(
-  item: Item, num_classes: int, ignore_label: int
-) -> tuple[bytes, np.ndarray]:
-  """Reads one record and refuses it unless it can be trained on.
-
-  Returns:
-    The bytes to store of the image, and the label uint8 [H, W].
-  """
-  image, size = images.storable_image(item.image)
-  label = images.read_label(item.label)
-  check_size(item, size, label.shape)
-  counts = np.bincount(label.ravel(), minlength=256)
-  counts[:num_classes] = 0
-  counts[ignore_label] = 0
-  if counts.any():
-    value = int(counts.argmax())
-    raise errors.UserError(
-      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
-      f'one of the {num_classes} classes in classes.txt nor the ignore label '
-      f'{ignore_label}; correct the file, classes.txt or '
-      'config.data.ignore_label'
-    )
-  return image, label
-
-
-def check_size(
-  item: Item, image_size: tuple[int, int], label_size: tuple[int, ...]
-) -> None:
-  """Raises `UserError` unless both sizes (height, width) are the same."""
-  if image_size != label_size:
-    raise errors.UserError(
-      f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
-      f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
-      'size'
-    )
+def _read(item: Item) -> tuple[bytes, tuple[int, int], np.ndarray]:
+  """The image's bytes to store and its size, and the label uint8 [H, W]."""
+  return *images.storable_image(item.image), images.read_label(item.label)
 
 
 def _find_palette(root: str, num_classes: int) -> np.ndarray:
@@ -214,7 +172,7 @@ def _find_palette(root: str, num_classes: int) -> np.ndarray:
   for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*.png')):
     try:
       palette = images.label_palette(path)
-    except images.UnreadableError:
+    except errors.UnreadableError:
       continue  # the check of the records reports it
     if palette is not None:
       count = min(len(palette), num_classes)
@@ -353,7 +311,7 @@ class ImageFiles:
 def _fingerprint(
   classes: tuple[str, ...], items: tuple[Item, ...], *options: Any
 ) -> str:
-  """Returns 12 hex digits that change with the files or the options."""
+  """Tells states of the files and the options apart."""
   rows = []
   for item in items:
     row = [item.name, item.image.name]
@@ -361,5 +319,4 @@ def _fingerprint(
       stat = file.stat()
       row += [stat.st_size, stat.st_mtime_ns]
     rows.append(row)
-  text = json.dumps([classes, rows, options])
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  return records.fingerprint(classes, rows, options)

@@ -38,10 +38,6 @@ _BROKEN = (
 _GRAY_SCALE = {'L;2': 85, 'L;4': 17}
 
 
-class UnreadableError(errors.UserError):
-  """A file that is there but is no whole image."""
-
-
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
   """Reads an image of any kind whole, the way a viewer shows it.
 
@@ -60,17 +56,20 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
   return _decode_any(_read_bytes(path), path)
 
 
-def read_label(path: str | os.PathLike[str]) -> np.ndarray:
+def read_label(
+  path: str | os.PathLike[str], data: bytes | None = None
+) -> np.ndarray:
   """Reads a palette or gray PNG as class indices, uint8 [H, W].
 
   Args:
     path: an image file whose palette indices or gray values are the labels.
+    data: its contents, if they are at hand.
 
   Raises:
     UserError: if the file is missing, truncated, no image, holds colours
       instead of indices, or a value above 255.
   """
-  data = _read_bytes(path)
+  data = _read_bytes(path) if data is None else data
   try:
     with Image.open(io.BytesIO(data)) as image:
       mode, tile = image.mode, image.tile
@@ -143,7 +142,7 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def storable_image(
-  path: str | os.PathLike[str],
+  path: str | os.PathLike[str], data: bytes | None = None
 ) -> tuple[bytes, tuple[int, int]]:
   """Returns bytes that `decode_image` turns into `read_image`'s picture.
 
@@ -151,6 +150,7 @@ def storable_image(
 
   Args:
     path: an image file.
+    data: its contents, if they are at hand.
 
   Returns:
     The bytes, and the picture's height and width.
@@ -158,7 +158,7 @@ def storable_image(
   Raises:
     UserError: as `read_image`.
   """
-  data = _read_bytes(path)
+  data = _read_bytes(path) if data is None else data
   image = _decode_any(data, path)
   size = image.shape[:2]
   if data.startswith((b'\xff\xd8', b'\x89PNG')):
@@ -235,7 +235,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> Exception:
   reason = ' '.join(str(error).split()) or type(error).__name__
   if isinstance(error, Image.UnidentifiedImageError):
     reason = 'no image format that is known'
-  return UnreadableError(
+  return errors.UnreadableError(
     f'{path}: unreadable image ({reason}); replace the file or take it out'
   )
 

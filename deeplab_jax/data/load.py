@@ -48,6 +48,17 @@ class Dataset:
       split, decoders={'image': skip, 'label': skip}
     )
 
+  def sizes(self, split: str) -> list[tuple[int, int]]:
+    """Returns (height, width) of each record; decodes no image."""
+    return [
+      (int(record['height']), int(record['width']))
+      for record in self.source(split)
+    ]
+
+  def names(self, split: str) -> list[str]:
+    """Returns the ids of a split, in the order of its records."""
+    return list(self._builder(split).info.metadata['names'][split])
+
   def tally(self, split: str) -> records.Tally:
     """Returns what a split holds: images, sizes, pixels of each class."""
     metadata = self._builder(split).info.metadata
@@ -155,7 +166,7 @@ LOADERS: dict[str, Callable[..., Builders]] = {
 def _prepared(
   builder_class: type[tfds.core.DatasetBuilder],
   prepared_dir: str | None,
-  config: shapes.ShapesConfig | folder.FolderConfig,
+  config: shapes.ShapesConfig | records.SourceConfig,
 ) -> tfds.core.DatasetBuilder:
   """Returns the builder with its data on disk.
 
@@ -179,13 +190,13 @@ def _prepared(
     builder.download_and_prepare(file_format='array_record')
     # read back, as every later run will
     builder = builder_class(data_dir=prepared_dir, config=config)
-  if isinstance(config, folder.FolderConfig):
+  if isinstance(config, records.SourceConfig):
     _report_older(home, config)
   return builder
 
 
-def _report_older(home: pathlib.Path, config: folder.FolderConfig) -> None:
-  """Logs which other preparations of the same split lie in `home`."""
+def _report_older(home: pathlib.Path, config: records.SourceConfig) -> None:
+  """Logs which other preparations of the same source lie in `home`."""
   for other in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}')):
     if other.name != config.name:
       log.info(

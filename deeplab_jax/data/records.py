@@ -3,34 +3,101 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import hashlib
 import io
-from typing import Any
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from deeplab_jax import errors
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 64  # records in memory at once
+_SHARD = 4096  # records in a file
+
+_Item = TypeVar('_Item', bound='Item')
+_Read = TypeVar('_Read')
 
 
-def records_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
-  """Describes the records that `make_record` makes.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class SourceConfig(tfds.core.BuilderConfig):
+  """Names what is prepared from files that may change.
 
-  The metadata is left to the builder: `info` (`DatasetInfo.to_json()`) and
-  `splits`, what `Tally.to_json()` gives for each split.
+  Attributes:
+    name: of the prepared set, `prefix` and a `fingerprint` of the source.
+    prefix: common to all preparations of one source.
   """
-  return tfds.core.DatasetInfo(
-    builder=builder,
-    description=type(builder).__doc__,
-    features=tfds.features.FeaturesDict(
-      {
-        'image': tfds.features.Image(shape=(None, None, 3)),
-        'label': tfds.features.Image(shape=(None, None, 1)),
-        'name': tfds.features.Text(),
-        'file_name': tfds.features.Text(),
-        'height': tfds.features.Scalar(np.int32),
-        'width': tfds.features.Scalar(np.int32),
-      }
-    ),
-    metadata=tfds.core.MetadataDict(),
-  )
+
+  name: str = ''
+  prefix: str = ''
+
+
+def fingerprint(*values: Any) -> str:
+  """Returns 12 hex digits that change with the values, plain JSON ones."""
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
+  """Stores records in the order in which they are generated.
+
+  TFDS itself shuffles a split in memory, and needs TensorFlow where it exceeds
+  1 GB.
+
+  The metadata holds `names`, the ids of each split; the builders add `info`
+  (`DatasetInfo.to_json()`) and `splits`, what `Tally.to_json()` gives for each
+  split.
+  """
+
+  code_path = None  # no checksums to look for; TFDS fails where it looks
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=type(self).__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(None, None, 3)),
+          'label': tfds.features.Image(shape=(None, None, 1)),
+          'name': tfds.features.Text(),
+          'file_name': tfds.features.Text(),
+          'height': tfds.features.Scalar(np.int32),
+          'width': tfds.features.Scalar(np.int32),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(),
+    )
+
+  def _download_and_prepare(
+    self, dl_manager: Any, download_config: Any = None
+  ) -> None:
+    generators = self._split_generators(dl_manager)
+    # that of the temporary folder, which TFDS renames in the end
+    written = self._info()
+    writer = tfds.core.SequentialWriter(
+      written, max_examples_per_shard=_SHARD, file_format='array_record'
+    )
+    names = self.info.metadata['names'] = {}
+    for split, examples in generators.items():
+      writer.initialize_splits([split])
+      names[split] = []
+      quiet = not sys.stderr.isatty()
+      examples = iter(
+        tqdm(examples, split, unit=' images', leave=False, disable=quiet)
+      )
+      while chunk := list(itertools.islice(examples, _CHUNK)):
+        names[split] += [name for name, _ in chunk]
+        writer.add_examples({split: [record for _, record in chunk]})
+    writer.close_all()
+    self.info.set_splits(written.splits)
 
 
 def make_record(
@@ -53,6 +120,86 @@ def make_record(
     'height': size[0],
     'width': size[1],
   }
+
+
+class Item(Protocol):
+  """One listed image: its id, and its two files as messages name them."""
+
+  name: str
+  image: Any
+  label: Any
+
+
+def readable(
+  items: Iterable[_Item],
+  read: Callable[[_Item], _Read],
+  *,
+  split: str,
+  on_bad_image: str,
+) -> Iterator[tuple[_Item, _Read]]:
+  """Yields each item with what `read` makes of it.
+
+  Args:
+    items: the images of the split.
+    read: raises `UnreadableError` where a file is no whole image.
+    split: its name, for messages.
+    on_bad_image: 'stop' at such a file, or 'skip' its item.
+
+  Raises:
+    UserError: naming the file.
+  """
+  for item in items:
+    try:
+      result = read(item)
+    except errors.UnreadableError as error:
+      if on_bad_image == 'stop':
+        raise errors.UserError(
+          f"{error}, or set config.data.on_bad_image='skip'"
+        ) from error
+      log.warning('Skipped %r of split %r: %s', item.name, split, error)
+    else:
+      yield item, result
+
+
+def check_size(
+  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
+) -> None:
+  """Raises `UserError` unless both sizes (height, width) are the same."""
+  if image_size != label_size:
+    raise errors.UserError(
+      f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
+      f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
+      'size'
+    )
+
+
+def check_values(
+  item: Item,
+  label: np.ndarray,
+  num_classes: int,
+  ignore_label: int,
+  *,
+  remedy: str,
+) -> None:
+  """Raises `UserError` unless a label uint8 [H, W] holds classes and void.
+
+  Args:
+    item: of the label.
+    label: the class indices.
+    num_classes: they are below it,
+    ignore_label: or this.
+    remedy: what to correct, for the error.
+  """
+  counts = np.bincount(label.ravel(), minlength=256)
+  counts[:num_classes] = 0
+  counts[ignore_label] = 0
+  if counts.any():
+    value = int(counts.argmax())
+    raise errors.UserError(
+      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
+      f'one of the {num_classes} classes nor the ignore label {ignore_label}; '
+      f'correct {remedy}'
+    )
 
 
 class Tally:
