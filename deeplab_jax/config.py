@@ -20,6 +20,8 @@ import ml_collections
 
 from deeplab_jax.errors import UserError
 
+MEDIAN_FREQUENCY = 'median_frequency'
+
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the default configuration, locked against new keys."""
@@ -50,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.dir = ''  # the folder, in VOC devkit layout
   config.data.prepared_dir = ''  # prepared records; '' for the TFDS default
   config.data.train_split = 'train'
-  config.data.eval_split = 'val'
+  config.data.eval_split = 'val'  # '' to train without evaluation
   config.data.ignore_label = 255
   config.data.on_bad_image = 'stop'  # or 'skip'
   config.data.scale = (0.5, 2.0)
@@ -68,6 +70,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.eval_every = 150  # evaluates and saves
   config.train.sync_bn = True  # batch statistics over all devices
   config.train.freeze_bn = False  # keep the batch statistics as loaded
+
+  config.loss = ml_collections.ConfigDict()
+  # Numbers by commas, one a class, or 'median_frequency'; '' for equal ones.
+  config.loss.class_weights = ''
+  config.loss.hardest = 1.0  # share of each image's pixels, the hardest
+  config.loss.label_smoothing = 0.0
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'sgd'  # or 'adam'
@@ -105,6 +113,16 @@ def _one_of(*values: Any) -> _Rule:
   return ' or '.join(map(str, values)), lambda x: x in values
 
 
+def _are_weights(text: str) -> bool:
+  if text in ('', MEDIAN_FREQUENCY):
+    return True
+  try:
+    weights = parse_numbers(text)
+  except ValueError:
+    return False
+  return all(0 <= x < math.inf for x in weights) and any(weights)
+
+
 # What the value of a key must be, in words and as a test.
 _RULES: dict[str, _Rule] = {
   'seed': ('in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
@@ -116,6 +134,7 @@ _RULES: dict[str, _Rule] = {
   'model.bn_decay': _FRACTION,
   'model.bn_epsilon': _FROM_0,
   'model.dtype': _one_of('float32', 'bfloat16'),
+  'data.train_split': ('the name of a split', bool),
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
   'data.on_bad_image': _one_of('stop', 'skip'),
   'data.scale': (
@@ -137,6 +156,12 @@ _RULES: dict[str, _Rule] = {
   'train.batch_size': _FROM_1,
   'train.log_every': _FROM_1,
   'train.eval_every': _FROM_1,
+  'loss.class_weights': (
+    f"numbers from 0 by commas, one a class, '{MEDIAN_FREQUENCY}' or ''",
+    _are_weights,
+  ),
+  'loss.hardest': ('in (0, 1]', lambda x: 0 < x <= 1),
+  'loss.label_smoothing': _FRACTION,
   'optimizer.name': _one_of('sgd', 'adam'),
   'optimizer.learning_rate': _ABOVE_0,
   'optimizer.power': _FROM_0,
@@ -173,6 +198,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
     )
+
+
+def parse_numbers(text: str) -> list[float]:
+  """Reads numbers by commas; raises `ValueError` for anything else."""
+  return [float(number) for number in text.split(',')]
 
 
 def dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -272,7 +302,7 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   return config
 
 
-def from_recipe(path: str) -> ml_collections.ConfigDict:
+def from_recipe(path: str | Path) -> ml_collections.ConfigDict:
   """Returns what the function `get_config()` of a Python file returns.
 
   Raises:

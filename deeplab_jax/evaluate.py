@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 
 def open_dataset(config: ml_collections.ConfigDict, *splits: str) -> Dataset:
   """The data set of `config.data`, prepared, with at least these splits."""
-  return load_dataset(
-    **dataset_arguments(config), splits=tuple(dict.fromkeys(splits))
-  )
+  named = tuple(dict.fromkeys(filter(None, splits)))
+  return load_dataset(**dataset_arguments(config), splits=named)
 
 
 def evaluate_variables(
@@ -111,6 +110,11 @@ def evaluate(
   Raises:
     UserError: if the checkpoint or the data cannot be used.
   """
+  if not config.data.eval_split:
+    raise UserError(
+      'config.data.eval_split is empty, as for training without evaluation;'
+      ' name a split: --config.data.eval_split=val'
+    )
   dataset = open_dataset(config, config.data.eval_split)
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(config.eval.step)

@@ -176,5 +176,5 @@ def _dataset_info(
     voc = DATASETS['voc2012']
     if pretrained.num_classes == voc.num_classes:
       return voc
-  splits = (config.data.eval_split,)
+  splits = (config.data.eval_split or config.data.train_split,)
   return load_dataset(**dataset_arguments(config), splits=splits).info

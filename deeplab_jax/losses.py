@@ -1,5 +1,7 @@
 """Losses per pixel; the caller reduces."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ from jax import lax
 
 
 def softmax_cross_entropy(
-  logits: jax.Array, labels: jax.Array, ignore_label: int = 255
+  logits: jax.Array,
+  labels: jax.Array,
+  ignore_label: int = 255,
+  label_smoothing: float = 0.0,
 ) -> jax.Array:
   """Cross-entropy of each pixel, 0 where the label is the ignore label.
 
@@ -15,6 +20,9 @@ def softmax_cross_entropy(
     logits: [..., C] float.
     labels: [...] integer, a class in 0..C-1 or `ignore_label`.
     ignore_label: marks pixels without a class (void).
+    label_smoothing: share of the target spread evenly over all classes, that of
+      the label among them: Szegedy et al., "Rethinking the Inception
+      Architecture" (2016), section 7.
 
   Returns:
     float32 [...], in nats.
@@ -23,9 +31,59 @@ def softmax_cross_entropy(
   # A comparison with an iota, since indexing by label has a scatter for its
   # gradient.
   classes = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-  at_label = jnp.where(classes == labels[..., None], logits, 0).sum(-1)
-  losses = jax.nn.logsumexp(logits, axis=-1) - at_label
+  target = jnp.where(classes == labels[..., None], logits, 0).sum(-1)
+  if label_smoothing:
+    target += label_smoothing * (logits.mean(-1) - target)
+  losses = jax.nn.logsumexp(logits, axis=-1) - target
   return jnp.where(labels == ignore_label, 0, losses)
+
+
+def pixel_weights(
+  labels: jax.Array, class_weights: Sequence[float], ignore_label: int = 255
+) -> jax.Array:
+  """Weight of each pixel by its class, 0 where the label is the ignore label.
+
+  Args:
+    labels: [...] integer, a class in 0..C-1 or `ignore_label`.
+    class_weights: C numbers from 0.
+    ignore_label: marks pixels without a class (void).
+
+  Returns:
+    float32 [...].
+  """
+  weights = jnp.asarray(class_weights, jnp.float32)
+  classes = jnp.arange(len(weights), dtype=labels.dtype)
+  chosen = jnp.where(labels[..., None] == classes, weights, 0).sum(-1)
+  return jnp.where(labels == ignore_label, 0, chosen)
+
+
+def hardest_pixels(
+  losses: jax.Array, counted: jax.Array, share: float
+) -> jax.Array:
+  """Online hard example mining: which pixels of each image to learn from.
+
+  Shrivastava et al., "Training Region-based Object Detectors with Online Hard
+  Example Mining" (2016), on pixels. Each image keeps its own hardest, so that
+  the choice does not depend on how a batch lies over the devices.
+
+  Args:
+    losses: [B, H, W] float; has no gradient through the choice.
+    counted: [B, H, W] bool, the pixels to choose from.
+    share: in (0, 1], of the counted pixels of each image; rounded to whole
+      pixels, one at least.
+
+  Returns:
+    bool [B, H, W], within `counted`. Pixels as hard as the last one that fits
+    the share are kept with it.
+  """
+  losses = lax.stop_gradient(losses)
+  count = counted.sum((1, 2))
+  kept = jnp.clip(jnp.round(share * count).astype(jnp.int32), 1)
+  easy_first = jnp.sort(
+    jnp.where(counted, losses, -jnp.inf).reshape(len(losses), -1)
+  )
+  threshold = jnp.take_along_axis(easy_first, -kept[:, None], axis=1)
+  return counted & (losses >= threshold[..., None])
 
 
 def median_frequency_weights(

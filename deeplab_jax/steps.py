@@ -6,7 +6,7 @@ axis in front.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from deeplab_jax.losses import softmax_cross_entropy
+from deeplab_jax.losses import (
+  hardest_pixels,
+  pixel_weights,
+  softmax_cross_entropy,
+)
 from deeplab_jax.metrics import confusion_matrix
 
 AXIS_NAME = 'batch'
@@ -67,11 +71,15 @@ def train_step(
   optimizer: optax.GradientTransformation,
   ignore_label: int = 255,
   freeze_bn: bool = False,
+  class_weights: Sequence[float] | None = None,
+  hardest: float = 1.0,
+  label_smoothing: float = 0.0,
   axis_name: str = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Updates the state by one batch.
 
-  The loss is the mean over the valid pixels of the batch of all devices.
+  The loss is the mean over the valid pixels of the batch of all devices,
+  weighted by the classes if they have weights.
 
   Args:
     state: the same on every device.
@@ -80,14 +88,16 @@ def train_step(
     optimizer: the one that made `state.opt_state`.
     ignore_label: marks pixels that have no part in the loss.
     freeze_bn: normalise by the running statistics and leave them as they are.
+    class_weights: one for each class; None for equal ones.
+    hardest: share of each image's pixels of a weight above 0 that have a part
+      in the loss, those of the largest cross-entropy, see `hardest_pixels`.
+    label_smoothing: see `softmax_cross_entropy`.
     axis_name: of the mapped device axis.
 
   Returns:
     The next state, and `loss` and `grad_norm` (global L2, before clipping) as
     float32 scalars, equal on every device.
   """
-  valid = lax.psum((batch['label'] != ignore_label).sum(), axis_name)
-  valid = jnp.maximum(valid, 1).astype(jnp.float32)
 
   def loss_of(params: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(
@@ -96,8 +106,15 @@ def train_step(
       train=not freeze_bn,
       mutable=['batch_stats'],
     )
-    losses = softmax_cross_entropy(logits, batch['label'], ignore_label)
-    return losses.sum() / valid, updated['batch_stats']
+    losses = softmax_cross_entropy(
+      logits, batch['label'], ignore_label, label_smoothing
+    )
+    weighted, weights = _weigh(
+      losses, batch['label'], ignore_label, class_weights, hardest
+    )
+    total = lax.psum(weights.sum(), axis_name)
+    loss = weighted.sum() / jnp.where(total > 0, total, 1)
+    return loss, updated['batch_stats']
 
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
     state.params
@@ -113,6 +130,26 @@ def train_step(
     opt_state=opt_state,
   )
   return state, {'loss': loss, 'grad_norm': optax.global_norm(gradients)}
+
+
+def _weigh(
+  losses: jax.Array,
+  labels: jax.Array,
+  ignore_label: int,
+  class_weights: Sequence[float] | None,
+  hardest: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Losses times weights, and the weights, of each pixel."""
+  if class_weights is None:  # the losses are 0 at void already
+    weights, weighted = labels != ignore_label, losses
+  else:
+    weights = pixel_weights(labels, class_weights, ignore_label)
+    weighted = weights * losses
+  if hardest < 1:
+    # By the cross-entropy alone: a weight makes no pixel harder.
+    kept = hardest_pixels(losses, weights > 0, hardest)
+    weighted, weights = weighted * kept, weights * kept
+  return weighted, weights
 
 
 def eval_step(

@@ -18,11 +18,17 @@ from deeplab_jax import (
   steps,
   visualize,
 )
-from deeplab_jax.config import to_json, with_preset
+from deeplab_jax.config import (
+  MEDIAN_FREQUENCY,
+  parse_numbers,
+  to_json,
+  with_preset,
+)
 from deeplab_jax.data import transforms
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.errors import UserError, naming
+from deeplab_jax.losses import median_frequency_weights
 from deeplab_jax.metrics import format_table
 from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.optimizers import make_optimizer, poly_schedule
@@ -42,9 +48,11 @@ def train_and_evaluate(
 
   Writes checkpoints, TensorBoard events, `metrics.jsonl`, `config.json`,
   pictures, and at the end the measures of the best checkpoint (`eval.json`).
+  With an empty `config.data.eval_split` it saves as often, without measures.
 
   Returns:
-    The measures of the best checkpoint, see `evaluate.evaluate`.
+    The measures of the best checkpoint, see `evaluate.evaluate`; without
+    evaluation the `step` of the latest alone.
 
   Raises:
     UserError: if the configuration, the data or the workdir cannot be used, or
@@ -76,6 +84,8 @@ def train_and_evaluate(
     else:
       _Training(config, workdir, dataset, saved, description, pretrained).run()
       saved.wait()
+    if not data.eval_split:
+      return _report_unevaluated(saved.step_named('latest'), workdir)
     best = saved.step_named('best')
     measures = saved.metadata(best).get('measures')
   if measures is None:  # stopped by a signal, before its evaluation
@@ -83,6 +93,40 @@ def train_and_evaluate(
   result = {**measures, 'step': best}
   evaluate.report(result, workdir)
   return result
+
+
+def _report_unevaluated(step: int, workdir: Path) -> dict[str, Any]:
+  if distributed.is_first_process():
+    print(
+      f'{workdir} holds step {step}, not evaluated: config.data.eval_split is'
+      ' empty'
+    )
+  return {'step': step}
+
+
+def _class_weights(
+  config: ml_collections.ConfigDict, dataset: Dataset
+) -> tuple[float, ...] | None:
+  """The numbers that `config.loss.class_weights` stands for."""
+  text, classes = config.loss.class_weights, dataset.info.classes
+  if not text:
+    return None
+  if text == MEDIAN_FREQUENCY:
+    tally = dataset.tally(config.data.train_split)
+    weights = median_frequency_weights(
+      tally.class_pixels, tally.class_image_pixels
+    ).tolist()
+  else:
+    weights = parse_numbers(text)
+  if len(weights) != len(classes):
+    raise UserError(
+      f'config.loss.class_weights={text} has {len(weights)} numbers, and'
+      f' {dataset.info.name} {len(classes)} classes: {", ".join(classes)}'
+    )
+  pairs = zip(classes, weights, strict=True)
+  shown = ', '.join(f'{name} {weight:.4g}' for name, weight in pairs)
+  log.info('class weights: %s', shown)
+  return tuple(weights)
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:
@@ -141,11 +185,15 @@ class _Training:
       optimizer=transformation,
       ignore_label=dataset.info.ignore_label,
       freeze_bn=train.freeze_bn,
+      class_weights=_class_weights(config, dataset),
+      hardest=config.loss.hardest,
+      label_smoothing=config.loss.label_smoothing,
     )
-    self.eval_step = evaluate.make_eval_step(model, dataset)
-    self.eval_size = model.padded_size(
-      dataset.tally(config.data.eval_split).max_size
-    )
+    if config.data.eval_split:
+      self.eval_step = evaluate.make_eval_step(model, dataset)
+      self.eval_size = model.padded_size(
+        dataset.tally(config.data.eval_split).max_size
+      )
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -197,9 +245,10 @@ class _Training:
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
           stopping = stop.requested(step)
-          if step % train.eval_every == 0 or last:
+          due = step % train.eval_every == 0 or last
+          if due and self.config.data.eval_split:
             self._evaluate_and_save(step, writer, progress)
-          elif stopping:
+          elif due or stopping:
             self._check_finite()
             self.saved.save(self.state, self.description)
           if stopping and not last:
