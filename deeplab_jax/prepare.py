@@ -41,48 +41,50 @@ def prepare(
   Raises:
     UserError: if the data cannot be prepared, or a file not be written.
   """
+  if workdir is not None:
+    _make_folder(workdir)  # fails before the work does
   splits = (config.data.train_split, config.data.eval_split)
   splits = tuple(dict.fromkeys(filter(None, splits)))
   surveyed = config.data.name == 'folder' and config.data.dir
   text, findings = _survey(config, splits) if surveyed else ('', ())
   dataset = load_dataset(**dataset_arguments(config), splits=splits)
-  info = dataset.info
   tallies = {split: dataset.tally(split) for split in dataset.builders}
   if not surveyed:
     pixels = {split: tally.class_pixels for split, tally in tallies.items()}
-    findings = absent_classes(pixels, info.classes)
+    findings = absent_classes(pixels, dataset.info.classes)
     text = _show(*findings)
   weights = _class_weights(tallies[config.data.train_split])
+  text += _show_tables(dataset.info, tallies)
   text += _show(
-    f'{info.name}: {info.num_classes} classes, ignore label '
-    f'{info.ignore_label}\n',
-    _table(_class_rows(info, tallies)) + '\n',
-    _table(_size_rows(tallies)) + '\n',
     f'class weights by median frequency in {config.data.train_split}:',
     f'--config.loss.class_weights={",".join(weights)}\n',
   )
+  if workdir is None:
+    builder = dataset.builders[config.data.train_split]
+    workdir = Path(builder.data_path).parent
+  output = _make_folder(workdir / 'prepare')
   result = {
-    'dataset': info.to_json(),
+    'dataset': dataset.info.to_json(),
     'splits': {split: tally.to_json() for split, tally in tallies.items()},
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
-  if workdir is None:
-    first = dataset.builders[config.data.train_split]
-    workdir = Path(first.data_path).parent
-  output = workdir / 'prepare'
+  write_json(output / 'prepare.json', result)
+  with replacing(output / 'prepare.txt') as temporary:
+    Path(temporary).write_text(text, encoding='utf-8')
+  for split in tallies:
+    _draw(dataset, split, output / f'{split}.png')
+  return result
+
+
+def _make_folder(path: Path) -> Path:
   try:
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / 'prepare.json', result)
-    with replacing(output / 'prepare.txt') as temporary:
-      Path(temporary).write_text(text, encoding='utf-8')
-    for split in tallies:
-      _draw(dataset, split, output / f'{split}.png')
+    path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(
-      f'{output}: cannot be written ({error.strerror})'
+      f'{path}: cannot be written ({error.strerror}); give another --workdir'
     ) from error
-  return result
+  return path
 
 
 def _survey(
@@ -104,10 +106,20 @@ def _survey(
   text = _show(str(survey), *survey.findings, '')
   fatal = sum(finding.count for finding in survey.findings if finding.fatal)
   if fatal:
+    errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
     raise UserError(
-      f'{survey.root}: cannot be prepared; correct the {fatal:,} errors above'
+      f'{survey.root}: cannot be prepared; correct the {errors} listed above'
     )
   return text, survey.findings
+
+
+def _show_tables(info: DatasetInfo, tallies: Mapping[str, Tally]) -> str:
+  """Prints the counts by class and the sizes; returns what is printed."""
+  head = (
+    f'{info.name}: {info.num_classes} classes, ignore label {info.ignore_label}'
+  )
+  classes, sizes = _class_rows(info, tallies), _size_rows(tallies)
+  return _show(head, '', _table(classes), '', _table(sizes), '')
 
 
 def _show(*parts: object) -> str:

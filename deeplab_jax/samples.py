@@ -16,7 +16,7 @@ from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.records import Tally
 
-_PAGE = (3300, 1850)  # largest height and width of all samples together
+_PAGE = (3800, 1860)  # largest height and width, without the margin
 _PICTURE = 300  # largest width of an image
 _TEXT = 20  # height of letters
 _CAPTION = 42  # height of the line over a sample
@@ -46,28 +46,28 @@ def sample_page(
   """
   present = np.flatnonzero(tally.class_pixels).tolist()
   per_class = 3 if len(present) <= 12 else 2 if len(present) <= 30 else 1
-  columns, box = _layout(len(present), per_class, tally)
-  chosen = _choose(source, tally, per_class)
-  tiles = []
-  for index in present:
-    row = [_tile(source[r], index, info, box) for r in chosen[index]]
-    # the classes stand below one another
-    tiles += row + [np.full_like(row[0], 255)] * (per_class - len(row))
-  rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-  body = [[visualize.grid(rows, 3 * _GAP)]] if rows else []
-  width = body[0][0].shape[1] if rows else _PAGE[1]
-  head = visualize.legend([(title, None)], width, 32)
-  parts = [[head], [_legend(info, tally, width)], *body]
-  margin = 4 * _GAP
-  return np.pad(
-    visualize.grid(parts, 2 * _GAP),
-    ((margin, margin), (margin, margin), (0, 0)),
-    constant_values=255,
-  )
+  parts = [
+    [visualize.legend([(title, None)], _PAGE[1], 32)],
+    [_legend(info, tally)],
+  ]
+  if present:
+    height = _PAGE[0] - sum(part.shape[0] for (part,) in parts)
+    columns, box = _layout(len(present), per_class, tally, height)
+    chosen = _choose(source, tally, per_class)
+    tiles = []
+    for index in present:
+      row = [_tile(source[r], index, info, box) for r in chosen[index]]
+      # the classes stand below one another
+      tiles += row + [np.full_like(row[0], 255)] * (per_class - len(row))
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    parts.append([visualize.grid(rows, 3 * _GAP)])
+  page = visualize.grid(parts, 2 * _GAP)
+  margins = [(4 * _GAP, 4 * _GAP)] * 2 + [(0, 0)]
+  return np.pad(page, margins, constant_values=255)
 
 
 def _layout(
-  num_classes: int, per_class: int, tally: Tally
+  num_classes: int, per_class: int, tally: Tally, page_height: int
 ) -> tuple[int, tuple[int, int]]:
   """Returns how many samples stand in a row, and (height, width) of an image.
 
@@ -80,12 +80,12 @@ def _layout(
     rows = -(-num_classes // classes)
     size = min(
       _PICTURE,
-      _PAGE[1] / (2 * classes * per_class),
-      (_PAGE[0] / rows - _CAPTION) / aspect,
+      (_PAGE[1] / (classes * per_class) - 4 * _GAP) / 2,
+      (page_height / rows - _CAPTION - 3 * _GAP) / aspect,
     )
     best = max(best, (classes * per_class, size), key=lambda pair: pair[1])
   columns, size = best
-  return columns, (round(size * aspect), round(size))
+  return columns, (int(size * aspect), int(size))
 
 
 def _choose(
@@ -173,7 +173,7 @@ def _resize(
   return np.asarray(Image.fromarray(array).resize(size, filter))
 
 
-def _legend(info: DatasetInfo, tally: Tally, width: int) -> np.ndarray:
+def _legend(info: DatasetInfo, tally: Tally) -> np.ndarray:
   """Names all classes with their share of pixels and number of images."""
   shares = tally.class_pixels / max(tally.class_pixels.sum(), 1)
   entries = [
@@ -187,7 +187,7 @@ def _legend(info: DatasetInfo, tally: Tally, width: int) -> np.ndarray:
   ]
   void = tally.void_pixels / sum(h * w * n for (h, w), n in tally.sizes.items())
   entries.append((f'void  {_percent(void)} of all', visualize.VOID_COLOR))
-  return visualize.legend(entries, width, 13 if len(entries) > 40 else 24)
+  return visualize.legend(entries, _PAGE[1], 13 if len(entries) > 40 else 24)
 
 
 def _percent(share: float) -> str:

@@ -124,7 +124,7 @@ def test_missing_workdir_is_refused(refused):
   assert '--workdir=DIR is missing' in refused()
 
 
-@pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
+@pytest.mark.parametrize('mode', ['train', 'eval', 'predict', 'prepare'])
 def test_workdir_that_is_a_file_is_refused(refused, tmp_path, mode):
   path = tmp_path / 'file'
   path.write_text('')
@@ -311,6 +311,28 @@ def test_workdir_alone_is_enough_to_evaluate_and_predict(
     result = Image.open(workdir / 'predictions' / f'{name}.png')
     source = Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg')
     assert result.size == source.size
+
+
+def test_prepare_needs_no_workdir(trained, command):
+  options = ['--mode=prepare', *as_options(trained.settings)]
+  status, output, _ = command(*options)
+  assert status == 0 and 'class weights by median frequency' in output
+  *_, page = output.splitlines()
+  assert page.startswith(trained.settings['data.prepared_dir'])
+  assert Image.open(page).format == 'PNG'
+
+
+def test_prepare_ends_a_report_of_errors_with_one_line(
+  trained, command, tmp_path
+):
+  folder = shutil.copytree(trained.folder, tmp_path / 'bad')
+  (folder / 'JPEGImages' / 'val_1.jpg').unlink()
+  settings = {**trained.settings, 'data.dir': folder}
+  status, output, errors = command('--mode=prepare', *as_options(settings))
+  assert status == 1 and 'val_1: listed, but there is no image' in output
+  assert errors.splitlines()[-1] == (
+    f'error: {folder}: cannot be prepared; correct the 1 error listed above'
+  )
 
 
 def test_main_joins_no_cluster_here():

@@ -1,0 +1,219 @@
+"""What --mode=prepare says of a data set, against counts by hand."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import SETTINGS, make_config
+from PIL import Image
+
+from deeplab_jax import config as default_config
+from deeplab_jax.data import load, shapes
+from deeplab_jax.errors import UserError
+from deeplab_jax.prepare import prepare
+
+PAGES = ['prepare.json', 'prepare.txt', 'train.png', 'val.png']
+
+
+@pytest.fixture
+def settings(voc_folder, tmp_path):
+  return {
+    **SETTINGS,
+    'data.dir': str(voc_folder),
+    'data.prepared_dir': str(tmp_path / 'prepared'),
+  }
+
+
+def rows(text):
+  """Lines as lists of words."""
+  return [line.split() for line in text.splitlines()]
+
+
+def test_table_holds_what_was_counted_by_hand(settings, tmp_path, capsys):
+  prepare(make_config(settings), tmp_path / 'w')
+  output = capsys.readouterr().out
+  root = tmp_path / 'mini'
+  sizes = {}
+  for split in ('train', 'val'):
+    paths = (root / 'JPEGImages').glob(f'{split}_*')
+    sizes[split] = [Image.open(path).size for path in paths]
+  # every label has two boxes of 15x20, and a void row at the top
+  pixels = {
+    split: [sum(w * (h - 1) for w, h in found), 300 * len(found)]
+    for split, found in sizes.items()
+  }
+  for name in ('left', 'right'):
+    expected = [name]
+    for split, count in (('train', '6'), ('val', '3')):
+      whole, boxes = pixels[split]
+      expected += [count, f'{boxes:,}', f'{100 * boxes / whole:.2f}']
+    assert expected in rows(output)
+  expected = ['all', 'classes']
+  for split, count in (('train', '6'), ('val', '3')):
+    expected += [count, f'{pixels[split][0]:,}', '100.00']
+  assert expected in rows(output)
+  expected = ['void,', 'of', 'all', 'pixels']
+  for found in sizes.values():
+    void, whole = sum(w for w, _ in found), sum(w * h for w, h in found)
+    expected += [f'{void:,}', f'{100 * void / whole:.2f}']
+  assert expected in rows(output)
+  by_area = {
+    s: sorted(f, key=lambda size: size[0] * size[1]) for s, f in sizes.items()
+  }
+  for name, index in (('smallest', 0), ('largest', -1)):
+    expected = [name]
+    for found in by_area.values():
+      width, height = found[index]
+      expected.append(f'{width}x{height}')
+    assert expected in rows(output)
+  assert ['images', '6', '3'] in rows(output)
+  counts = [str(len(set(found))) for found in sizes.values()]
+  assert ['sizes', *counts] in rows(output)
+
+
+def test_files_say_what_the_screen_says(settings, tmp_path, capsys):
+  result = prepare(make_config(settings), tmp_path / 'w')
+  output = tmp_path / 'w' / 'prepare'
+  assert sorted(path.name for path in output.iterdir()) == PAGES
+  saved = json.loads((output / 'prepare.json').read_text())
+  assert saved == json.loads(json.dumps(result))
+  shown = capsys.readouterr().out
+  text = (output / 'prepare.txt').read_text()
+  assert shown == text + f'{output}/train.png\n{output}/val.png\n'
+  assert text.startswith('num_classes: 3 (the labels hold 0 to 2 and void, 255')
+  assert result['dataset']['classes'] == ['ground', 'left', 'right']
+  assert result['splits']['val']['class_pixels'][1:] == [900, 900]
+  for split in ('train', 'val'):
+    with Image.open(output / f'{split}.png') as page:
+      assert page.mode == 'RGB' and page.width > 1000
+
+
+def test_class_weights_can_be_pasted(settings, tmp_path, capsys):
+  result = prepare(make_config(settings), tmp_path / 'w')
+  (line,) = [
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith('--config.loss.class_weights=')
+  ]
+  config = make_config(settings)
+  config.loss.class_weights = line.partition('=')[2]
+  default_config.validate(config)
+  given = default_config.parse_numbers(config.loss.class_weights)
+  # both boxes have one frequency, which is the median of the three
+  counts = result['splits']['train']['class_pixels']
+  assert given == pytest.approx([1800 / counts[0], 1, 1], rel=1e-3)
+  assert given == result['class_weights']
+
+
+def test_without_workdir_all_lies_beside_the_records(
+  settings, tmp_path, capsys
+):
+  config = make_config(settings)
+  prepare(config, None)
+  (output,) = (tmp_path / 'prepared').rglob('prepare')
+  assert sorted(path.name for path in output.iterdir()) == PAGES
+  assert f'{output}/train.png' in capsys.readouterr().out
+  before = set(output.iterdir())
+  prepare(config, None)  # the records are found again
+  assert before == set(output.iterdir())
+  assert list((tmp_path / 'prepared').rglob('prepare')) == [output]
+
+
+def test_shapes_are_prepared_too(tmp_path, monkeypatch, capsys):
+  class FewShapes(shapes.ShapesConfig):
+    def __init__(self):
+      super().__init__(train=3, val=2)
+
+  monkeypatch.setattr(load.shapes, 'ShapesConfig', FewShapes)
+  config = make_config({'data.prepared_dir': str(tmp_path / 'prepared')})
+  result = prepare(config, tmp_path / 'w')
+  builder = load.load_dataset('shapes', prepared_dir=str(tmp_path / 'prepared'))
+  for split, count in (('train', 3), ('val', 2)):
+    pixels = np.zeros(256, np.int64)
+    for record in builder.source(split):
+      label = np.array(Image.open(io.BytesIO(record['label'])))
+      pixels += np.bincount(label.ravel(), minlength=256)
+    found = result['splits'][split]
+    assert found['num_images'] == count
+    assert found['class_pixels'] == pixels[:6].tolist()
+    assert found['void_pixels'] == pixels[255]
+  absent = [f for f in result['findings'] if 'without a pixel' in f['title']]
+  expected = [
+    f'{name} in {split}'
+    for split in ('train', 'val')
+    for name, count in zip(
+      result['dataset']['classes'],
+      result['splits'][split]['class_pixels'],
+      strict=True,
+    )
+    if not count
+  ]
+  assert absent and list(absent[0]['examples']) == expected[:5]
+  assert 'warning: classes without a pixel' in capsys.readouterr().out
+
+
+def test_folder_with_errors_is_reported_whole_and_refused(
+  settings, voc_folder, tmp_path, capsys
+):
+  for index in range(3):
+    (voc_folder / 'JPEGImages' / f'train_{index}.jpg').unlink()
+  Image.new('L', (9, 7)).save(voc_folder / 'SegmentationClass' / 'val_1.png')
+  (voc_folder / 'classes.txt').write_text('ground\nleft\n')
+  with pytest.raises(UserError) as caught:
+    prepare(make_config(settings), tmp_path / 'w')
+  assert str(caught.value) == (
+    f'{voc_folder}: cannot be prepared; correct the 5 errors listed above'
+  )
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('num_classes: 3 (') and 'has 2 names' in lines[0]
+  assert [line for line in lines if line.startswith('error: ')] == [
+    'error: listed ids without exactly one image and a label: 3',
+    'error: labels of another size than their image: 1',
+    'error: label values that are neither a class nor the ignore label: 1',
+  ]
+  assert not (tmp_path / 'prepared').exists()
+  assert not list((tmp_path / 'w').iterdir())
+
+
+def test_unreadable_files_may_be_left_out(
+  settings, voc_folder, tmp_path, capsys
+):
+  (voc_folder / 'JPEGImages' / 'train_2.jpg').write_bytes(b'broken')
+  with pytest.raises(UserError, match='correct the 1 error listed above'):
+    prepare(make_config(settings), tmp_path / 'w')
+  config = make_config(settings, data__on_bad_image='skip')
+  result = prepare(config, tmp_path / 'w')
+  assert 'warning: unreadable files: 1' in capsys.readouterr().out
+  assert result['splits']['train']['num_images'] == 5
+
+
+def test_training_split_alone_is_enough(settings, tmp_path):
+  result = prepare(make_config(settings, data__eval_split=''), tmp_path / 'w')
+  assert list(result['splits']) == ['train']
+  assert not (tmp_path / 'w' / 'prepare' / 'val.png').exists()
+
+
+@pytest.mark.parametrize(
+  'key, value, words',
+  [
+    ('data.dir', '/nope', '/nope: no such dataset folder'),
+    ('data.dir', '', 'config.data.dir is empty'),
+    ('data.name', 'coco', "no data set 'coco'"),
+    ('data.train_split', 'all', 'correct the 1 error listed above'),
+  ],
+)
+def test_source_that_is_not_there_is_refused(
+  settings, tmp_path, key, value, words
+):
+  with pytest.raises(UserError, match=words):
+    prepare(make_config({**settings, key: value}), tmp_path / 'w')
+
+
+def test_workdir_that_cannot_be_written_is_refused_before_the_work(
+  settings, tmp_path, capsys
+):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match='file: cannot be written'):
+    prepare(make_config(settings), tmp_path / 'file')
+  assert capsys.readouterr().out == ''
