@@ -1,8 +1,8 @@
 """The command: python -m deeplab_jax.main --workdir=DIR [--mode=...].
 
-Trains by default. `--config=FILE` names a recipe, `--config.section.key=value`
-changes one setting, `--mode=predict` takes files, folders or globs behind the
-options.
+Trains by default; `--mode=prepare` shows the data first. `--config=FILE` names
+a recipe, `--config.section.key=value` changes one setting, `--mode=predict`
+takes files, folders or globs behind the options.
 """
 
 import contextlib

@@ -117,8 +117,13 @@ def test_page_of_void_alone_has_a_legend():
 
 @pytest.mark.parametrize(
   'num_classes, size',
-  [(1, (60, 80)), (12, (80, 60)), (21, (20, 200)), (31, (300, 30))]
-  + [(255, (60, 80))],
+  [
+    (1, (60, 80)),
+    (12, (80, 60)),
+    (21, (20, 200)),
+    (31, (300, 30)),
+    (255, (60, 80)),
+  ],
 )
 def test_page_is_no_larger_than_a_person_can_look_at(num_classes, size):
   labels = [np.full(size, index, np.uint8) for index in range(num_classes)]
