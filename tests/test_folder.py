@@ -266,6 +266,17 @@ def test_listed_file_that_is_missing_is_named(voc_folder, prepared, file):
     assert file.removesuffix('.jpg') in message
 
 
+def test_listed_files_that_are_missing_are_counted(voc_folder, prepared):
+  for index in range(6):
+    (voc_folder / 'JPEGImages' / f'train_{index}.jpg').unlink()
+  message = _refused(voc_folder, prepared)
+  assert message == (
+    f'{voc_folder}/ImageSets/Segmentation/train.txt: 6 listed ids without '
+    'exactly one image and a label (train_0, train_1, train_2, train_3, '
+    'train_4, ...); add them or take them off the list'
+  )
+
+
 def test_empty_split_is_named(voc_folder, prepared):
   path = voc_folder / 'ImageSets' / 'Segmentation' / 'val.txt'
   path.write_text('\n  \n')

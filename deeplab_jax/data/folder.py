@@ -91,8 +91,7 @@ def make_config(
     )
   root = find_root(directory)
   classes = read_classes(root)
-  files = ImageFiles(root)
-  items = tuple(files.item(name) for name in read_list(root, split))
+  items = _find_items(root, split)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{split}-'
@@ -259,6 +258,26 @@ def _refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
   name, count = collections.Counter(names).most_common(1)[0]
   if count > 1:
     raise errors.UserError(f'{path}: {name!r} stands {count} times; keep one')
+
+
+def _find_items(root: pathlib.Path, split: str) -> tuple[Item, ...]:
+  files = ImageFiles(root)
+  items, missing = [], {}
+  for name in read_list(root, split):
+    try:
+      items.append(files.item(name))
+    except errors.UserError as error:
+      missing[name] = error
+  if len(missing) > 1:
+    names = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
+    raise errors.UserError(
+      f'{_list_path(root, split)}: {len(missing)} listed ids without '
+      f'exactly one image and a label ({names}); add them or take them off the '
+      'list'
+    )
+  for error in missing.values():
+    raise error
+  return tuple(items)
 
 
 class ImageFiles:
