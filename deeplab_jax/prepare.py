@@ -10,6 +10,7 @@ import ml_collections
 
 from deeplab_jax import samples, visualize
 from deeplab_jax.config import dataset_arguments
+from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.records import Tally
@@ -53,8 +54,9 @@ def prepare(
     pixels = {split: tally.class_pixels for split, tally in tallies.items()}
     findings = absent_classes(pixels, dataset.info.classes)
     text = _show(*findings)
+  published = _published(dataset)
   weights = _class_weights(tallies[config.data.train_split])
-  text += _show_tables(dataset.info, tallies)
+  text += _show_tables(dataset.info, tallies, published)
   text += _show(
     f'class weights by median frequency in {config.data.train_split}:',
     f'--config.loss.class_weights={",".join(weights)}\n',
@@ -66,6 +68,7 @@ def prepare(
   result = {
     'dataset': dataset.info.to_json(),
     'splits': {split: tally.to_json() for split, tally in tallies.items()},
+    'published': published,
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
@@ -113,12 +116,26 @@ def _survey(
   return text, survey.findings
 
 
-def _show_tables(info: DatasetInfo, tallies: Mapping[str, Tally]) -> str:
+def _published(dataset: Dataset) -> dict[str, int]:
+  """The number of images that each split is known to have elsewhere."""
+  counts = {}
+  for split, builder in dataset.builders.items():
+    config = builder.builder_config
+    if isinstance(config, voc.VocConfig):
+      count = voc.PUBLISHED[config.variant].get(split)
+      if count is not None:
+        counts[split] = count
+  return counts
+
+
+def _show_tables(
+  info: DatasetInfo, tallies: Mapping[str, Tally], published: Mapping[str, int]
+) -> str:
   """Prints the counts by class and the sizes; returns what is printed."""
   head = (
     f'{info.name}: {info.num_classes} classes, ignore label {info.ignore_label}'
   )
-  classes, sizes = _class_rows(info, tallies), _size_rows(tallies)
+  classes, sizes = _class_rows(info, tallies), _size_rows(tallies, published)
   return _show(head, '', _table(classes), '', _table(sizes), '')
 
 
@@ -172,7 +189,9 @@ def _class_rows(
   return rows
 
 
-def _size_rows(tallies: Mapping[str, Tally]) -> list[list[str]]:
+def _size_rows(
+  tallies: Mapping[str, Tally], published: Mapping[str, int]
+) -> list[list[str]]:
   """Number of images of each split, and their sizes."""
   rows = [['split'], ['images'], ['smallest'], ['largest']]
   rows += [['most common size'], ['images of that size'], ['sizes']]
@@ -189,6 +208,10 @@ def _size_rows(tallies: Mapping[str, Tally]) -> list[list[str]]:
     ]
     for row, value in zip(rows, values, strict=True):
       row.append(value)
+  if published:
+    counts = [published.get(split) for split in tallies]
+    row = ['published images', *(f'{n:,}' if n else '-' for n in counts)]
+    rows.insert(2, row)
   return rows
 
 

@@ -174,6 +174,13 @@ def test_classes_without_pixels_are_named_by_split(voc_folder):
   )
 
 
+def test_split_of_void_alone_is_one_finding(voc_folder):
+  for index in range(3):
+    write_label(voc_folder, f'val_{index}', lambda label: label.fill(255))
+  (finding,) = findings(voc_folder).values()
+  assert finding.examples == ('all 3 in val',)
+
+
 def test_masks_of_0_and_255_are_suspect(voc_folder):
   def binary(label):
     label[label > 0] = 255

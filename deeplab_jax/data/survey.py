@@ -175,7 +175,11 @@ def absent_classes(
   """
   notes = _Notes()
   for split, pixels in split_pixels.items():
-    for name, count in zip(classes, pixels, strict=False):
+    counts = list(zip(classes, pixels, strict=False))
+    if not any(count for _, count in counts):
+      notes.add(_ABSENT, f'all {len(classes)} in {split}')
+      continue
+    for name, count in counts:
       if not count:
         notes.add(_ABSENT, f'{name} in {split}')
   return notes.findings()
