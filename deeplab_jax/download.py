@@ -71,21 +71,29 @@ def download(
     with locked(folder / f'.{path.name}.lock'):
       if not (path.exists() and _digest(path, digest) == digest):
         if size is not None:
-          missing = size - _size(_part(path))
-          require_space(folder, missing, f'the download of {path.name}')
+          needed = missing_bytes(path, size)
+          require_space(folder, needed, f'the download of {path.name}')
         _fetch(urls, path, digest, size, advice)
   except OSError as error:
     raise UserError(f'{error.filename or folder}: {error.strerror}') from error
   return path
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def missing_bytes(path: Path, size: int) -> int:
+  """How much of a file of `size` bytes `download` has still to write."""
+  return 0 if _size(path) == size else max(size - _size(_part(path)), 0)
+
+
+def require_space(
+  folder: Path, needed: int, what: str, advice: str = 'make room there'
+) -> None:
   """Raises `UserError` unless `needed` bytes are free for `what`.
 
   Args:
     folder: where it is to be written; may not be there yet.
     needed: in bytes.
     what: a noun, for the error.
+    advice: what to do, for the error.
   """
   there = folder
   while not there.exists():
@@ -94,7 +102,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
   if free < needed:
     raise UserError(
       f'{folder}: {what} needs {_readable(needed)} of disk, but'
-      f' {_readable(free)} are free; make room there'
+      f' {_readable(free)} are free; {advice}'
     )
 
 
@@ -174,7 +182,7 @@ def _download(url: str, part: Path, size: int | None) -> None:
     try:
       _receive(url, part, size)
       return
-    except urllib.error.HTTPError:
+    except urllib.error.URLError:  # it did not answer, or refused
       raise
     except (OSError, http.client.HTTPException) as error:
       if _is_about_disk(error):
