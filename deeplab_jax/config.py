@@ -48,11 +48,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dtype = 'float32'
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = 'shapes'  # or 'folder'
-  config.data.dir = ''  # the folder, in VOC devkit layout
+  config.data.name = 'shapes'  # or another key of `data.load.LOADERS`
+  config.data.dir = ''  # the source on this disk, for data sets that have one
   config.data.prepared_dir = ''  # prepared records; '' for the TFDS default
   config.data.train_split = 'train'
   config.data.eval_split = 'val'  # '' to train without evaluation
+  # Of 'voc2012_segmentation/list': a text file of the ids to train on, and the
+  # share of them that is held out as the split 'holdout'.
+  config.data.list = ''
+  config.data.holdout = 0.1
   config.data.ignore_label = 255
   config.data.on_bad_image = 'stop'  # or 'skip'
   config.data.scale = (0.5, 2.0)
@@ -135,6 +139,7 @@ _RULES: dict[str, _Rule] = {
   'model.bn_epsilon': _FROM_0,
   'model.dtype': _one_of('float32', 'bfloat16'),
   'data.train_split': ('the name of a split', bool),
+  'data.holdout': _FRACTION,
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
   'data.on_bad_image': _one_of('stop', 'skip'),
   'data.scale': (
@@ -214,6 +219,8 @@ def dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
     'prepared_dir': data.prepared_dir,
     'ignore_label': data.ignore_label,
     'on_bad_image': data.on_bad_image,
+    'list_file': data.list,
+    'holdout': data.holdout,
   }
 
 

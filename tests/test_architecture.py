@@ -17,7 +17,7 @@ FLOORS = [
     'distributed', 'writers', 'visualize', 'config', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
     'weights.mapping', 'weights.files', 'confusion_picture', 'submission',
-    'data.buckets',
+    'data.buckets', 'data.archives', 'data.voc_lists', 'data.voc_places',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',

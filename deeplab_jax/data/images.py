@@ -91,6 +91,38 @@ def read_label(
   return label.astype(np.uint8) // np.uint8(scale)
 
 
+def read_mat_label(
+  path: str | os.PathLike[str], data: bytes | None = None
+) -> np.ndarray:
+  """Reads the class mask in one of SBD's MATLAB files, uint8 [H, W].
+
+  Args:
+    path: a `.mat` that holds `GTcls.Segmentation`.
+    data: its contents, if they are at hand.
+
+  Raises:
+    UserError: if the file is missing, damaged or of another structure.
+  """
+  import scipy.io  # imported here, as few need it
+
+  data = _read_bytes(path) if data is None else data
+  try:
+    values = scipy.io.loadmat(io.BytesIO(data), variable_names=['GTcls'])
+  except Exception as error:  # damaged files make scipy raise almost anything
+    raise _unreadable(path, error) from error
+  try:
+    mask = values['GTcls']['Segmentation'][0, 0]
+    label = mask.astype(np.uint8)
+    if label.ndim != 2 or not np.array_equal(label, mask):
+      raise TypeError
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise errors.UserError(
+      f'{path}: a mask of SBD must hold GTcls.Segmentation, a matrix of class '
+      "indices; take the files in 'cls', as benchmark.tgz has them"
+    ) from error
+  return label
+
+
 def label_palette(path: str | os.PathLike[str]) -> np.ndarray | None:
   """Returns the palette of a palette image, uint8 [N, 3], or None."""
   try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import pathlib
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from deeplab_jax import disk, errors
-from deeplab_jax.data import datasets, folder, records, shapes
+from deeplab_jax.data import datasets, folder, records, shapes, voc
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def load_dataset(
   splits: Sequence[str] = ('train', 'val'),
   ignore_label: int = 255,
   on_bad_image: str = 'stop',
+  list_file: str = '',
+  holdout: float = 0.1,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
 
@@ -92,6 +95,8 @@ def load_dataset(
     splits: the splits wanted.
     ignore_label: label value of void pixels.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
+    list_file: of 'voc2012_segmentation/list', the ids to train on.
+    holdout: of the same, the share of them that is the split 'holdout'.
 
   Raises:
     UserError: if the name, a split, an option or anything in the source is
@@ -113,6 +118,8 @@ def load_dataset(
     splits=splits,
     ignore_label=ignore_label,
     on_bad_image=on_bad_image,
+    list_file=list_file,
+    holdout=holdout,
   )
   any_builder = next(iter(builders.values()))
   info = datasets.DatasetInfo.from_json(any_builder.info.metadata['info'])
@@ -125,11 +132,7 @@ def load_dataset(
 def _load_shapes(
   *, prepared_dir: str | None, ignore_label: int, **unused: Any
 ) -> Builders:
-  own = datasets.DATASETS['shapes'].ignore_label
-  if ignore_label != own:
-    raise errors.UserError(
-      f"config.data.ignore_label of 'shapes' is {own}, got {ignore_label}"
-    )
+  _check_ignore_label('shapes', ignore_label)
   config = shapes.ShapesConfig()
   builder = _prepared(shapes.ShapesSegmentation, prepared_dir, config)
   return dict.fromkeys(builder.info.splits, builder)
@@ -140,7 +143,9 @@ def _load_folder(
   directory: str,
   prepared_dir: str | None,
   splits: Sequence[str],
-  **options: Any,
+  ignore_label: int,
+  on_bad_image: str,
+  **unused: Any,
 ) -> Builders:
   if not directory:
     raise errors.UserError(
@@ -148,7 +153,10 @@ def _load_folder(
     )
   # All are surveyed before the first is prepared, which may take minutes.
   configs = {
-    split: folder.make_config(directory, split, **options) for split in splits
+    split: folder.make_config(
+      directory, split, ignore_label=ignore_label, on_bad_image=on_bad_image
+    )
+    for split in splits
   }
   return {
     split: _prepared(folder.FolderSegmentation, prepared_dir, config)
@@ -156,10 +164,42 @@ def _load_folder(
   }
 
 
+def _load_voc(
+  variant: str,
+  *,
+  prepared_dir: str | None,
+  splits: Sequence[str],
+  ignore_label: int,
+  **options: Any,
+) -> Builders:
+  _check_ignore_label('voc2012', ignore_label)
+  config = voc.make_config(variant, **options)
+  builder = _prepared(voc.Voc2012Segmentation, prepared_dir, config)
+  if 'test' in splits and 'test' not in builder.info.splits:
+    raise errors.UserError(
+      f"no split 'test' in {variant}: its images are for registered users; "
+      'put VOC2012test.tar beside the rest, set config.data.dir to that '
+      "folder, and config.data.name='voc2012_segmentation'"
+    )
+  return dict.fromkeys(builder.info.splits, builder)
+
+
+def _check_ignore_label(name: str, given: int) -> None:
+  own = datasets.DATASETS[name].ignore_label
+  if given != own:
+    raise errors.UserError(
+      f'config.data.ignore_label of {name!r} is {own}, got {given}'
+    )
+
+
 # Each loads one kind of data set; the keywords are those of `load_dataset`.
 LOADERS: dict[str, Callable[..., Builders]] = {
   'shapes': _load_shapes,
   'folder': _load_folder,
+  'voc2012_segmentation': functools.partial(_load_voc, 'voc2012'),
+} | {
+  f'voc2012_segmentation/{variant}': functools.partial(_load_voc, variant)
+  for variant in voc.PUBLISHED
 }
 
 
