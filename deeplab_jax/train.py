@@ -61,6 +61,7 @@ def train_and_evaluate(
   _check_batch(config)
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
+  _check_splits(dataset, data.train_split, data.eval_split)
   with checkpoints.Checkpoints(workdir) as saved:
     saved.remove_interrupted()
     latest, pretrained = saved.latest_step, None
@@ -93,6 +94,25 @@ def train_and_evaluate(
   result = {**measures, 'step': best}
   evaluate.report(result, workdir)
   return result
+
+
+def _check_splits(dataset: Dataset, trained: str, scored: str) -> None:
+  """Refuses to score images that are trained on, unless that is meant."""
+  if trained == scored:
+    log.warning(
+      'config.data.eval_split=%s is what is trained on: the score says nothing'
+      ' about other images',
+      scored,
+    )
+    return
+  shared = dataset.shared_names(trained, scored) if scored else []
+  if shared:
+    raise UserError(
+      f'config.data.train_split={trained} and config.data.eval_split={scored}'
+      f' share {len(shared)} images ({shared[0]}, ...), which makes the score'
+      ' worthless; take splits that share none, or train without evaluation:'
+      " config.data.eval_split=''"
+    )
 
 
 def _report_unevaluated(step: int, workdir: Path) -> dict[str, Any]:

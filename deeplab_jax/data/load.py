@@ -60,6 +60,10 @@ class Dataset:
     """Returns the ids of a split, in the order of its records."""
     return list(self._builder(split).info.metadata['names'][split])
 
+  def shared_names(self, split: str, other: str) -> list[str]:
+    """Returns the ids that are in both splits, sorted."""
+    return sorted(set(self.names(split)).intersection(self.names(other)))
+
   def tally(self, split: str) -> records.Tally:
     """Returns what a split holds: images, sizes, pixels of each class."""
     metadata = self._builder(split).info.metadata
