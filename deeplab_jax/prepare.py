@@ -49,22 +49,18 @@ def prepare(
   surveyed = config.data.name == 'folder' and config.data.dir
   text, findings = _survey(config, splits) if surveyed else ('', ())
   dataset = load_dataset(**dataset_arguments(config), splits=splits)
+  name = dataset.info.name if surveyed else config.data.name
   tallies = {split: dataset.tally(split) for split in dataset.builders}
-  if not surveyed:
-    pixels = {split: tally.class_pixels for split, tally in tallies.items()}
-    findings = absent_classes(pixels, dataset.info.classes)
-    text = _show(*findings)
   published = _published(dataset)
+  if not surveyed:
+    findings = _compare(dataset.info, tallies, published)
+    text = _show(*findings, *[''] * bool(findings))
   weights = _class_weights(tallies[config.data.train_split])
-  text += _show_tables(dataset.info, tallies, published)
+  text += _show_tables(name, dataset.info, tallies, published)
   text += _show(
     f'class weights by median frequency in {config.data.train_split}:',
     f'--config.loss.class_weights={",".join(weights)}\n',
   )
-  if workdir is None:
-    builder = dataset.builders[config.data.train_split]
-    workdir = Path(builder.data_path).parent
-  output = _make_folder(workdir / 'prepare')
   result = {
     'dataset': dataset.info.to_json(),
     'splits': {split: tally.to_json() for split, tally in tallies.items()},
@@ -72,11 +68,19 @@ def prepare(
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
+  if workdir is None:
+    builder = dataset.builders[config.data.train_split]
+    workdir = Path(builder.data_path).parent
+  output = _make_folder(workdir / 'prepare')
   write_json(output / 'prepare.json', result)
   with replacing(output / 'prepare.txt') as temporary:
     Path(temporary).write_text(text, encoding='utf-8')
-  for split in tallies:
-    _draw(dataset, split, output / f'{split}.png')
+  for split, tally in _labelled(tallies).items():
+    title = f'{name}, {split}: {tally.num_images:,} images'
+    source = dataset.source(split)
+    page = samples.sample_page(source, dataset.info, tally, title)
+    visualize.save_png(output / f'{split}.png', page)
+    print(output / f'{split}.png', flush=True)
   return result
 
 
@@ -128,15 +132,45 @@ def _published(dataset: Dataset) -> dict[str, int]:
   return counts
 
 
-def _show_tables(
+def _compare(
   info: DatasetInfo, tallies: Mapping[str, Tally], published: Mapping[str, int]
+) -> tuple[Finding, ...]:
+  """Finds absent classes, and splits of more or fewer images than published."""
+  pixels = {s: tally.class_pixels for s, tally in _labelled(tallies).items()}
+  found = absent_classes(pixels, info.classes)
+  other = tuple(
+    f'{split}: {tallies[split].num_images:,}, and {count:,} published'
+    for split, count in published.items()
+    if tallies[split].num_images != count
+  )
+  if other:
+    title = 'splits of another number of images than published'
+    found += (Finding(title, len(other), other, fatal=False),)
+  return found
+
+
+def _labelled(tallies: Mapping[str, Tally]) -> dict[str, Tally]:
+  """Those of the splits that are not all void, as VOC's test is."""
+  return {
+    split: tally for split, tally in tallies.items() if tally.class_pixels.any()
+  }
+
+
+def _show_tables(
+  name: str,
+  info: DatasetInfo,
+  tallies: Mapping[str, Tally],
+  published: Mapping[str, int],
 ) -> str:
   """Prints the counts by class and the sizes; returns what is printed."""
-  head = (
-    f'{info.name}: {info.num_classes} classes, ignore label {info.ignore_label}'
+  text = _show(
+    f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}', ''
   )
-  classes, sizes = _class_rows(info, tallies), _size_rows(tallies, published)
-  return _show(head, '', _table(classes), '', _table(sizes), '')
+  splits = list(_labelled(tallies).items())
+  for start in range(0, len(splits), 2):  # which fit side by side on a screen
+    rows = _class_rows(info, dict(splits[start : start + 2]))
+    text += _show(_table(rows), '')
+  return text + _show(_table(_size_rows(tallies, published)), '')
 
 
 def _show(*parts: object) -> str:
@@ -144,18 +178,6 @@ def _show(*parts: object) -> str:
   text = ''.join(f'{part}\n' for part in parts)
   print(text, end='', flush=True)
   return text
-
-
-def _draw(dataset: Dataset, split: str, path: Path) -> None:
-  tally = dataset.tally(split)
-  page = samples.sample_page(
-    dataset.source(split),
-    dataset.info,
-    tally,
-    f'{dataset.info.name}, {split}: {tally.num_images:,} images',
-  )
-  visualize.save_png(path, page)
-  print(path, flush=True)
 
 
 def _class_weights(tally: Tally) -> list[str]:

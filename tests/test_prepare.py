@@ -3,6 +3,7 @@
 import io
 import json
 
+import miniature_voc
 import numpy as np
 import pytest
 from conftest import SETTINGS, make_config
@@ -151,6 +152,39 @@ def test_shapes_are_prepared_too(tmp_path, monkeypatch, capsys):
   ]
   assert absent and list(absent[0]['examples']) == expected[:5]
   assert 'warning: classes without a pixel' in capsys.readouterr().out
+
+
+def test_voc_is_set_beside_the_published_counts(tmp_path, capsys):
+  miniature_voc.write_voc_devkit(tmp_path / 'voc', test=True)
+  config = make_config(
+    {
+      'data.name': 'voc2012_segmentation',
+      'data.dir': str(tmp_path / 'voc'),
+      'data.prepared_dir': str(tmp_path / 'prepared'),
+    }
+  )
+  result = prepare(config, tmp_path / 'w')
+  lists = {
+    'train': miniature_voc.VOC_TRAIN,
+    'val': miniature_voc.VOC_VAL,
+    'trainval': miniature_voc.VOC_TRAIN + miniature_voc.VOC_VAL,
+  }
+  for split, names in lists.items():
+    pixels = np.zeros(256, np.int64)
+    for name in names:
+      label = miniature_voc.scenes()[name].voc_label
+      pixels += np.bincount(label.ravel(), minlength=256)
+    found = result['splits'][split]
+    assert found['class_pixels'] == pixels[:21].tolist()
+    assert found['void_pixels'] == pixels[255]
+  lines = rows(capsys.readouterr().out)
+  assert ['images', '8', '6', '14', '3'] in lines
+  assert ['published', 'images', '1,464', '1,449', '2,913', '1,456'] in lines
+  assert ['train:', '8,', 'and', '1,464', 'published'] in lines
+  # the test images have no labels to show
+  assert sorted(
+    path.name for path in (tmp_path / 'w' / 'prepare').iterdir()
+  ) == (sorted([*PAGES, 'trainval.png']))
 
 
 def test_folder_with_errors_is_reported_whole_and_refused(
