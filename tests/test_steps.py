@@ -105,22 +105,95 @@ def test_train_step_on_four_devices_matches_one(after_one_step):
   assert min(jax.tree.leaves(moved)) > 0
 
 
+def training_logits(state, batch):
+  """Those of the whole batch at once, with its own statistics."""
+  apply = make(sync_bn=False).apply
+  logits, _ = jax.jit(
+    functools.partial(apply, train=True, mutable=['batch_stats'])
+  )({'params': state.params, 'batch_stats': state.batch_stats}, batch['image'])
+  return logits
+
+
 def test_loss_is_the_mean_over_all_valid_pixels(after_one_step):
   state, settings = after_one_step
   batch = global_batch()
   _, measures = steps.pmap_train_step(**settings)(
     distributed.replicate(state), distributed.shard(batch)
   )
-  logits, _ = jax.jit(
-    functools.partial(
-      make(sync_bn=False).apply, train=True, mutable=['batch_stats']
-    )
-  )({'params': state.params, 'batch_stats': state.batch_stats}, batch['image'])
+  logits = training_logits(state, batch)
   valid = batch['label'] != 255
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits[valid], batch['label'][valid]
   )
   np.testing.assert_allclose(measures['loss'][0], losses.mean(), rtol=1e-5)
+
+
+LOSS = {
+  'class_weights': (0.5, 0.0, 2.0, 1.3),
+  'hardest': 0.3,
+  'label_smoothing': 0.1,
+}
+
+
+def test_weighted_mined_and_smoothed_loss_on_four_devices_matches_one(
+  after_one_step,
+):
+  state, settings = after_one_step
+  settings = settings | LOSS
+  batch = global_batch()
+  batch['label'][3:] %= 2  # devices differ in their weights too
+  four, measures = steps.pmap_train_step(**settings)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  one, expected = one_device_step(**settings)(
+    state, jax.tree.map(lambda x: x[None], batch)
+  )
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(
+      measures[name], np.full(4, expected[name][0]), rtol=1e-4
+    )
+  for name in ('params', 'batch_stats'):
+    ours, theirs = (jax.device_get(getattr(s, name)) for s in (four, one))
+    assert_trees_close(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize('names', [LOSS, ['hardest']])
+def test_loss_is_the_weighted_mean_over_the_hardest_pixels(
+  after_one_step, names
+):
+  state, settings = after_one_step
+  chosen = {name: LOSS[name] for name in names}
+  batch = global_batch()
+  _, measures = steps.pmap_train_step(**settings, **chosen)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  logits = training_logits(state, batch)
+  target = np.eye(256)[batch['label']][..., :CLASSES]
+  smoothing = chosen.get('label_smoothing', 0)
+  target = target * (1 - smoothing) + smoothing / CLASSES
+  losses = -(target * np.asarray(jax.nn.log_softmax(logits))).sum(-1)
+  table = np.zeros(256)
+  table[:CLASSES] = chosen.get('class_weights', 1)
+  total = weight = 0
+  for image, label in zip(losses, batch['label'], strict=True):
+    weights = table[label]
+    counted = np.sort(image[weights > 0])
+    if counted.size:
+      kept = max(1, round(chosen.get('hardest', 1) * counted.size))
+      kept = (image >= counted[-kept]) * weights
+      total, weight = total + (kept * image).sum(), weight + kept.sum()
+  np.testing.assert_allclose(measures['loss'][0], total / weight, rtol=1e-4)
+
+
+def test_a_batch_of_weightless_classes_gives_zero_and_not_nan(after_one_step):
+  state, settings = after_one_step
+  batch = global_batch(4)
+  batch['label'][:] = 1
+  _, measures = steps.pmap_train_step(**settings, **LOSS)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  np.testing.assert_array_equal(measures['loss'], 0)
+  assert np.isfinite(measures['grad_norm']).all()
 
 
 def test_a_batch_of_void_alone_gives_zero_and_not_nan(after_one_step):
