@@ -115,7 +115,7 @@ def _survey(
   if fatal:
     errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
     raise UserError(
-      f'{survey.root}: cannot be prepared; correct the {errors} listed above'
+      f'{survey.root}: cannot be used; correct the {errors} listed above'
     )
   return text, survey.findings
 

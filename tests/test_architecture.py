@@ -21,8 +21,8 @@ FLOORS = [
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
-    'data.folder', 'steps', 'protocols', 'samples', 'weights.tf_slim', 'weights.keras',
-    'weights.timm',
+    'data.folder', 'steps', 'protocols', 'samples', 'weights.tf_slim',
+    'weights.keras', 'weights.timm',
   },
   {'models.deeplab', 'data.load', 'data.survey', 'weights.load'},
   {'prepare', 'evaluate', 'predict', 'export', 'import_weights', 'benchmark'},

@@ -197,7 +197,7 @@ def test_folder_with_errors_is_reported_whole_and_refused(
   with pytest.raises(UserError) as caught:
     prepare(make_config(settings), tmp_path / 'w')
   assert str(caught.value) == (
-    f'{voc_folder}: cannot be prepared; correct the 5 errors listed above'
+    f'{voc_folder}: cannot be used; correct the 5 errors listed above'
   )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('num_classes: 3 (') and 'has 2 names' in lines[0]

@@ -32,12 +32,12 @@ _SIZES = 'labels of another size than their image'
 _VALUES = 'label values that are neither a class nor the ignore label'
 _SAME = 'labels that tell nothing apart'
 _ABSENT = 'classes without a pixel'
-_SHARED = 'ids in two lists: the score counts images that were trained on'
+_SHARED = 'ids in two lists, which makes the score worthless'
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
 
-# What preparing refuses, beside unreadable files, which may be skipped.
-_FATAL = (_LIST, _CLASSES, _FILES, _NO_INDICES, _SIZES, _VALUES)
+# What is refused, beside unreadable files, which may be skipped.
+_FATAL = (_LIST, _SHARED, _CLASSES, _FILES, _NO_INDICES, _SIZES, _VALUES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Finding:
     title: what is wrong.
     count: how often.
     examples: the first ones.
-    fatal: whether the folder cannot be prepared for it.
+    fatal: whether the folder cannot be used for it.
   """
 
   title: str
