@@ -64,6 +64,17 @@ def test_every_rule_is_about_a_setting():
     ('eval.panels', -1),
     ('eval.step', 'last'),
     ('eval.step', '²'),
+    ('data.train_split', ''),
+    ('loss.class_weights', 'median'),
+    ('loss.class_weights', '1,2,'),
+    ('loss.class_weights', '1,-2'),
+    ('loss.class_weights', '1,nan'),
+    ('loss.class_weights', 'inf,1'),
+    ('loss.class_weights', '0,0'),
+    ('loss.hardest', 0.0),
+    ('loss.hardest', 1.1),
+    ('loss.label_smoothing', 1.0),
+    ('loss.label_smoothing', -0.1),
     ('optimizer.name', 'lion'),
     ('optimizer.learning_rate', 0.0),
     ('optimizer.momentum', 1.0),
@@ -97,6 +108,11 @@ def test_value_of_another_type_is_named_with_its_key(key, value, kind):
     default_config.validate(changed(key, value))
   message = f'config.{key} must be of type {kind}, got {value!r}'
   assert str(error.value) == message
+
+
+@pytest.mark.parametrize('value', ['', 'median_frequency', '1,0,.5', '2e3'])
+def test_class_weights_are_a_word_or_numbers_by_commas(value):
+  default_config.validate(changed('loss.class_weights', value))
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

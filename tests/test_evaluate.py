@@ -110,3 +110,9 @@ def test_unknown_step_is_named(trained):
   config = make_config(trained.settings, eval__step='5')
   with pytest.raises(UserError, match=r'config\.eval\.step=5 is not in'):
     evaluate.evaluate(config, trained.workdir)
+
+
+def test_evaluation_without_a_split_says_how_to_name_one(trained):
+  config = make_config(trained.settings, data__eval_split='')
+  with pytest.raises(UserError, match=r'--config\.data\.eval_split=val'):
+    evaluate.evaluate(config, trained.workdir)

@@ -170,6 +170,76 @@ def test_run_leaves_its_files(trained):
   assert any((workdir / 'tensorboard').glob('events*'))
 
 
+def test_without_a_split_to_evaluate_a_run_saves_and_measures_nothing(
+  trained, tmp_path, capsys, monkeypatch
+):
+  saved_steps = []
+  save = Checkpoints.save
+
+  def spy(checkpoints, state, metadata):
+    saved_steps.append(int(state.step))
+    assert 'measures' not in metadata
+    save(checkpoints, state, metadata)
+
+  monkeypatch.setattr(Checkpoints, 'save', spy)
+  config = make_config(trained.settings, data__eval_split='')
+  assert train_and_evaluate(config, tmp_path) == {'step': 6}
+  words = 'step 6, not evaluated: config.data.eval_split is empty'
+  assert words in capsys.readouterr().out
+  assert saved_steps == [2, 4, 6]
+  ours, theirs = read_state(tmp_path, 6), read_state(trained.workdir, 6)
+  for (path, leaf), (_, expected) in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(leaf, expected, str(path))
+  losses = [line for line in read_lines(trained.workdir) if 'loss' in line]
+  assert read_lines(tmp_path) == losses
+  assert not (tmp_path / 'eval.json').exists()
+  assert not (tmp_path / 'panels').exists()
+  with Checkpoints(tmp_path) as saved:
+    assert saved.step_named('best') == 6
+  monkeypatch.setattr(train, '_Training', None)
+  assert train_and_evaluate(config, tmp_path) == {'step': 6}
+
+
+def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
+  received = {}
+  monkeypatch.setattr(
+    train.steps, 'pmap_train_step', lambda **settings: received.update(settings)
+  )
+  monkeypatch.setattr(train._Training, 'run', lambda _: sys.exit())
+  config = make_config(
+    trained.settings,
+    loss__class_weights='1, 2,0,.5',
+    loss__hardest=0.3,
+    loss__label_smoothing=0.1,
+  )
+  with pytest.raises(SystemExit):
+    train_and_evaluate(config, tmp_path)
+  assert received['class_weights'] == (1, 2, 0, 0.5)
+  assert (received['hardest'], received['label_smoothing']) == (0.3, 0.1)
+
+
+def test_median_frequency_weights_are_those_of_the_training_labels(trained):
+  pixels, held = np.zeros(4), np.zeros(4)
+  for path in (trained.folder / 'SegmentationClass').glob('train_*'):
+    counts = np.bincount(np.ravel(Image.open(path)), minlength=256)[:4]
+    pixels += counts
+    held += counts.sum() * (counts > 0)
+  frequency = pixels[:3] / held[:3]
+  expected = (*(np.median(frequency) / frequency), 0)  # one class is absent
+  config = make_config(trained.settings, loss__class_weights='median_frequency')
+  dataset = train.evaluate.open_dataset(config, 'train')
+  weights = train._class_weights(config, dataset)
+  np.testing.assert_allclose(weights, expected)
+
+
+def test_class_weights_of_another_number_are_named(trained, tmp_path):
+  config = make_config(trained.settings, loss__class_weights='1,2,3')
+  words = r'config\.loss\.class_weights=1,2,3 has 3 numbers, and mini 4 classes'
+  with pytest.raises(UserError, match=words):
+    train_and_evaluate(config, tmp_path)
+  assert not (tmp_path / 'config.json').exists()
+
+
 def test_learning_rate_follows_the_schedule_of_the_whole_run(trained):
   rates = [
     x['learning_rate'] for x in read_lines(trained.workdir) if 'loss' in x
