@@ -1,6 +1,7 @@
 """A web server on this machine that may break off, refuse or give rubbish."""
 
 import contextlib
+import functools
 import http.server
 import threading
 import types
@@ -11,8 +12,8 @@ def serving(files):
   """Serves bytes by path.
 
   Yields what a test may change: `files`; `limits`, for each request in turn
-  where its answer breaks off; `statuses` by path; `ranges`, whether parts are
-  given; and `requests`, the pairs of path and range so far.
+  where its answer breaks off, None for nowhere; `statuses` by path; `ranges`,
+  whether parts are given; and `requests`, the pairs of path and range so far.
   """
   state = types.SimpleNamespace(
     files=files, limits=[], statuses={}, ranges=True, requests=[]
@@ -36,14 +37,15 @@ def serving(files):
       self.send_response(206 if start else 200)
       self.send_header('Content-Length', str(len(body)))
       self.end_headers()
-      limit = state.limits.pop(0) if state.limits else len(body)
+      limit = state.limits.pop(0) if state.limits else None
       self.wfile.write(body[:limit])
 
     def log_message(self, *args):
       pass
 
   served = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  threading.Thread(target=served.serve_forever, daemon=True).start()
+  serve = functools.partial(served.serve_forever, poll_interval=0.01)
+  threading.Thread(target=serve, daemon=True).start()
   state.address = f'http://127.0.0.1:{served.server_port}'
   try:
     yield state
