@@ -205,6 +205,21 @@ def test_seed_checkpoint_brings_the_classes_of_voc(monkeypatch, tmp_path):
   assert info.num_classes == 21 and info.classes[15] == 'person'
 
 
+def test_classes_are_those_of_the_training_split_without_another(
+  trained, source
+):
+  config = make_config(
+    trained.settings,
+    data__eval_split='',
+    init_from=str(source),
+    model__backbone='resnet50',
+    model__width=BASE / 64,
+  )
+  pretrained, config = import_weights.open_source(config)
+  info = import_weights._dataset_info(config, pretrained)
+  assert info.classes == ('ground', 'left', 'right', 'absent')
+
+
 @pytest.mark.parametrize('place', ['', 'checkpoints', 'checkpoints/6'])
 def test_any_folder_of_a_run_is_a_source(trained, place):
   pretrained = load.open_pretrained(str(trained.workdir / place))
