@@ -564,11 +564,10 @@ def test_bad_settings_are_named(disk, prepared, tmp_path):
 _SCRIPT = """
 import os, sys
 from deeplab_jax.data import images, load
-read, count = images.storable_image, 0
+read, calls = images.storable_image, []
 def counted(*args):
-  global count
-  count += 1
-  if count == int(sys.argv[3]):
+  calls.append(args)
+  if len(calls) >= int(sys.argv[3]):
     os.kill(os.getpid(), 9)
   return read(*args)
 images.storable_image = counted

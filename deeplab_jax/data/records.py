@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -137,28 +139,33 @@ def readable(
   split: str,
   on_bad_image: str,
 ) -> Iterator[tuple[_Item, _Read]]:
-  """Yields each item with what `read` makes of it.
+  """Yields each item with what `read` makes of it, in order.
 
   Args:
     items: the images of the split.
-    read: raises `UnreadableError` where a file is no whole image.
+    read: called on all cores; raises `UnreadableError` where a file is no whole
+      image.
     split: its name, for messages.
     on_bad_image: 'stop' at such a file, or 'skip' its item.
 
   Raises:
     UserError: naming the file.
   """
-  for item in items:
-    try:
-      result = read(item)
-    except errors.UnreadableError as error:
-      if on_bad_image == 'stop':
-        raise errors.UserError(
-          f"{error}, or set config.data.on_bad_image='skip'"
-        ) from error
-      log.warning('Skipped %r of split %r: %s', item.name, split, error)
-    else:
-      yield item, result
+  items = iter(items)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    while chunk := list(itertools.islice(items, _CHUNK)):
+      results = [threads.submit(read, item) for item in chunk]
+      for item, result in zip(chunk, results, strict=True):
+        try:
+          value = result.result()
+        except errors.UnreadableError as error:
+          if on_bad_image == 'stop':
+            raise errors.UserError(
+              f"{error}, or set config.data.on_bad_image='skip'"
+            ) from error
+          log.warning('Skipped %r of split %r: %s', item.name, split, error)
+        else:
+          yield item, value
 
 
 def check_size(
