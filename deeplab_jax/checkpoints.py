@@ -5,6 +5,7 @@ settings of the model, the classes and the measures that it reached.
 """
 
 import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,49 @@ def _first_line(error: Exception) -> str:
   return (
     (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A checkpoint opened for use.
+
+  Attributes:
+    step: of training.
+    model: the arguments of `deeplab_v3` but for the number of classes.
+    dataset: `DatasetInfo.to_json()`.
+    variables: what `model.apply` takes, numpy arrays.
+  """
+
+  step: int
+  model: dict[str, Any]
+  dataset: dict[str, Any]
+  variables: dict[str, Any]
+
+
+def open_network(
+  workdir: str | Path,
+  name: str,
+  model: dict[str, Any],
+  dataset: dict[str, Any] | None = None,
+) -> Network:
+  """Reads a checkpoint that fits a model's settings; all processes together.
+
+  Args:
+    workdir: holds the checkpoints.
+    name: 'best', 'latest' or a step.
+    model: the arguments of `deeplab_v3`; an empty preset is the checkpoint's.
+    dataset: what it must have been trained for; None for whatever it was.
+
+  Raises:
+    UserError: if there is no such checkpoint, or it is of another network.
+  """
+  with Checkpoints(workdir) as saved:
+    step = saved.step_named(name)
+    metadata = saved.metadata(step)
+    model = {**model, 'preset': model['preset'] or preset_of(metadata)}
+    dataset = dataset or metadata['dataset']
+    check_same_architecture(metadata, describe(model, dataset), workdir)
+    return Network(step, model, dataset, saved.restore_variables(step))
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:

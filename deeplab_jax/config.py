@@ -95,6 +95,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.step = 'best'  # 'best', 'latest' or a number
   config.eval.batch_size = 8  # over all devices
   config.eval.panels = 8  # images in the picture of each evaluation
+  # 'whole', 'center_crop' or 'sliding_window', see README
+  config.eval.protocol = 'whole'
+  config.eval.buckets = 4  # sizes to pad to, each compiled once
+  config.eval.crop_size = (513, 513)  # height, width of crop or window
+  config.eval.overlap = 1 / 3  # share of a window that the next one covers
+  config.eval.scales = (1.0,)  # probabilities are averaged over them
+  config.eval.flip = False  # and over the mirrored image
+  config.eval.worst_and_best = 4  # images in each of worst.png and best.png
+  config.eval.save_predictions = False  # writes results_SPLIT.tar.gz
 
   config.predict = ml_collections.ConfigDict()
   config.predict.output_dir = ''  # '' for WORKDIR/predictions
@@ -181,6 +190,18 @@ _RULES: dict[str, _Rule] = {
   ),
   'eval.batch_size': _FROM_1,
   'eval.panels': _FROM_0,
+  'eval.protocol': _one_of('whole', 'center_crop', 'sliding_window'),
+  'eval.buckets': _FROM_1,
+  'eval.crop_size': (
+    '(height, width), from 1',
+    lambda x: len(x) == 2 and min(x) >= 1,
+  ),
+  'eval.overlap': _FRACTION,
+  'eval.scales': (
+    'a tuple of numbers above 0, at most 4',
+    lambda x: len(x) > 0 and min(x) > 0 and max(x) <= 4,
+  ),
+  'eval.worst_and_best': _FROM_0,
 }
 
 

@@ -1,20 +1,22 @@
 """Evaluation of a checkpoint over a whole split."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from deeplab_jax import checkpoints, distributed, metrics, steps, visualize
-from deeplab_jax.config import dataset_arguments, with_preset
+from deeplab_jax import checkpoints, distributed, metrics, visualize
+from deeplab_jax.config import dataset_arguments
+from deeplab_jax.confusion_picture import confusion_picture
 from deeplab_jax.data.load import Dataset, load_dataset
-from deeplab_jax.data.pipeline import make_eval_iterator
 from deeplab_jax.errors import UserError, naming
-from deeplab_jax.models.deeplab import deeplab_v3
+from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
+from deeplab_jax.protocols import Protocol, in_words
+from deeplab_jax.scoring import Evaluator, ScoredImage
+from deeplab_jax.submission import write_archive
 from deeplab_jax.writers import write_json
 
 log = logging.getLogger(__name__)
@@ -26,128 +28,223 @@ def open_dataset(config: ml_collections.ConfigDict, *splits: str) -> Dataset:
   return load_dataset(**dataset_arguments(config), splits=named)
 
 
-def evaluate_variables(
-  eval_step: Callable[..., Any],
-  variables: dict[str, Any],
-  dataset: Dataset,
-  config: ml_collections.ConfigDict,
-  size: tuple[int, int],
-) -> tuple[dict[str, Any], np.ndarray | None]:
-  """Counts every pixel of the evaluation split once.
-
-  Args:
-    eval_step: from `steps.pmap_eval_step`.
-    variables: `params` and `batch_stats`, on the devices.
-    dataset: holds the split.
-    config: of the run.
-    size: (height, width) to which all images are padded with void.
-
-  Returns:
-    The measures with the number of `images`, and a picture of the first ones
-    (image, label and prediction), uint8 [H, W, 3].
-  """
-  split, info = config.data.eval_split, dataset.info
-  devices = jax.device_count()
-  iterator = make_eval_iterator(
+def make_evaluator(
+  model: DeepLabV3, dataset: Dataset, config: ml_collections.ConfigDict
+) -> Evaluator:
+  """The evaluator of `config.data.eval_split` that `config.eval` describes."""
+  split = config.data.eval_split
+  protocol = Protocol(
+    config.eval.protocol,
+    crop_size=tuple(config.eval.crop_size),
+    overlap=config.eval.overlap,
+    scales=tuple(config.eval.scales),
+    flip=config.eval.flip,
+  )
+  return Evaluator(
+    model,
     dataset.source(split),
-    size=size,
-    ignore_label=info.ignore_label,
-    batch_size=-(-config.eval.batch_size // devices) * jax.local_device_count(),
-    host=jax.process_index(),
-    hosts=jax.process_count(),
+    dataset.sizes(split),
+    dataset.info,
+    protocol,
+    split=split,
+    batch_size=config.eval.batch_size,
+    buckets=config.eval.buckets,
     threads=config.data.threads,
   )
-  confusion = np.zeros((info.num_classes, info.num_classes), np.int64)
-  rows, pending = [], None
-  for batch in iterator:
-    device_batch = distributed.shard(
-      {'image': batch['image'], 'label': batch['label']}
-    )
-    counts, predictions = eval_step(variables, device_batch)
-    if len(rows) < config.eval.panels:
-      rows += _panel_rows(batch, distributed.unshard(predictions))
-    # Fetched one batch late, so that the devices never wait for the host.
-    if pending is not None:
-      confusion += np.asarray(jax.device_get(pending))
-    pending = counts
-  iterator.close()
-  confusion += np.asarray(jax.device_get(pending))
-  measures = metrics.measures(confusion, info.classes)
-  if measures['miou'] is None:
-    raise UserError(
-      f'config.data.eval_split={split} has no pixel with a class to count'
-    )
-  measures['images'] = dataset.tally(split).num_images
-  rows = rows[: config.eval.panels]
-  picture = None
-  if rows:
-    picture = visualize.panel(
-      *zip(*rows, strict=True), info.palette, info.ignore_label
-    )
-  return measures, picture
 
 
-def _panel_rows(
-  batch: dict[str, np.ndarray], predictions: np.ndarray
-) -> list[tuple[np.ndarray, ...]]:
-  """Image, label and prediction of each record, without its padding."""
-  maps = (batch['image'], batch['label'], predictions)
-  return [
-    tuple(m[row, :height, :width] for m in maps)
-    for row, (height, width) in enumerate(batch['size'])
-    if batch['valid'][row]
-  ]
+def evaluate_variables(
+  evaluator: Evaluator,
+  variables: dict[str, Any],
+  panels: int,
+  visit: Sequence[Callable[[ScoredImage], None]] = (),
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+  """Counts every pixel of a split once.
+
+  Args:
+    evaluator: of the split.
+    variables: `params` and `batch_stats`, on the devices.
+    panels: how many images the picture shows.
+    visit: called with each image.
+
+  Returns:
+    The measures over the whole set and those averaged over images with the
+    number of `images` and the protocol; the confusion matrix int64 [C, C]; and
+    a picture of the first images (image, label and prediction).
+  """
+  classes = evaluator.info.classes
+  confusion = np.zeros((len(classes), len(classes)), np.int64)
+  of_images, shown = {}, {}
+  for scored in evaluator.scored(variables):
+    confusion += scored.confusion
+    of_images[scored.index] = scored.measures
+    if scored.index < panels:
+      shown[scored.index] = scored.prediction
+    for call in visit:
+      call(scored)
+  # In the order of the records: equal for any batches.
+  rows = [of_images[index] for index in sorted(of_images)]
+  measures = {
+    **metrics.measures(confusion, classes),
+    **metrics.average(rows),
+    **evaluator.description,
+    'images': len(rows),
+  }
+  picture = evaluator.picture(dict(sorted(shown.items())))
+  return measures, confusion, picture
+
+
+class _Extremes:
+  """The images of the lowest and the highest mIoU, each with its prediction."""
+
+  def __init__(self, count: int) -> None:
+    self._count = count
+    self.worst: list[tuple[float, int, np.ndarray]] = []
+    self.best: list[tuple[float, int, np.ndarray]] = []
+
+  def add(self, scored: ScoredImage) -> None:
+    miou = scored.measures['per_image_miou']
+    if np.isnan(miou):
+      return
+    entry = (miou, scored.index, scored.prediction)
+    self.worst = sorted([*self.worst, entry])[: self._count]
+    best = sorted([*self.best, entry], key=lambda e: (-e[0], e[1]))
+    self.best = best[: self._count]
+
+  def save(self, evaluator: Evaluator, workdir: Path) -> None:
+    """Writes `worst.png` and `best.png`, and prints the names."""
+    for kind, entries in (('worst', self.worst), ('best', self.best)):
+      picture = evaluator.picture({index: map_ for _, index, map_ in entries})
+      if picture is not None:
+        visualize.save_png(workdir / f'{kind}.png', picture)
+        names = [f'{evaluator.name(i)} {100 * m:.1f}' for m, i, _ in entries]
+        print(f'{kind} images by mIoU: {", ".join(names)}', flush=True)
+
+
+class _Archive:
+  """Predictions as palette PNGs for a test server."""
+
+  def __init__(self, evaluator: Evaluator) -> None:
+    self._evaluator = evaluator
+    self._pngs: dict[int, bytes] = {}
+
+  def add(self, scored: ScoredImage) -> None:
+    info = self._evaluator.info
+    self._pngs[scored.index] = visualize.indexed_png(
+      scored.prediction, info.palette, info.ignore_label
+    )
+
+  def save(self, path: Path) -> None:
+    """Writes the archive and prints where."""
+    name = self._evaluator.info.name
+    write_archive(
+      path,
+      ((self._evaluator.name(i), png) for i, png in sorted(self._pngs.items())),
+      'VOC2012' if name.lower().startswith('voc2012') else name,
+    )
+    print(f'{len(self._pngs)} predictions in {path}', flush=True)
 
 
 def evaluate(
   config: ml_collections.ConfigDict, workdir: Path
 ) -> dict[str, Any]:
-  """Evaluates a checkpoint of `workdir`; prints and writes `eval.json`.
+  """Evaluates a checkpoint of `workdir`.
+
+  It prints the measures, and writes `eval.json`, the pictures `eval.png`,
+  `confusion.png`, `worst.png` and `best.png`, and with
+  `config.eval.save_predictions` the archive `results_SPLIT.tar.gz`, which for a
+  split without labels is all.
 
   Returns:
-    What is written: the measures of `metrics.measures`, `images` and `step`.
+    What `eval.json` holds: what `evaluate_variables` gives, and `step`.
 
   Raises:
     UserError: if the checkpoint or the data cannot be used.
   """
+  split, saves = config.data.eval_split, config.eval.save_predictions
+  _check(config)
+  dataset = open_dataset(config, split)
+  _warn_of_trained(dataset, config.data.train_split, split)
+  if not saves:
+    check_labels(dataset, split)
+  network = checkpoints.open_network(
+    workdir, config.eval.step, config.model.to_dict(), dataset.info.to_json()
+  )
+  with naming('config.model'):
+    model = deeplab_v3(num_classes=dataset.info.num_classes, **network.model)
+  evaluator = make_evaluator(model, dataset, config)
+  extremes = _Extremes(config.eval.worst_and_best)
+  archive = _Archive(evaluator)
+  visit = [extremes.add]
+  if saves and distributed.is_first_process():
+    visit.append(archive.add)
+  measures, confusion, picture = evaluate_variables(
+    evaluator,
+    distributed.replicate(network.variables),
+    config.eval.panels,
+    visit,
+  )
+  result = {**measures, 'step': network.step}
+  if _has_labels(dataset, split):
+    report(result, workdir)
+    if distributed.is_first_process():
+      _save_pictures(workdir, picture, confusion, dataset.info.classes)
+      extremes.save(evaluator, workdir)
+  if saves and distributed.is_first_process():
+    archive.save(workdir / f'results_{split}.tar.gz')
+  return result
+
+
+def _has_labels(dataset: Dataset, split: str) -> bool:
+  return bool(dataset.tally(split).class_pixels.any())
+
+
+def check_labels(dataset: Dataset, split: str) -> None:
+  """Raises `UserError` unless there is something to measure."""
+  if not _has_labels(dataset, split):
+    raise UserError(
+      f'config.data.eval_split={split} has no pixel with a class to count; for'
+      ' predictions alone: --mode=eval --config.eval.save_predictions=true'
+    )
+
+
+def _warn_of_trained(dataset: Dataset, trained: str, scored: str) -> None:
+  """Tells of images trained on, where the data set holds both splits."""
+  if trained in dataset.builders:
+    shared = dataset.shared_names(trained, scored)
+    if shared:
+      log.warning(
+        '%d images of config.data.eval_split=%s are in config.data.train_split'
+        '=%s as well: the score says little about other images',
+        len(shared),
+        scored,
+        trained,
+      )
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
   if not config.data.eval_split:
     raise UserError(
       'config.data.eval_split is empty, as for training without evaluation;'
       ' name a split: --config.data.eval_split=val'
     )
-  dataset = open_dataset(config, config.data.eval_split)
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.step_named(config.eval.step)
-    metadata = saved.metadata(step)
-    config = with_preset(config, checkpoints.preset_of(metadata))
-    checkpoints.check_same_architecture(
-      metadata,
-      checkpoints.describe(config.model.to_dict(), dataset.info.to_json()),
-      workdir,
+  if config.eval.save_predictions and config.eval.protocol == 'center_crop':
+    raise UserError(
+      'config.eval.save_predictions needs whole images, and'
+      ' config.eval.protocol=center_crop cuts them; use whole or sliding_window'
     )
-    variables = saved.restore_variables(step)
-  with naming('config.model'):
-    model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
-  measures, picture = evaluate_variables(
-    make_eval_step(model, dataset),
-    distributed.replicate(variables),
-    dataset,
-    config,
-    model.padded_size(dataset.tally(config.data.eval_split).max_size),
-  )
-  result = {**measures, 'step': step}
-  report(result, workdir)
-  if picture is not None and distributed.is_first_process():
+
+
+def _save_pictures(
+  workdir: Path,
+  picture: np.ndarray | None,
+  confusion: np.ndarray,
+  classes: Sequence[str],
+) -> None:
+  if picture is not None:
     visualize.save_png(workdir / 'eval.png', picture)
-  return result
-
-
-def make_eval_step(model: Any, dataset: Dataset) -> Callable[..., Any]:
-  """The pmapped evaluation step for a model and the classes of a data set."""
-  return steps.pmap_eval_step(
-    model=model,
-    num_classes=dataset.info.num_classes,
-    ignore_label=dataset.info.ignore_label,
+  visualize.save_png(
+    workdir / 'confusion.png', confusion_picture(confusion, classes)
   )
 
 
@@ -157,4 +254,6 @@ def report(result: dict[str, Any], workdir: Path) -> None:
     return
   write_json(workdir / 'eval.json', result)
   print(f'step {result["step"]}, {result["images"]} images')
+  if 'protocol' in result:  # not where an older version evaluated
+    print(f'{result["split"]}: {in_words(result)}')
   print(metrics.format_table(result), flush=True)

@@ -1,10 +1,12 @@
-"""The four measures of semantic segmentation, from one confusion matrix.
+"""The four measures of semantic segmentation, from confusion matrices.
 
 Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic
 Segmentation", CVPR 2015, section 5. A confusion matrix holds sums, so
-matrices of batches and hosts are added and divided only once, at the end.
+matrices of batches and hosts are added and divided only once, at the end. The
+averages over images that some repositories report instead stand apart.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ _SUMMARY = {
   'mean_accuracy': 'mean accuracy',
   'frequency_weighted_iou': 'frequency weighted IoU',
 }
+_PER_IMAGE = {f'per_image_{key}': name for key, name in _SUMMARY.items()}
 
 
 def confusion_matrix(
@@ -120,16 +123,67 @@ def measures(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def measures_of_images(confusions: np.ndarray) -> dict[str, np.ndarray]:
+  """Computes the four measures of each image by itself, in float64.
+
+  As sthalles/deeplab_v3 and martinkersner/py_img_seg_eval do, whose published
+  numbers are means over images: accuracy is averaged over the classes in the
+  image's label, and the sum of the IoUs is divided by the number of these
+  alone. Void pixels count nowhere.
+
+  Args:
+    confusions: int [N, C, C], rows truth, columns prediction.
+
+  Returns:
+    `per_image_miou`, `per_image_pixel_accuracy`, `per_image_mean_accuracy` and
+    `per_image_frequency_weighted_iou`, each [N]; NaN for an image without a
+    counted pixel.
+  """
+  hits = np.diagonal(confusions, axis1=1, axis2=2).astype(np.float64)
+  truth = confusions.sum(axis=2)
+  union = truth + confusions.sum(axis=1) - hits
+  iou = hits / np.maximum(union, 1)
+  accuracy = hits / np.maximum(truth, 1)
+  with np.errstate(invalid='ignore'):  # 0 / 0 is the NaN that is promised
+    classes, pixels = (truth > 0).sum(axis=1), truth.sum(axis=1)
+    return {
+      'per_image_miou': iou.sum(axis=1) / classes,
+      'per_image_pixel_accuracy': hits.sum(axis=1) / pixels,
+      'per_image_mean_accuracy': accuracy.sum(axis=1) / classes,
+      'per_image_frequency_weighted_iou': (truth * iou).sum(axis=1) / pixels,
+    }
+
+
+def average(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
+  """Averages what images have in each measure; None where none has a value.
+
+  Args:
+    rows: one dict an image, of `measures_of_images`; NaN counts for nothing.
+  """
+  return {
+    key: _mean([row[key] for row in rows if not math.isnan(row[key])])
+    for key in _PER_IMAGE
+  }
+
+
+def summary(measures: dict[str, Any]) -> dict[str, float]:
+  """The single numbers over the whole set, where they have a value."""
+  return {key: measures[key] for key in _SUMMARY if measures[key] is not None}
+
+
 def format_table(measures: dict[str, Any]) -> str:
   """Writes what `measures` returns as a plain text table, in per cent.
 
   Args:
-    measures: the dict that `measures` returns.
+    measures: the dict that `measures` returns, also with the means of
+      `measures_of_images`.
 
   Returns:
     Aligned lines without a last newline: one for each class with its IoU and
-    accuracy, then the four measures. What is absent reads "-".
+    accuracy, then the four measures, and those averaged over images under a
+    heading. What is absent reads "-".
   """
+  per_image = {key: n for key, n in _PER_IMAGE.items() if key in measures}
   names = [*measures['per_class_iou'], *_SUMMARY.values()]
   width = max(len(name) for name in names)
   head = f'{"class":<{width}}  {"IoU %":>7}  {"accuracy %":>10}'
@@ -140,6 +194,10 @@ def format_table(measures: dict[str, Any]) -> str:
     lines.append(f'{name:<{width}}  {_percent(iou):>7}  {accuracy:>10}')
   lines.append(rule)
   for key, name in _SUMMARY.items():
+    lines.append(f'{name:<{width}}  {_percent(measures[key]):>7}')
+  if per_image:
+    lines += [rule, "averaged over images (the seed's)"]
+  for key, name in per_image.items():
     lines.append(f'{name:<{width}}  {_percent(measures[key]):>7}')
   return '\n'.join(lines)
 

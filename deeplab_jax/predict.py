@@ -10,7 +10,6 @@ import ml_collections
 import numpy as np
 
 from deeplab_jax import checkpoints, distributed, steps, visualize
-from deeplab_jax.config import with_preset
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.transforms import pad_to
@@ -45,22 +44,16 @@ def predict(
       'no image given; name files, folders or globs behind the options'
     )
   paths = images.list_images(inputs)
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.step_named(config.eval.step)
-    metadata = saved.metadata(step)
-    config = with_preset(config, checkpoints.preset_of(metadata))
-    info = DatasetInfo.from_json(metadata['dataset'])
-    checkpoints.check_same_architecture(
-      metadata,
-      checkpoints.describe(config.model.to_dict(), info.to_json()),
-      workdir,
-    )
-    variables = distributed.replicate(saved.restore_variables(step))
+  network = checkpoints.open_network(
+    workdir, config.eval.step, config.model.to_dict()
+  )
+  variables = distributed.replicate(network.variables)
   # Only now: all processes restore together.
   if not distributed.is_first_process():
     return []
+  info = DatasetInfo.from_json(network.dataset)
   with naming('config.model'):
-    model = deeplab_v3(num_classes=info.num_classes, **config.model)
+    model = deeplab_v3(num_classes=info.num_classes, **network.model)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +71,7 @@ def predict(
       f'{paths[0]}: neither this nor another of {len(paths)} images could be'
       ' read'
     )
-  print(f'{len(written)} images segmented by step {step}, in {folder}')
+  print(f'{len(written)} images segmented by step {network.step}, in {folder}')
   return written
 
 

@@ -156,30 +156,49 @@ def eval_step(
   variables: dict[str, Any],
   batch: dict[str, jax.Array],
   *,
-  model: nn.Module,
+  scores: Callable[..., jax.Array],
   num_classes: int,
   ignore_label: int = 255,
   axis_name: str = AXIS_NAME,
-) -> tuple[jax.Array, jax.Array]:
-  """Predicts a batch and counts it.
+) -> dict[str, jax.Array]:
+  """Predicts a batch and counts each image of it.
+
+  Args:
+    variables: what `model.apply` takes.
+    batch: this device's share, with `size` int32 [b, 2] (height and width of
+      each image before padding) and `index` int32 [b].
+    scores: maps (variables, image, size) to [b, H, W, C], highest at the class
+      to predict, see `protocols.make_scores`.
+    num_classes: C.
+    ignore_label: marks pixels that are not counted.
+    axis_name: of the mapped device axis.
 
   Returns:
-    int32 [C, C] confusion matrix of the batch of all devices (rows are labels),
-    and this device's predictions, uint8 [b, H, W].
+    `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
+    `prediction` uint8 [B, H, W] of the images of all devices and hosts, the
+    same on each.
   """
-  predictions = predict_step(variables, batch['image'], model=model)
-  confusion = confusion_matrix(
-    batch['label'], predictions, num_classes, ignore_label
+  prediction = _likeliest(scores(variables, batch['image'], batch['size']))
+  count = functools.partial(
+    confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
   )
-  return lax.psum(confusion, axis_name), predictions
+  own = {
+    'index': batch['index'],
+    'confusion': jax.vmap(count)(batch['label'], prediction),
+    'prediction': prediction,
+  }
+  return lax.all_gather(own, axis_name, tiled=True)
 
 
 def predict_step(
   variables: dict[str, Any], images: jax.Array, *, model: nn.Module
 ) -> jax.Array:
   """Most likely class of each pixel: [b, H, W, 3] -> uint8 [b, H, W]."""
-  logits = model.apply(variables, images, train=False)
-  return jnp.argmax(logits, -1).astype(jnp.uint8)
+  return _likeliest(model.apply(variables, images, train=False))
+
+
+def _likeliest(scores: jax.Array) -> jax.Array:
+  return jnp.argmax(scores, -1).astype(jnp.uint8)
 
 
 def pmap_train_step(**settings: Any) -> Callable[..., Any]:
@@ -198,12 +217,12 @@ def pmap_train_step(**settings: Any) -> Callable[..., Any]:
 
 
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
-  """`eval_step` over all devices: one confusion, predictions [D, ...]."""
+  """`eval_step` over all devices; its results have no device axis."""
   return jax.pmap(
     functools.partial(eval_step, **settings),
     axis_name=AXIS_NAME,
     in_axes=(None, 0),
-    out_axes=(None, 0),
+    out_axes=None,
   )
 
 

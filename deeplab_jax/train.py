@@ -29,7 +29,7 @@ from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.errors import UserError, naming
 from deeplab_jax.losses import median_frequency_weights
-from deeplab_jax.metrics import format_table
+from deeplab_jax.metrics import format_table, summary
 from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.optimizers import make_optimizer, poly_schedule
 from deeplab_jax.signals import StopSignal
@@ -210,10 +210,8 @@ class _Training:
       label_smoothing=config.loss.label_smoothing,
     )
     if config.data.eval_split:
-      self.eval_step = evaluate.make_eval_step(model, dataset)
-      self.eval_size = model.padded_size(
-        dataset.tally(config.data.eval_split).max_size
-      )
+      evaluate.check_labels(dataset, config.data.eval_split)
+      self.evaluator = evaluate.make_evaluator(model, dataset, config)
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -343,16 +341,12 @@ class _Training:
     self, step: int, writer: Writer, progress: Progress
   ) -> None:
     self._check_finite()
-    measures, picture = evaluate.evaluate_variables(
-      self.eval_step,
-      self.state.variables,
-      self.dataset,
-      self.config,
-      self.eval_size,
+    measures, _, picture = evaluate.evaluate_variables(
+      self.evaluator, self.state.variables, self.config.eval.panels
     )
     self.saved.save(self.state, {**self.description, 'measures': measures})
     writer.text(step, 'eval_table', format_table(measures))
-    scalars = {k: v for k, v in measures.items() if isinstance(v, float)}
+    scalars = summary(measures)
     writer.scalars(step, {f'eval_{k}': v for k, v in scalars.items()})
     if picture is not None and distributed.is_first_process():
       writer.image(step, 'eval', picture)

@@ -1,7 +1,9 @@
 """Label maps as pictures: palette PNGs, overlays with a legend, panels."""
 
+import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -229,12 +231,18 @@ def save_indexed_png(
   palette: np.ndarray,
   ignore_label: int = 255,
 ) -> None:
-  """Writes a label map as the palette PNG (mode P) that VOC uses.
+  """Writes `indexed_png`; the file appears whole or not at all."""
+  _save(path, indexed_png(label, palette, ignore_label))
 
-  The pixel values are the class indices. The file appears whole or not at all.
+
+def indexed_png(
+  label: np.ndarray, palette: np.ndarray, ignore_label: int = 255
+) -> bytes:
+  """Encodes a label map as the palette PNG (mode P) that VOC uses.
+
+  The pixel values are the class indices.
 
   Args:
-    path: the file to write.
     label: int [H, W], classes 0..C-1 or `ignore_label`, all within 0..255.
     palette: uint8 [C, 3], the colour of each class, C at most 256.
     ignore_label: the label that means void, shown in `VOID_COLOR`.
@@ -256,17 +264,23 @@ def save_indexed_png(
     colors[ignore_label] = VOID_COLOR
   picture = Image.fromarray(label.astype(np.uint8))
   picture.putpalette(colors.tobytes())
-  _save(path, picture)
+  return _png(picture)
 
 
 def save_png(path: str | os.PathLike, rgb: np.ndarray) -> None:
   """Writes a picture uint8 [H, W, 3]; it appears whole or not at all."""
-  _save(path, Image.fromarray(_rgb(rgb)))
+  _save(path, _png(Image.fromarray(_rgb(rgb))))
 
 
-def _save(path: str | os.PathLike, picture: Image.Image) -> None:
+def _png(picture: Image.Image) -> bytes:
+  buffer = io.BytesIO()
+  picture.save(buffer, format='PNG')
+  return buffer.getvalue()
+
+
+def _save(path: str | os.PathLike, png: bytes) -> None:
   with replacing(path) as temporary:
-    picture.save(temporary, format='PNG')
+    Path(temporary).write_bytes(png)
 
 
 def _checked(

@@ -24,7 +24,7 @@ FLOORS = [
     'data.folder', 'steps', 'protocols', 'samples', 'weights.tf_slim',
     'weights.keras', 'weights.timm',
   },
-  {'models.deeplab', 'data.load', 'data.survey', 'weights.load'},
+  {'models.deeplab', 'data.load', 'data.survey', 'weights.load', 'scoring'},
   {'prepare', 'evaluate', 'predict', 'export', 'import_weights', 'benchmark'},
   {'train'},
   {'main'},

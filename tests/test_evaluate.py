@@ -1,18 +1,23 @@
 """Evaluation against a plain loop over the images."""
 
+import functools
+import io
 import json
 import shutil
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 from conftest import make_config
+from PIL import Image
 
 from deeplab_jax import deeplab_v3, distributed, evaluate, metrics
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.data import images
-from deeplab_jax.data.transforms import pad_to
+from deeplab_jax.data.transforms import CenterCrop, pad_to
 from deeplab_jax.errors import UserError
+from deeplab_jax.scoring import ScoredImage
 
 
 def padded_size(size, stride=16):
@@ -20,72 +25,298 @@ def padded_size(size, stride=16):
   return tuple(1 + stride * ((n + stride - 2) // stride) for n in size)
 
 
-def plain_measures(config, dataset, variables):
-  """One image at a time, counted by numpy."""
-  split, classes = config.data.eval_split, dataset.info.num_classes
-  model = deeplab_v3(num_classes=classes, **config.model)
+def read_variables(workdir):
+  with Checkpoints(workdir) as saved:
+    return saved.restore_variables(saved.latest_step)
+
+
+def plain_predictions(config, dataset, variables, size=None, transform=None):
+  """Name, label and prediction of one image at a time.
+
+  Each is padded to `size`, or to the smallest one that is exact.
+  """
+  model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
   apply = jax.jit(lambda x: model.apply(variables, x, train=False))
-  confusion = np.zeros((classes, classes), np.int64)
-  for record in dataset.source(split):
+  for record in dataset.source(config.data.eval_split):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
+    if transform:
+      image, label = transform(image, label, None)
     height, width = label.shape
-    padded = pad_to(image, label, padded_size(dataset.tally(split).max_size))[0]
+    own = padded_size((height, width), config.model.output_stride)
+    padded = pad_to(image, label, size or own)[0]
     logits = np.asarray(apply(padded[None]))[0, :height, :width]
+    yield record['name'].decode(), label, logits.argmax(-1)
+
+
+def plain_measures(predictions, dataset):
+  """Counted by numpy, whole and image by image."""
+  classes = dataset.info.num_classes
+  confusions = []
+  for _, label, prediction in predictions:
+    confusion = np.zeros((classes, classes), np.int64)
     valid = label != 255
-    pairs = (label[valid], logits.argmax(-1)[valid])
-    np.add.at(confusion, pairs, 1)
-  return metrics.measures(confusion, dataset.info.classes)
+    np.add.at(confusion, (label[valid], prediction[valid]), 1)
+    confusions.append(confusion)
+  of_images = metrics.measures_of_images(np.stack(confusions))
+  return {
+    **metrics.measures(np.sum(confusions, 0), dataset.info.classes),
+    **{key: float(np.mean(values)) for key, values in of_images.items()},
+  }
+
+
+def assert_measures_agree(measures, expected):
+  for key, value in expected.items():
+    # Rounding may tip a pixel of some thousands over to another class.
+    assert measures[key] == pytest.approx(value, abs=2e-3), key
+
+
+@pytest.fixture
+def run(trained):
+  """Function (**changes) -> config, data set and what the evaluation gives."""
+
+  def run(**changes):
+    config = make_config(trained.settings, **changes)
+    dataset = evaluate.open_dataset(config, config.data.eval_split)
+    model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
+    variables = distributed.replicate(read_variables(trained.workdir))
+    measures, confusion, picture = evaluate.evaluate_variables(
+      evaluate.make_evaluator(model, dataset, config),
+      variables,
+      config.eval.panels,
+    )
+    assert confusion.sum() > 0
+    return config, dataset, measures, picture
+
+  return run
 
 
 @pytest.mark.parametrize(
   'split, batch_size', [('val', 3), ('train', 1), ('train', 8)]
 )
-def test_evaluation_equals_a_loop_over_the_images(trained, split, batch_size):
-  config = make_config(
-    trained.settings, data__eval_split=split, eval__batch_size=batch_size
+def test_evaluation_equals_a_loop_over_the_images(
+  trained, run, split, batch_size
+):
+  config, dataset, measures, picture = run(
+    data__eval_split=split, eval__batch_size=batch_size, eval__buckets=1
   )
-  dataset = evaluate.open_dataset(config, split)
-  model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
-  with Checkpoints(trained.workdir) as saved:
-    variables = saved.restore_variables(saved.latest_step)
-  measures, picture = evaluate.evaluate_variables(
-    evaluate.make_eval_step(model, dataset),
-    distributed.replicate(variables),
+  size = padded_size(dataset.tally(split).max_size)
+  expected = plain_measures(
+    plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
-    config,
-    model.padded_size(dataset.tally(split).max_size),
   )
-  assert measures.pop('images') == {'val': 3, 'train': 6}[split]
-  expected = plain_measures(config, dataset, variables)
-  assert set(measures) == set(expected)
-  for key, value in expected.items():
-    # Rounding may tip a pixel of some thousands over to another class.
-    assert measures[key] == pytest.approx(value, abs=2e-3), key
+  assert_measures_agree(measures, expected)
+  assert measures['images'] == {'val': 3, 'train': 6}[split]
+  assert set(measures) - set(expected) == {
+    *('images', 'split', 'protocol', 'output_stride', 'scales', 'flip'),
+  }
   rows = dataset.tally(split).num_images
   assert picture.shape[0] > rows * 40 and picture.dtype == np.uint8
 
 
-@pytest.mark.parametrize('panels', [0, 2])
-def test_picture_holds_as_many_rows_as_asked_for(trained, panels):
-  config = make_config(trained.settings, eval__panels=panels)
-  dataset = evaluate.open_dataset(config, 'val')
-
-  def eval_step(variables, batch):
-    del variables
-    return np.zeros((4, 4), np.int32) + 1, batch['label'] * 0
-
-  _, picture = evaluate.evaluate_variables(
-    eval_step, {}, dataset, config, dataset.tally('val').max_size
+def test_each_image_may_have_its_own_size(trained, run):
+  config, dataset, measures, _ = run(eval__buckets=9)
+  expected = plain_measures(
+    plain_predictions(config, dataset, read_variables(trained.workdir)),
+    dataset,
   )
+  assert_measures_agree(measures, expected)
+
+
+def test_weights_of_output_stride_16_are_evaluated_at_8(trained, run):
+  assert trained.config.model.output_stride == 16
+  config, dataset, measures, _ = run(eval__buckets=1, model__output_stride=8)
+  size = padded_size(dataset.tally('val').max_size, 8)
+  expected = plain_measures(
+    plain_predictions(config, dataset, read_variables(trained.workdir), size),
+    dataset,
+  )
+  assert_measures_agree(measures, expected)
+  assert measures['output_stride'] == 8
+
+
+def test_center_crop_counts_the_crops_alone(trained, run):
+  config, dataset, measures, picture = run(
+    eval__protocol='center_crop', eval__crop_size=(30, 41)
+  )
+  expected = plain_measures(
+    plain_predictions(
+      config,
+      dataset,
+      read_variables(trained.workdir),
+      transform=CenterCrop((30, 41)),
+    ),
+    dataset,
+  )
+  assert_measures_agree(measures, expected)
+  assert measures['protocol'] == 'center_crop'
+  assert measures['crop_size'] == [30, 41]
+  assert picture.shape == (3 * 30 + 2 * 4, 3 * 41 + 2 * 4, 3)
+
+
+def test_windows_and_scales_are_named_beside_the_measures(
+  trained, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  config = make_config(
+    trained.settings,
+    eval__protocol='sliding_window',
+    eval__crop_size=(33, 40),
+    eval__scales=(0.5, 1.0),
+    eval__flip=True,
+  )
+  result = evaluate.evaluate(config, workdir)
+  assert result['crop_size'] == [33, 49]  # 40 is not exact at stride 16
+  assert result['scales'] == [0.5, 1.0] and result['flip'] is True
+  assert json.loads((workdir / 'eval.json').read_text()) == result
+  assert (
+    'val: sliding window 33x49, output stride 16, scales 0.5 1.0, mirrored as'
+    ' well'
+  ) in capsys.readouterr().out.splitlines()
+
+
+def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
+  config = make_config(
+    trained.settings, data__eval_split='train', eval__buckets=2
+  )
+  dataset = evaluate.open_dataset(config, 'train')
+  model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
+  assert len({padded_size(size) for size in dataset.sizes('train')}) > 2
+  evaluator = evaluate.make_evaluator(model, dataset, config)
+  variables = distributed.replicate(read_variables(trained.workdir))
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name)
+  )
+  for expected in (2, 0):  # later evaluations compile nothing
+    compiled.clear()
+    evaluate.evaluate_variables(evaluator, variables, 1)
+    programs = [name for name in compiled if 'backend_compile' in name]
+    assert len(programs) == expected
+
+
+@pytest.mark.parametrize('panels', [0, 2])
+def test_picture_holds_as_many_rows_as_asked_for(run, panels):
+  _, dataset, _, picture = run(eval__panels=panels)
   if panels == 0:
     assert picture is None
   else:
-    heights = [
-      images.decode_label(record['label']).shape[0]
-      for record in dataset.source('val')
-    ]
+    heights = [height for height, _ in dataset.sizes('val')]
     assert picture.shape[0] == sum(heights[:2]) + 4  # and a line between
+
+
+def scored(index, miou):
+  maps = np.zeros((1, 1), np.uint8)
+  return ScoredImage(index, maps, {'per_image_miou': miou}, maps)
+
+
+def test_worst_and_best_images_are_kept_with_ties_in_order():
+  extremes = evaluate._Extremes(2)
+  for index, miou in enumerate([0.5, 0.2, float('nan'), 0.9, 0.2, 0.9, 0.1]):
+    extremes.add(scored(index, miou))
+  assert [entry[:2] for entry in extremes.worst] == [(0.1, 6), (0.2, 1)]
+  assert [entry[:2] for entry in extremes.best] == [(0.9, 3), (0.9, 5)]
+
+
+def test_worst_and_best_are_drawn_and_named(trained, tmp_path, capsys):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  config = make_config(trained.settings, eval__worst_and_best=2)
+  evaluate.evaluate(config, workdir)
+  output = capsys.readouterr().out
+  dataset = evaluate.open_dataset(config, 'val')
+  heights = dict(
+    zip(dataset.names('val'), (h for h, _ in dataset.sizes('val')), strict=True)
+  )
+  for kind, sign in (('worst', 1), ('best', -1)):
+    (line,) = (x for x in output.splitlines() if x.startswith(f'{kind} images'))
+    entries = [e.split() for e in line.partition(': ')[2].split(', ')]
+    values = [sign * float(value) for _, value in entries]
+    assert len(values) == 2 and values == sorted(values)
+    with Image.open(workdir / f'{kind}.png') as picture:
+      assert picture.height == sum(heights[name] for name, _ in entries) + 4
+  with Image.open(workdir / 'confusion.png') as picture:
+    assert picture.mode == 'RGB' and picture.width == picture.height
+
+
+def test_no_worst_and_best_when_none_are_asked_for(trained, tmp_path, capsys):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  evaluate.evaluate(
+    make_config(trained.settings, eval__worst_and_best=0), workdir
+  )
+  assert not (workdir / 'worst.png').exists()
+  assert 'worst' not in capsys.readouterr().out
+
+
+def read_archive(path):
+  with tarfile.open(path) as archive:
+    return {
+      entry.name: np.asarray(
+        Image.open(io.BytesIO(archive.extractfile(entry).read()))
+      )
+      for entry in archive
+    }
+
+
+def test_archive_holds_the_predictions_at_the_original_sizes(trained, tmp_path):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  config = make_config(
+    trained.settings, eval__save_predictions=True, eval__buckets=9
+  )
+  evaluate.evaluate(config, workdir)
+  path = workdir / 'results_val.tar.gz'
+  maps = read_archive(path)
+  dataset = evaluate.open_dataset(config, 'val')
+  variables = read_variables(trained.workdir)
+  names = [f'val_{index}' for index in range(3)]
+  folder = 'results/mini/Segmentation/comp6_test_cls'
+  assert list(maps) == [f'{folder}/{name}.png' for name in names]
+  for name, _, prediction in plain_predictions(config, dataset, variables):
+    found = maps[f'{folder}/{name}.png']
+    assert found.shape == prediction.shape
+    assert (found != prediction).mean() < 2e-3  # ties, rounded otherwise
+  before = path.read_bytes()
+  config.eval.batch_size = 1
+  evaluate.evaluate(config, workdir)
+  assert path.read_bytes() == before
+
+
+def test_split_without_labels_gives_its_archive_and_no_measures(
+  trained, tmp_path, capsys
+):
+  folder = shutil.copytree(trained.folder, tmp_path / 'mini')
+  lists = folder / 'ImageSets' / 'Segmentation'
+  lists.joinpath('test.txt').write_text('val_0\nval_2\n')
+  for name in ('val_0', 'val_2'):
+    path = folder / 'SegmentationClass' / f'{name}.png'
+    empty = np.full_like(np.asarray(Image.open(path)), 255)
+    Image.fromarray(empty).save(path)
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  before = (workdir / 'eval.json').read_bytes()
+  config = functools.partial(
+    make_config,
+    trained.settings,
+    data__dir=str(folder),
+    data__prepared_dir=str(tmp_path / 'prepared'),
+    data__eval_split='test',
+  )
+  with pytest.raises(
+    UserError, match=r'eval_split=test has no pixel.*save_pre'
+  ):
+    evaluate.evaluate(config(), workdir)
+  evaluate.evaluate(config(eval__save_predictions=True), workdir)
+  assert len(read_archive(workdir / 'results_test.tar.gz')) == 2
+  assert 'mIoU' not in capsys.readouterr().out
+  assert (workdir / 'eval.json').read_bytes() == before
+
+
+def test_crops_are_no_results_for_a_test_server(trained):
+  config = make_config(
+    trained.settings,
+    eval__protocol='center_crop',
+    eval__save_predictions=True,
+  )
+  with pytest.raises(UserError, match='save_predictions needs whole images'):
+    evaluate.evaluate(config, trained.workdir)
 
 
 @pytest.mark.parametrize('name', ['best', 'latest', '6'])

@@ -121,6 +121,20 @@ def test_pooling_pads_as_asked(padding, size, expected):
     np.testing.assert_array_equal(line, expected)
 
 
+@pytest.mark.parametrize(
+  'scale, expected',
+  [(0.5, 257), (0.75, 385), (1.0, 513), (1.25, 641), (1.5, 769), (1.75, 897)],
+)
+def test_scales_of_513_are_those_of_the_deeplab_code(scale, expected):
+  assert layers.aligned_size(513, 16, 'align_corners', scale) == expected
+  assert layers.aligned_size(512, 16, 'asymmetric', scale) == expected - 1
+
+
+def test_no_scale_leaves_nothing():
+  assert layers.aligned_size(9, 8, 'align_corners', 0.01) == 1
+  assert layers.aligned_size(9, 8, 'asymmetric', 0.01) == 8
+
+
 @pytest.mark.parametrize('upsampling', ['align_corners', 'asymmetric'])
 @pytest.mark.parametrize(('size', 'stride'), [(360, 8), (513, 16), (17, 32)])
 def test_at_an_aligned_size_features_return_to_their_pixels(

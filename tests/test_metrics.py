@@ -168,6 +168,91 @@ def test_confusions_of_parts_add_up_to_the_whole(maps):
   np.testing.assert_array_equal(parts, confusion_of(*maps))
 
 
+def seed_measures(label, prediction):
+  """The definitions of the seed's `metrics.py`, mask by mask, on one image.
+
+  Void pixels were taken out before.
+  """
+  in_label = np.unique(label)
+  accuracies = [(prediction[label == c] == c).mean() for c in in_label]
+  ious, weighted = [], []
+  for c in np.union1d(in_label, np.unique(prediction)):
+    truth, found = label == c, prediction == c
+    if not truth.any() or not found.any():
+      continue
+    iou = (truth & found).sum() / (truth | found).sum()
+    ious.append(iou)
+    weighted.append(truth.sum() * iou)
+  return {
+    'per_image_miou': np.sum(ious) / len(in_label),
+    'per_image_pixel_accuracy': (label == prediction).mean(),
+    'per_image_mean_accuracy': np.mean(accuracies),
+    'per_image_frequency_weighted_iou': np.sum(weighted) / label.size,
+  }
+
+
+def test_measures_of_images_equal_the_seeds_definitions(maps):
+  labels, predictions = maps
+  confusions = np.stack(
+    [confusion_of(*pair) for pair in zip(*maps, strict=True)]
+  )
+  result = metrics.measures_of_images(confusions)
+  for index, (label, prediction) in enumerate(
+    zip(labels, predictions, strict=True)
+  ):
+    expected = seed_measures(
+      label[label != IGNORE], prediction[label != IGNORE]
+    )
+    assert set(result) == set(expected)
+    for key, value in expected.items():
+      assert result[key][index] == pytest.approx(value, rel=0, abs=1e-12), key
+
+
+def test_class_that_is_predicted_alone_divides_no_image():
+  # Image 0 sees class 2 where there is none: the whole set's mIoU counts it as
+  # a class of IoU 0, the image's own does not.
+  confusions = np.array([[[2, 0, 2], [0, 4, 0], [0, 0, 0]]])
+  ours = metrics.measures(confusions[0], ('a', 'b', 'c'))['miou']
+  assert ours == pytest.approx((0.5 + 1 + 0) / 3)
+  theirs = metrics.measures_of_images(confusions)['per_image_miou']
+  assert theirs.tolist() == [pytest.approx((0.5 + 1) / 2)]
+
+
+def test_average_leaves_out_images_without_a_counted_pixel():
+  confusions = np.zeros((3, 2, 2), int)
+  confusions[0] = [[3, 1], [0, 0]]
+  confusions[2] = [[1, 0], [0, 1]]
+  found = metrics.measures_of_images(confusions)
+  rows = [{key: v[i] for key, v in found.items()} for i in range(3)]
+  assert np.isnan(rows[1]['per_image_miou'])
+  averages = metrics.average(rows)
+  assert averages['per_image_miou'] == pytest.approx((3 / 4 + 1) / 2)
+  assert averages['per_image_mean_accuracy'] == pytest.approx((3 / 4 + 1) / 2)
+  assert metrics.average(rows[1:2]) == dict.fromkeys(averages)
+
+
+def test_table_sets_averages_over_images_apart():
+  confusion = np.array([[3, 1], [0, 4]])
+  whole = metrics.measures(confusion, ('a', 'b'))
+  lines = metrics.format_table(
+    {
+      **whole,
+      'per_image_miou': 0.5,
+      'per_image_pixel_accuracy': 0.25,
+      'per_image_mean_accuracy': None,
+      'per_image_frequency_weighted_iou': 0.125,
+    }
+  ).splitlines()
+  heading = lines.index("averaged over images (the seed's)")
+  assert lines[: heading - 1] == metrics.format_table(whole).splitlines()
+  assert [line.rsplit(maxsplit=1) for line in lines[heading + 1 :]] == [
+    ['mIoU', '50.00'],
+    ['pixel accuracy', '25.00'],
+    ['mean accuracy', '-'],
+    ['frequency weighted IoU', '12.50'],
+  ]
+
+
 def test_measures_of_no_pixels_are_none_and_valid_json():
   confusion = np.zeros((3, 3), np.int64)
   result = metrics.measures(confusion, ('a', 'b', 'c'))

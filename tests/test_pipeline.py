@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax import errors
-from deeplab_jax.data import images, load, pipeline, transforms
+from deeplab_jax.data import buckets, images, load, pipeline, transforms
 
 _CHAIN = (
   transforms.RandomScale(0.5, 2),
@@ -129,53 +129,77 @@ def test_batch_may_be_larger_than_the_data_set():
   assert counts.sum() == 7 and counts.min() == 2
 
 
+def _plan(sizes, batch_size, limit=1):
+  return buckets.plan_batches(
+    sizes, padded=lambda size: size, limit=limit, batch_size=batch_size
+  )
+
+
 @pytest.mark.parametrize('count', [1, 5, 8])
 @pytest.mark.parametrize('batch_size', [1, 3, 10])
 @pytest.mark.parametrize('hosts', [1, 2, 3])
-def test_evaluation_counts_every_image_once(count, batch_size, hosts):
-  records, names, batches = _records(count), [], []
+@pytest.mark.parametrize('limit', [1, 3])
+def test_evaluation_shows_every_image_once(count, batch_size, hosts, limit):
+  sizes = [(8, 8 + index % 4) for index in range(count)]
+  records = [_records(count, size)[i] for i, size in enumerate(sizes)]
+  plan = _plan(sizes, batch_size * hosts, limit)
+  numbers, shapes = [], []
   for host in range(hosts):
     iterator = pipeline.make_eval_iterator(
-      records,
-      size=(9, 10),
-      batch_size=batch_size,
-      host=host,
-      hosts=hosts,
-      threads=1,
+      records, plan, host=host, hosts=hosts, threads=1
     )
     seen = list(iterator)
     iterator.close()
-    batches.append(len(seen))
+    shapes.append([batch['image'].shape for batch in seen])
     for batch in seen:
-      assert batch['image'].shape == (batch_size, 9, 10, 3)
-      assert (batch['label'][~batch['valid']] == 255).all()
-      names += batch['name'][batch['valid']].tolist()
-  assert sorted(names) == [f'record_{index}' for index in range(count)]
-  assert len(set(batches)) == 1
-  assert batches[0] == -(-count // (batch_size * hosts))
+      filler = batch['index'] == buckets.FILLER
+      assert (batch['label'][filler] == 255).all()
+      for row in np.flatnonzero(~filler):
+        index = batch['index'][row]
+        height, width = batch['size'][row]
+        assert (height, width) == sizes[index]
+        assert (batch['image'][row, :height, :width] == index).all()
+        assert (batch['label'][row, :height, :width] == index % 5).all()
+        numbers.append(index)
+  assert sorted(numbers) == list(range(count))
+  assert all(one == shapes[0] for one in shapes)
+  assert shapes[0] == [(batch_size, *batch.size, 3) for batch in plan]
 
 
 def test_evaluation_pads_and_does_not_scale(source):
+  (planned,) = _plan([(80, 90)] * len(source), len(source))
   iterator = pipeline.make_eval_iterator(
-    source, size=(80, 90), fill=(1, 2, 3), ignore_label=9, batch_size=6
+    source, [planned], fill=(1, 2, 3), ignore_label=9
   )
   (batch,) = list(iterator)
   iterator.close()
-  assert batch['valid'].dtype == bool and batch['valid'].all()
   for index, record in enumerate(source):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
     height, width = label.shape
-    assert batch['name'][index] == record['name'].decode()
+    assert batch['index'][index] == index
     np.testing.assert_array_equal(batch['image'][index, :height, :width], image)
     np.testing.assert_array_equal(batch['label'][index, :height, :width], label)
     assert (batch['image'][index, height:] == (1, 2, 3)).all()
     assert (batch['label'][index, :, width:] == 9).all()
 
 
-def test_record_larger_than_the_size_is_named():
+def test_evaluation_transforms_each_record(source):
+  chain = (transforms.CenterCrop((20, 30)),)
+  plan = _plan([(20, 30)] * len(source), 4)
+  iterator = pipeline.make_eval_iterator(source, plan, chain)
+  first = next(iterator)
+  iterator.close()
+  for row in range(4):
+    image, label = pipeline.load_example(source[row], chain)
+    assert label.shape == (20, 30)
+    np.testing.assert_array_equal(first['image'][row], image)
+    np.testing.assert_array_equal(first['label'][row], label)
+
+
+def test_record_larger_than_its_batch_is_named():
   iterator = pipeline.make_eval_iterator(
-    _records(1), size=(9, 7), batch_size=1, threads=0
+    _records(1), _plan([(9, 7)], 1), threads=0
   )
   with pytest.raises(ValueError, match=r"'record_0'.*8 wide.*\(9, 7\)"):
     next(iterator)
@@ -190,7 +214,7 @@ def test_damaged_record_is_named(key, threads):
     _take(3, records, (), threads=threads)
   assert '\n' not in str(caught.value)
   iterator = pipeline.make_eval_iterator(
-    records, size=(8, 8), batch_size=3, threads=threads
+    records, _plan([(8, 8)] * 3, 3), threads=threads
   )
   with pytest.raises(errors.UserError, match=r"'record_1'.*damaged"):
     next(iterator)

@@ -263,22 +263,35 @@ def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
 
 
-def test_eval_step_counts_the_pixels_of_all_devices(random_variables):
+def test_eval_step_counts_each_image_of_all_devices(random_variables):
   model = make()
   variables = random_variables(model)
   batch = global_batch()
-  confusion, predictions = steps.pmap_eval_step(
-    model=model, num_classes=CLASSES
-  )(distributed.replicate(variables), distributed.shard(batch))
+  batch['index'] = np.arange(8, dtype=np.int32)[::-1].copy()
+  batch['size'] = np.full((8, 2), (33, 49), np.int32)
+  asked = []
+
+  def scores(variables, images, sizes):
+    asked.append((images.shape, sizes.shape))
+    return model.apply(variables, images, train=False)
+
+  result = steps.pmap_eval_step(scores=scores, num_classes=CLASSES)(
+    distributed.replicate(variables), distributed.shard(batch)
+  )
+  assert set(asked) == {((2, 33, 49, 3), (2, 2))}
   logits = jax.jit(functools.partial(model.apply, train=False))(
     variables, batch['image']
   )
   classes = np.argmax(logits, -1)
-  expected = np.zeros((CLASSES, CLASSES), int)
-  valid = batch['label'] != 255
-  np.add.at(expected, (batch['label'][valid], classes[valid]), 1)
-  np.testing.assert_array_equal(distributed.unshard(predictions), classes)
-  np.testing.assert_array_equal(confusion, expected)
+  expected = np.zeros((8, CLASSES, CLASSES), int)
+  for image, label, found in zip(
+    expected, batch['label'], classes, strict=True
+  ):
+    valid = label != 255
+    np.add.at(image, (label[valid], found[valid]), 1)
+  np.testing.assert_array_equal(result['index'], batch['index'])
+  np.testing.assert_array_equal(result['prediction'], classes)
+  np.testing.assert_array_equal(result['confusion'], expected)
 
 
 def test_initial_state_depends_on_the_seed_alone():

@@ -26,7 +26,16 @@ MEASURES = {
   'frequency_weighted_iou',
   'per_class_iou',
   'per_class_accuracy',
+  'per_image_miou',
+  'per_image_pixel_accuracy',
+  'per_image_mean_accuracy',
+  'per_image_frequency_weighted_iou',
   'images',
+  'split',
+  'protocol',
+  'output_stride',
+  'scales',
+  'flip',
   'step',
 }
 

@@ -85,6 +85,39 @@ def test_crop_pads_bottom_and_right_with_fill_and_void():
   assert (cut[10:] == (1, 2, 3)).all() and (cut_label[10:] == 99).all()
 
 
+@pytest.mark.parametrize(
+  'height, width', [(30, 50), (50, 30), (16, 18), (40, 40)]
+)
+def test_center_crop_resizes_the_shorter_side_and_keeps_the_middle(
+  height, width
+):
+  # Columns and rows count in colours, so that a pixel tells where it was.
+  image = np.zeros((height, width, 3), np.uint8)
+  image[..., 0] = np.linspace(0, 240, height).astype(int)[:, None]
+  image[..., 1] = np.linspace(0, 240, width).astype(int)
+  label = (image[..., 1] > 120).astype(np.uint8)
+  out, mask = transforms.CenterCrop((20, 20))(image, label, None)
+  assert out.shape == (20, 20, 3) and mask.shape == (20, 20)
+  shorter = min(height, width)
+  for axis, length in enumerate((height, width)):
+    channel = out[..., axis].astype(float)
+    profile = channel.mean(1 - axis)
+    # The part of the axis that is seen, around its middle.
+    assert profile[[0, -1]].mean() == pytest.approx(120, abs=6)
+    span = (profile[-1] - profile[0]) * 20 / 19
+    assert span == pytest.approx(240 * shorter / length, abs=18)
+  assert set(np.unique(mask)) == {0, 1}
+  assert abs(int(mask[10].argmax()) - 10) <= 1
+
+
+def test_center_crop_of_the_size_asked_for_changes_nothing():
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (17, 33, 3), np.uint8)
+  out, label = transforms.CenterCrop((17, 33))(image, image[..., 0], None)
+  np.testing.assert_array_equal(out, image)
+  np.testing.assert_array_equal(label, image[..., 0])
+
+
 def test_flip_mirrors_both_or_neither():
   image, label = _scene()
   flipped, flipped_label = transforms.RandomFlip(1)(image, label, _rng())

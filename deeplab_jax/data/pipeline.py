@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import cv2
 import grain
@@ -21,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from deeplab_jax import errors
-from deeplab_jax.data import images, transforms
+from deeplab_jax.data import buckets, images, transforms
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
@@ -94,49 +93,56 @@ def make_train_iterator(
 
 def make_eval_iterator(
   source: Sequence[Record],
+  plan: Sequence[buckets.PlannedBatch],
+  transforms: Sequence[transforms.Transform] = (),
   *,
-  size: tuple[int, int],
   fill: tuple[int, int, int] = transforms.MEAN_COLOR,
   ignore_label: int = 255,
-  batch_size: int,
   host: int = 0,
   hosts: int = 1,
   threads: int = 4,
 ) -> Iterator[Batch]:
-  """Yields every record once over all hosts, in order, at its own resolution.
+  """Yields the batches of a plan, all images padded to the size of theirs.
 
-  Every host yields the same number of batches of the same shape; where the
-  records run out, rows are filler.
+  Every host yields the same number of batches of the same shapes.
 
   Args:
     source: as of `make_train_iterator`.
-    size: height and width to which images are padded, bottom and right.
+    plan: as of `buckets.plan_batches`; the rows of each batch are dealt to the
+      hosts in turn.
+    transforms: applied to each record; without chance.
     fill: RGB of the padding.
     ignore_label: of the padding, and of all filler rows.
-    batch_size: of one host.
     host: index of this host.
     hosts: number of hosts.
     threads: that load; 0 loads when asked.
 
   Returns:
-    An iterator of image uint8 [B, *size, 3], label uint8 [B, *size], size
-    int [B, 2] (height and width before padding), valid bool [B] (False in
-    filler rows) and name str [B]; its `close()` ends the background work.
+    An iterator of image uint8 [B / hosts, *size, 3], label uint8
+    [B / hosts, *size], size int32 [B / hosts, 2] (height and width before
+    padding) and index int32 [B / hosts] (`buckets.FILLER` in filler rows); its
+    `close()` ends the background work.
 
   Raises:
     UserError: on `next`, if a record does not decode.
-    ValueError: if the arguments cannot work together; on `next`, if a record
-      is larger than `size`.
+    ValueError: if the arguments cannot work together; on `next`, if an image
+      is larger than its batch.
   """
-  _check_hosts(batch_size * hosts, host, hosts)
+  for batch in plan:
+    _check_hosts(len(batch.indices), host, hosts)
   cv2.setNumThreads(0)
-  rows = batch_size * hosts
-  total = -(-len(source) // rows) * rows
-  load = _LoadPadded(source, tuple(size), tuple(fill), ignore_label)
+  load = _LoadPadded(
+    source,
+    tuple(transforms),
+    tuple(plan),
+    tuple(fill),
+    ignore_label,
+    host,
+    hosts,
+  )
   dataset = (
-    grain.MapDataset.range(host, total, hosts)
+    grain.MapDataset.range(len(plan))
     .map(load)
-    .batch(batch_size)
     .to_iter_dataset(_read_options(threads))
   )
   return iter(dataset)
@@ -160,42 +166,51 @@ class _Augment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LoadPadded:
-  """Loads one record of the evaluation by index, or makes a filler row."""
+  """Loads this host's rows of one planned batch."""
 
   source: Sequence[Record]
-  size: tuple[int, int]
+  transforms: tuple[transforms.Transform, ...]
+  plan: tuple[buckets.PlannedBatch, ...]
   fill: tuple[int, int, int]
   ignore_label: int
+  host: int
+  hosts: int
 
-  def __call__(self, index: int) -> dict[str, Any]:
-    valid = index < len(self.source)
-    if valid:
-      record = self.source[index]
-      name = _name(record)
-      image, label = _decode(record)
-    else:
-      name = ''
-      image, label = np.empty((0, 0, 3), np.uint8), np.empty((0, 0), np.uint8)
-    if any(
-      has > room for has, room in zip(label.shape, self.size, strict=True)
-    ):
-      raise ValueError(
-        f'record {name!r} is {label.shape[0]} high and {label.shape[1]} wide, '
-        f'larger than size={self.size}'
-      )
-    padded_image = np.empty((*self.size, 3), np.uint8)
-    padded_image[:] = self.fill
-    padded_label = np.full(self.size, self.ignore_label, np.uint8)
-    height, width = label.shape
-    padded_image[:height, :width] = image
-    padded_label[:height, :width] = label
+  def __call__(self, number: int) -> Batch:
+    size = self.plan[number].size
+    indices = self.plan[number].indices[self.host :: self.hosts]
+    images = np.empty((len(indices), *size, 3), np.uint8)
+    images[:] = self.fill
+    labels = np.full((len(indices), *size), self.ignore_label, np.uint8)
+    sizes = np.zeros((len(indices), 2), np.int32)
+    for row, index in enumerate(indices):
+      if index == buckets.FILLER:
+        continue
+      image, label = load_example(self.source[index], self.transforms)
+      height, width = label.shape
+      if height > size[0] or width > size[1]:
+        raise ValueError(
+          f'record {_name(self.source[index])!r} is {height} high and {width} '
+          f'wide, larger than size={size}'
+        )
+      images[row, :height, :width] = image
+      labels[row, :height, :width] = label
+      sizes[row] = label.shape
     return {
-      'image': padded_image,
-      'label': padded_label,
-      'size': np.asarray(label.shape),
-      'valid': np.bool_(valid),
-      'name': np.str_(name),
+      'image': images,
+      'label': labels,
+      'size': sizes,
+      'index': np.array(indices, np.int32),
     }
+
+
+def load_example(
+  record: Record, transforms_: Sequence[transforms.Transform] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the image and label that `make_eval_iterator` pads."""
+  return transforms.apply_transforms(
+    transforms_, *_decode(record), np.random.default_rng(0)
+  )
 
 
 def _decode(record: Record) -> tuple[np.ndarray, np.ndarray]:

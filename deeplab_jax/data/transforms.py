@@ -1,4 +1,4 @@
-"""Training transforms that move an image and its label together.
+"""Transforms that move an image and its label together.
 
 Each is a frozen dataclass called as
 
@@ -94,6 +94,35 @@ class RandomCrop:
     return pad_to(
       image[window], label[window], self.size, self.fill, self.ignore_label
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterCrop:
+  """Resizes so that the image just covers a window, and cuts out the middle.
+
+  With a square window that is the shorter side resized to its side, the
+  validation of many PyTorch repositories.
+
+  Attributes:
+    size: height and width of the window.
+  """
+
+  size: tuple[int, int]
+
+  def __call__(
+    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns image [*size, 3] and label [*size]; draws no chance."""
+    del rng
+    pairs = tuple(zip(self.size, label.shape, strict=True))
+    factor = max(wanted / has for wanted, has in pairs)
+    height, width = (max(round(h * factor), w) for w, h in pairs)
+    top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
+    middle = np.s_[top : top + self.size[0], left : left + self.size[1]]
+    size, nearest = (width, height), cv2.INTER_NEAREST_EXACT
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    label = cv2.resize(label, size, interpolation=nearest)
+    return image[middle], label[middle]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,10 +51,14 @@ class DeepLabV3(nn.Module):
   std: tuple[float, float, float] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
 
-  def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) to pad images to for exact upsampling."""
+  def padded_size(
+    self, size: tuple[int, int], scale: float = 1.0
+  ) -> tuple[int, int]:
+    """The (height, width) to pad images, scaled, to for exact upsampling."""
     stride = self.backbone.output_stride
-    height, width = (aligned_size(n, stride, self.upsampling) for n in size)
+    height, width = (
+      aligned_size(n, stride, self.upsampling, scale) for n in size
+    )
     return height, width
 
   @nn.compact

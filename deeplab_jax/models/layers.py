@@ -204,15 +204,20 @@ def resize_bilinear(
   return x
 
 
-def aligned_size(size: int, output_stride: int, upsampling: str) -> int:
-  """Smallest size from `size` on whose upsampling is exact.
+def aligned_size(
+  size: int, output_stride: int, upsampling: str, scale: float = 1.0
+) -> int:
+  """Smallest size from `scale * size` on whose upsampling is exact.
 
   There every feature pixel comes back to the image pixel that it was computed
   at: multiples of the output stride, and one more with aligned corners. At
   other sizes the logits are stretched, by up to a stride at the far edge.
+  `scale` changes the distance of the outermost pixels with aligned corners,
+  as the DeepLab code does: 1.5 * 513 is 769 there.
   """
   extra = 1 if upsampling == 'align_corners' else 0
-  return -(-(size - extra) // output_stride) * output_stride + extra
+  pixels = max(round((size - extra) * scale), 1 - extra)
+  return -(-pixels // output_stride) * output_stride + extra
 
 
 def _interpolation_matrix(size: int, out: int, upsampling: str) -> np.ndarray:
