@@ -349,6 +349,17 @@ def test_changed_source_is_prepared_again(
   }.get(change, 6)  # fmt: skip
 
 
+def test_failed_preparation_is_not_told_as_an_older_one(disk, prepared, caplog):
+  mask = _devkit(disk) / 'SegmentationClass' / f'{mini.VOC_TRAIN[0]}.png'
+  content = mask.read_bytes()
+  mask.write_bytes(content[:-50])
+  _refused('', prepared, disk)
+  mask.write_bytes(content)
+  with caplog.at_level(logging.INFO, 'deeplab_jax'):
+    _load('', prepared, disk)
+  assert 'remove it if it is not needed' not in caplog.text
+
+
 def test_counts_that_differ_from_the_published_are_told(disk, prepared, caplog):
   _load('', prepared, disk)
   assert 'train has 8 images, not 1464, val has 6 images' in caplog.text
@@ -429,6 +440,14 @@ def test_ids_without_files_are_counted_and_the_first_named(
     f'mask), {sbd[0]} (no image), a (no image), b (no image), c (no image), '
     '...; add the files or take the ids off the list'
   )
+
+
+def test_listed_ids_that_need_absent_sbd_are_counted(disk, prepared, tmp_path):
+  shutil.rmtree(disk / 'benchmark_RELEASE')
+  path = _ids(tmp_path, *mini.VOC_TRAIN, 'a', 'b')
+  message = _refused('list', prepared, disk, list_file=path)
+  assert 'neither benchmark.tgz nor' in message
+  assert f'the 2 of 10 ids in {path} that VOC has no mask of: a, b;' in message
 
 
 def test_val_mask_of_sbd_does_not_stand_in_for_voc(disk, prepared):

@@ -241,7 +241,9 @@ def _prepared(
 
 def _report_older(home: pathlib.Path, config: records.SourceConfig) -> None:
   """Logs which other preparations of the same source lie in `home`."""
-  for other in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}')):
+  # one that failed has left a folder without a version
+  for version in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}/[0-9]*')):
+    other = version.parent
     if other.name != config.name:
       log.info(
         '%s was prepared from another state of the same source or with other '

@@ -296,10 +296,13 @@ class _Files:
       )
     return train, val
 
-  def more_masks(self) -> _Ids:
+  def more_masks(self, wanted_for: str = '') -> _Ids:
     """Opens SBD, or the folder SegmentationClassAug.
 
     Images that VOC lacks are added to `images`.
+
+    Args:
+      wanted_for: what needs it, for the error.
 
     Returns:
       All ids of the data set, with VOC's masks before its own.
@@ -315,8 +318,9 @@ class _Files:
     if place is None:
       raise errors.UserError(
         f'{places.root}: neither {voc_places.SOURCES["sbd"].name} nor '
-        'benchmark_RELEASE/dataset nor SegmentationClassAug is there; put one '
-        'of them in, or leave config.data.dir empty to download'
+        'benchmark_RELEASE/dataset nor SegmentationClassAug is there'
+        f'{wanted_for}; put one of them in, or leave config.data.dir empty to '
+        'download'
       )
     has = {'img': self.images, 'cls': self.masks}
     parts = self._open(place, voc_places.SBD_PARTS, has)
@@ -411,8 +415,13 @@ def _list(config: VocConfig, files: _Files) -> dict[str, _Ids]:
   _, val = files.train_and_val()
   voc_lists.refuse_val(config.listed, val.names, config.list_file)
   train, held = voc_lists.hold_out(config.listed, config.holdout)
-  voc_alone = files.masks.keys() >= set(config.listed)
-  masks = (files.masks,) if voc_alone else files.more_masks().masks
+  masks = (files.masks,)
+  unmasked = [name for name in config.listed if name not in files.masks]
+  if unmasked:
+    masks = files.more_masks(
+      f', for the {len(unmasked)} of {len(config.listed)} ids in '
+      f'{config.list_file} that VOC has no mask of: {voc_lists.some(unmasked)}'
+    ).masks
   splits = {'train': _Ids(train, config.list_file, masks), 'val': val}
   if held:
     splits['holdout'] = _Ids(held, config.list_file, masks)
