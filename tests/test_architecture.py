@@ -14,18 +14,19 @@ BASE = {'errors', 'disk'}  # serve every floor
 FLOORS = [
   {
     'download', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
-    'distributed', 'writers', 'visualize', 'config', 'models.layers',
+    'distributed', 'writers', 'visualize', 'config', 'profile', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
     'weights.mapping', 'weights.files',
   },
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
     'data.folder', 'steps', 'weights.tf_slim', 'weights.keras', 'weights.timm',
+    'flops',
   },
   {'models.deeplab', 'data.load', 'weights.load'},
-  {'evaluate', 'predict', 'export', 'import_weights', 'benchmark'},
+  {'evaluate', 'predict', 'export', 'import_weights', 'options'},
   {'train'},
-  {'main'},
+  {'main', 'benchmark', 'measure'},
 ]  # fmt: skip
 FLOOR = {name: number for number, row in enumerate(FLOORS) for name in row}
 FLOOR |= dict.fromkeys(BASE, -1)
