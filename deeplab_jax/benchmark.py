@@ -12,13 +12,14 @@ up, the best of the timed ones, for one batch.
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from deeplab_jax import options
 from deeplab_jax.errors import UserError
@@ -38,9 +39,7 @@ def benchmark(args: argparse.Namespace, rest: Sequence[str]) -> None:
       raise UserError(f'--mode={mode}: must be among {",".join(MODES)}')
   if args.peer and len(modes) != 1:
     raise UserError('--peer needs a single --mode to compare')
-  if args.peer and args.pairs < 1:
-    raise UserError(f'--pairs={args.pairs}: must be at least 1')
-  with open(args.json, 'a') if args.json else sys.stdout as lines:
+  with _lines(args.json) as lines:
     for mode in modes:
       ours = [*(sys.executable, '-m', 'deeplab_jax.measure'), *rest]
       ours.append(f'--mode={mode}')
@@ -51,6 +50,20 @@ def benchmark(args: argparse.Namespace, rest: Sequence[str]) -> None:
         result = run([*ours, '--layers'])
         print(format_measurement(result))
       print(json.dumps(result), file=lines, flush=True)
+
+
+@contextlib.contextmanager
+def _lines(path: str | None) -> Iterator[TextIO]:
+  """The file that JSON lines go to; standard output without a path."""
+  if path is None:
+    yield sys.stdout
+    return
+  try:
+    file = open(path, 'a')  # noqa: SIM115
+  except OSError as error:
+    raise UserError(f'--json={path}: {error.strerror}') from error
+  with file:
+    yield file
 
 
 def run(command: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +152,7 @@ def format_measurement(result: dict[str, Any]) -> str:
     height, width = result['crop']
     title += (
       f': {result["backbone"]}, {result["dtype"]}, {height}x{width}, batch'
-      f' {result["batch"]}, {result["device"]} x {result["devices"]}'
+      f' {result["batch"]}, {result["device"]}'
     )
   return '\n'.join([title, *_rows(result), *_layer_rows(result)])
 
@@ -157,7 +170,7 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
       row = f'{value:.1%} of a matrix product'
     elif name.startswith('peak'):
       row = f'{value / 2**20:.0f} MiB'
-    elif name in ('images_per_second', 'compilations', 'images'):
+    elif name in ('images_per_second', 'compilations', 'images', 'devices'):
       row = f'{value:.4g}'
     if row:
       yield f'  {name.replace("_", " "):<26}{row}'
@@ -175,16 +188,13 @@ def _layer_rows(result: dict[str, Any]) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> None:
   """Reads this program's own options; the measurement takes the others."""
-  parser = argparse.ArgumentParser(
-    'deeplab_jax.benchmark',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = options.Parser('deeplab_jax.benchmark', __doc__)
   parser.add_argument('--mode', help=f'some of {",".join(MODES)}; all')
   parser.add_argument('--json', help='file for the JSON lines, appended to')
   parser.add_argument('--peer', help='command to compare with')
-  parser.add_argument('--pairs', type=int, default=5)
+  parser.add_argument(
+    '--pairs', type=options.positive_int, default=5, help='of ours and peer'
+  )
   benchmark(*parser.parse_known_args(argv))
 
 

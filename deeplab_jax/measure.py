@@ -52,11 +52,18 @@ def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     flops.count_flops(model, config.data.crop_size, config.train.batch_size),
     config,
     args,
+    devices=1,
   )
 
 
 def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   """Loss, gradient and update, by the step that training takes."""
+  devices = jax.local_device_count()
+  if config.train.batch_size % devices:
+    raise UserError(
+      f'a batch of {config.train.batch_size} does not divide into the'
+      f' {devices} devices; give another --batch'
+    )
   model = train.make_model(config, args.classes)
   _, optimizer = train.make_schedule_and_optimizer(config)
   step = steps.pmap_train_step(
@@ -65,7 +72,7 @@ def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   state = distributed.replicate(
     steps.create_state(model, optimizer, config.seed)
   )
-  batch = jax.device_put(distributed.shard(_batch(config, args)))
+  batch = distributed.put(_batch(config, args))
 
   def call() -> Any:
     nonlocal state
@@ -78,6 +85,7 @@ def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     flops.count_flops(model, config.data.crop_size, config.train.batch_size),
     config,
     args,
+    devices=devices,
   )
 
 
@@ -121,7 +129,7 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 
 
 def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Tracing and compiling both steps, without the cache."""
+  """Tracing (to StableHLO) and compiling both steps, without the cache."""
   jax.config.update('jax_enable_compilation_cache', False)
   model = train.make_model(config, args.classes)
   _, optimizer = train.make_schedule_and_optimizer(config)
@@ -200,7 +208,8 @@ def _first_step_seconds(
         seconds = time.perf_counter() - start
         os.killpg(process.pid, signal.SIGKILL)
         return seconds
-  raise UserError(f'training ended before its first step: {lines[-1:]}')
+  said = ''.join(lines[-1:]).strip().removeprefix('error: ')
+  raise UserError(f'training ended before its first step: {said}')
 
 
 def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
@@ -254,14 +263,17 @@ def _network(
   counts: dict[str, flops.Flops],
   config: ml_collections.ConfigDict,
   args: Any,
+  *,
+  devices: int,
 ) -> dict[str, Any]:
   """Times a step, and its share of what a matrix product does in the time."""
   result = _timed(call, args.repeat)
-  rate = matmul_rate(config.model.dtype) * jax.local_device_count()
+  rate = matmul_rate(config.model.dtype) * devices
   factor = flops.TRAIN_FACTOR if args.mode == 'train' else 1
   total = flops.total(counts)
   done = factor * total.padded, factor * total.on_map
   result |= {
+    'devices': devices,
     'flops': done[0],
     'flops_on_map': done[1],
     'matmul_flops_per_second': rate,
@@ -328,10 +340,7 @@ def _config(
   args: argparse.Namespace, argv: Sequence[str]
 ) -> ml_collections.ConfigDict:
   """The settings to measure."""
-  if args.config:
-    config = from_recipe(args.config)
-  else:
-    config = default_network()
+  config = from_recipe(args.config) if args.config else default_network()
   config, rest = options.override(config, ['measure', *argv])
   if rest:
     raise UserError(f'{rest[0]}: not an option')
@@ -340,26 +349,19 @@ def _config(
   if args.batch:
     config.train.batch_size = config.eval.batch_size = args.batch
   validate(config)
-  devices = jax.local_device_count()
-  if config.train.batch_size % devices:
-    raise UserError(
-      f'a batch of {config.train.batch_size} does not divide into the'
-      f' {devices} devices'
-    )
   return config
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
-    'deeplab_jax.measure', description=__doc__, allow_abbrev=False
-  )
+  parser = options.Parser('deeplab_jax.measure', __doc__)
   modes = *MODES, 'startup'
   parser.add_argument('--mode', choices=modes, required=True)
   parser.add_argument('--config', help='recipe, a Python file')
-  parser.add_argument('--crop', type=int, help='height and width')
-  parser.add_argument('--batch', type=int, help='images of a batch')
-  parser.add_argument('--classes', type=int, default=21)
-  parser.add_argument('--repeat', type=int, default=3, help='timed calls')
+  count = options.positive_int
+  parser.add_argument('--crop', type=count, help='height and width')
+  parser.add_argument('--batch', type=count, help='images of a batch')
+  parser.add_argument('--classes', type=count, default=21)
+  parser.add_argument('--repeat', type=count, default=3, help='timed calls')
   parser.add_argument(
     '--layers', action='store_true', help='profile the layers too'
   )
@@ -369,7 +371,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> None:
   """Measures what the options say and prints it."""
   args, settings = _parse(argv)
-  options.log_to_stderr()
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':
     result = startup(args, settings)
@@ -385,7 +386,6 @@ def main(argv: Sequence[str]) -> None:
       'backbone': config.model.backbone,
       'dtype': config.model.dtype,
       'device': jax.devices()[0].device_kind,
-      'devices': jax.local_device_count(),
     }
     if args.mode != 'compile':
       result['images_per_second'] = batch_size / result['seconds']
@@ -394,5 +394,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  options.log_to_stderr()
   with options.one_line_errors():
     main(sys.argv[1:])

@@ -1,10 +1,12 @@
 """What the commands share: settings of the config, and errors in one line."""
 
+import argparse
 import contextlib
 import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import ml_collections
 from absl import flags
@@ -36,6 +38,32 @@ def override(
     )
     inputs = values(argv)[1:]
   return result.value, inputs
+
+
+class Parser(argparse.ArgumentParser):
+  """For commands that take options of their own beside the settings.
+
+  What it does not know, as settings, `parse_known_args` hands on.
+  """
+
+  def __init__(self, name: str, description: str) -> None:
+    super().__init__(
+      name,
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,  # --config would swallow --config.section.key
+    )
+
+  def error(self, message: str) -> NoReturn:
+    """Raises what is wrong instead of printing the usage."""
+    raise UserError(f'option: {message}')
+
+
+def positive_int(text: str) -> int:
+  """Type of an option that counts something, from 1."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'must be a number from 1, got {text!r}')
+  return int(text)
 
 
 @contextlib.contextmanager
