@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.flip = 0.5  # probability
   # Strength of brightness, contrast, saturation and hue.
   config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)
-  config.data.threads = 4
+  config.data.threads = 0  # that load; 0 for one a core, at most 16
   config.data.workers = 0  # loader processes beside the threads
 
   config.train = ml_collections.ConfigDict()
@@ -131,7 +131,7 @@ _RULES: dict[str, _Rule] = {
     'four strengths from 0, the last (hue) up to 0.5',
     lambda x: len(x) == 4 and min(x) >= 0 and x[3] <= 0.5,
   ),
-  'data.threads': _FROM_1,
+  'data.threads': _FROM_0,
   'data.workers': _FROM_0,
   'train.steps': _FROM_1,
   'train.batch_size': _FROM_1,

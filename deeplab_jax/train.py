@@ -141,11 +141,12 @@ def make_iterator(
   return make_train_iterator(
     dataset.source(data.train_split),
     (
-      transforms.RandomScale(*data.scale),
-      transforms.RandomCrop(
-        data.crop_size, ignore_label=dataset.info.ignore_label
+      transforms.RandomScaleCropFlip(
+        data.crop_size,
+        data.scale,
+        data.flip,
+        ignore_label=dataset.info.ignore_label,
       ),
-      transforms.RandomFlip(data.flip),
       transforms.ColorJitter(*data.color_jitter),
     ),
     batch_size=config.train.batch_size,
@@ -227,9 +228,11 @@ class _Training:
     ):
       try:
         self._clock()
+        batch = distributed.put(next(iterator))
         for step in range(self.start + 1, train.steps + 1):
-          batch = distributed.shard(next(iterator))
           self.state, measures = self.train_step(self.state, batch)
+          # The devices work already: what follows takes none of their time.
+          batch = distributed.put(next(iterator))
           self.pending.append((step, measures))
           last = step == train.steps
           if step % train.log_every == 0 or last:
