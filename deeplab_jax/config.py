@@ -44,6 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.bn_decay = 0.97
   config.model.bn_epsilon = 0.0  # 0 for that of the preset
   config.model.dtype = 'float32'
+  # 'none', 'elementwise' or 'block' is computed again in the backward pass, to
+  # save memory; '' for what suits the device.
+  config.model.rematerialization = ''
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'shapes'  # or 'folder'
@@ -116,6 +119,7 @@ _RULES: dict[str, _Rule] = {
   'model.bn_decay': _FRACTION,
   'model.bn_epsilon': _FROM_0,
   'model.dtype': _one_of('float32', 'bfloat16'),
+  'model.rematerialization': _one_of('none', 'elementwise', 'block', ''),
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
   'data.on_bad_image': _one_of('stop', 'skip'),
   'data.scale': (

@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     )
   # JAX and the drivers are imported late: options are checked at once, and
   # loader processes, which import this module too, stay light.
+  host = importlib.import_module('deeplab_jax.host')
+  host.prepare()
+  host.cache_programs(workdir / 'compilation_cache')
   distributed = importlib.import_module('deeplab_jax.distributed')
   distributed.initialize()
   if _MODE.value in ('train', 'import'):

@@ -28,6 +28,7 @@ from deeplab_jax import (
   distributed,
   evaluate,
   flops,
+  host,
   options,
   profile,
   steps,
@@ -370,6 +371,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
   """Measures what the options say and prints it."""
+  host.prepare()
   args, settings = _parse(argv)
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':

@@ -13,8 +13,9 @@ ROOT = Path(deeplab_jax.__file__).parent
 BASE = {'errors', 'disk'}  # serve every floor
 FLOORS = [
   {
-    'download', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
-    'distributed', 'writers', 'visualize', 'config', 'profile', 'models.layers',
+    'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
+    'checkpoints', 'distributed', 'writers', 'visualize', 'config',
+    'profile', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
     'weights.mapping', 'weights.files',
   },
