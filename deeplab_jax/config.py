@@ -46,6 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.bn_decay = 0.97
   config.model.bn_epsilon = 0.0  # 0 for that of the preset
   config.model.dtype = 'float32'
+  # 'none', 'elementwise' or 'block' is computed again in the backward pass, to
+  # save memory; '' for what suits the device.
+  config.model.rematerialization = ''
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'shapes'  # or another key of `data.load.LOADERS`
@@ -64,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.flip = 0.5  # probability
   # Strength of brightness, contrast, saturation and hue.
   config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)
-  config.data.threads = 4
+  config.data.threads = 0  # that load; 0 for one a core, at most 16
   config.data.workers = 0  # loader processes beside the threads
 
   config.train = ml_collections.ConfigDict()
@@ -147,6 +150,7 @@ _RULES: dict[str, _Rule] = {
   'model.bn_decay': _FRACTION,
   'model.bn_epsilon': _FROM_0,
   'model.dtype': _one_of('float32', 'bfloat16'),
+  'model.rematerialization': _one_of('none', 'elementwise', 'block', ''),
   'data.train_split': ('the name of a split', bool),
   'data.holdout': _FRACTION,
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
@@ -164,7 +168,7 @@ _RULES: dict[str, _Rule] = {
     'four strengths from 0, the last (hue) up to 0.5',
     lambda x: len(x) == 4 and min(x) >= 0 and x[3] <= 0.5,
   ),
-  'data.threads': _FROM_1,
+  'data.threads': _FROM_0,
   'data.workers': _FROM_0,
   'train.steps': _FROM_1,
   'train.batch_size': _FROM_1,

@@ -5,20 +5,16 @@ a recipe, `--config.section.key=value` changes one setting, `--mode=predict`
 takes files, folders or globs behind the options.
 """
 
-import contextlib
 import importlib
-import logging as standard_logging
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, flags
 
 from deeplab_jax import config as default_config
+from deeplab_jax import options
 from deeplab_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -38,7 +34,6 @@ _RECIPE = flags.DEFINE_string(
   ' trained with, else the default. --config.section.key=value changes one'
   ' setting.',
 )
-_SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
   if workdir is None and _MODE.value != 'prepare':
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  config, inputs = _override(_base_config(workdir), argv)
+  config, inputs = options.override(_base_config(workdir), argv)
   default_config.validate(config)
   if inputs and _MODE.value != 'predict':
     raise UserError(
@@ -57,6 +52,9 @@ def main(argv: Sequence[str]) -> None:
   if _MODE.value == 'prepare':
     _driver('prepare').prepare(config, workdir)
     return
+  host = importlib.import_module('deeplab_jax.host')
+  host.prepare()
+  host.cache_programs(workdir / 'compilation_cache')
   distributed = importlib.import_module('deeplab_jax.distributed')
   distributed.initialize()
   if _MODE.value in ('train', 'import'):
@@ -87,7 +85,7 @@ def _adopt_settings(
   chosen = _RECIPE.value is not None or (workdir / 'config.json').exists()
   if chosen or not (config.init_from or _MODE.value == 'import'):
     return
-  said = {match[1] for match in map(_SETTING.match, argv) if match}
+  said = {match[1] for match in map(options.SETTING.match, argv) if match}
   _driver('import_weights').adopt_settings(config, said)
 
 
@@ -106,59 +104,18 @@ def _base_config(workdir: Path | None) -> ml_collections.ConfigDict:
   return config
 
 
-def _override(
-  config: ml_collections.ConfigDict, argv: Sequence[str]
-) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """Applies --config.section.key=value; returns the rest of `argv` as well."""
-  for argument in argv:
-    setting = _SETTING.match(argument)
-    if setting:
-      default_config.check_key(setting[1])
-  values = flags.FlagValues()
-  with _named_options():
-    result = config_flags.DEFINE_config_dict(
-      'config', config, flag_values=values, sys_argv=list(argv)
-    )
-    inputs = values(argv)[1:]
-  return result.value, inputs
-
-
-@contextlib.contextmanager
-def _named_options() -> Iterator[None]:
-  """Turns what absl says about an option into a `UserError`."""
-  try:
-    yield
-  except (flags.Error, TypeError, ValueError) as error:
-    raise UserError(f'option: {" ".join(str(error).split())}') from error
-
-
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the options, but leaves the settings, which need the workdir."""
-  with _one_line_errors('--debug' in argv), _named_options():
+  with (
+    options.one_line_errors('--debug' in argv),
+    options.named_options(),
+  ):
     return flags.FLAGS(argv, known_only=True)
 
 
-@contextlib.contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-  """Turns a `UserError` into one line and exit status 1, unless `debug`."""
-  try:
-    yield
-  except UserError as error:
-    if debug:
-      raise
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
-
-
 def _run(argv: Sequence[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
-  handler = standard_logging.StreamHandler()
-  handler.setFormatter(standard_logging.Formatter('%(message)s'))
-  own = standard_logging.getLogger('deeplab_jax')
-  own.addHandler(handler)
-  own.setLevel(standard_logging.INFO)
-  own.propagate = False
-  with _one_line_errors(_DEBUG.value):
+  options.log_to_stderr()
+  with options.one_line_errors(_DEBUG.value):
     main(argv)
 
 

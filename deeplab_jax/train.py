@@ -3,11 +3,13 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from deeplab_jax import (
@@ -165,6 +167,62 @@ def _check_batch(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Any:
+  """The network of `config.model` as training uses it."""
+  axis_name = steps.AXIS_NAME if config.train.sync_bn else None
+  with naming('config.model'):
+    return deeplab_v3(
+      num_classes=num_classes, axis_name=axis_name, **config.model
+    )
+
+
+def make_schedule_and_optimizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """What `config.optimizer` describes, over `config.train.steps` steps."""
+  optimizer = config.optimizer
+  schedule = poly_schedule(
+    optimizer.learning_rate,
+    config.train.steps,
+    power=optimizer.power,
+    warmup_steps=optimizer.warmup_steps,
+  )
+  return schedule, make_optimizer(
+    optimizer.name,
+    schedule,
+    momentum=optimizer.momentum,
+    weight_decay=optimizer.weight_decay,
+    head_multiplier=optimizer.head_multiplier,
+    clip_norm=optimizer.clip_norm,
+  )
+
+
+def make_iterator(
+  config: ml_collections.ConfigDict, dataset: Dataset, start_step: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+  """This host's share of the training batches, from `start_step` on."""
+  data = config.data
+  return make_train_iterator(
+    dataset.source(data.train_split),
+    (
+      transforms.RandomScaleCropFlip(
+        data.crop_size,
+        data.scale,
+        data.flip,
+        ignore_label=dataset.info.ignore_label,
+      ),
+      transforms.ColorJitter(*data.color_jitter),
+    ),
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+    threads=data.threads,
+    workers=data.workers,
+  )
+
+
 class _Training:
   """The loop and what it holds on to."""
 
@@ -179,32 +237,13 @@ class _Training:
   ) -> None:
     self.config, self.workdir, self.dataset = config, workdir, dataset
     self.saved, self.description = saved, description
-    train, optimizer = config.train, config.optimizer
-    with naming('config.model'):
-      model = deeplab_v3(
-        num_classes=dataset.info.num_classes,
-        axis_name=steps.AXIS_NAME if train.sync_bn else None,
-        **config.model,
-      )
-    self.schedule = poly_schedule(
-      optimizer.learning_rate,
-      train.steps,
-      power=optimizer.power,
-      warmup_steps=optimizer.warmup_steps,
-    )
-    transformation = make_optimizer(
-      optimizer.name,
-      self.schedule,
-      momentum=optimizer.momentum,
-      weight_decay=optimizer.weight_decay,
-      head_multiplier=optimizer.head_multiplier,
-      clip_norm=optimizer.clip_norm,
-    )
+    model = make_model(config, dataset.info.num_classes)
+    self.schedule, transformation = make_schedule_and_optimizer(config)
     self.train_step = steps.pmap_train_step(
       model=model,
       optimizer=transformation,
       ignore_label=dataset.info.ignore_label,
-      freeze_bn=train.freeze_bn,
+      freeze_bn=config.train.freeze_bn,
       class_weights=_class_weights(config, dataset),
       hardest=config.loss.hardest,
       label_smoothing=config.loss.label_smoothing,
@@ -247,7 +286,7 @@ class _Training:
     first = distributed.is_first_process()
     if first:
       write_json(self.workdir / 'config.json', to_json(self.config))
-    iterator = self._iterator()
+    iterator = make_iterator(self.config, self.dataset, self.start)
     with (
       StopSignal() as stop,
       Writer(self.workdir, enabled=first, start_step=self.start) as writer,
@@ -255,9 +294,11 @@ class _Training:
     ):
       try:
         self._clock()
+        batch = distributed.put(next(iterator))
         for step in range(self.start + 1, train.steps + 1):
-          batch = distributed.shard(next(iterator))
           self.state, measures = self.train_step(self.state, batch)
+          # The devices work already: what follows takes none of their time.
+          batch = distributed.put(next(iterator))
           self.pending.append((step, measures))
           last = step == train.steps
           if step % train.log_every == 0 or last:
@@ -273,26 +314,6 @@ class _Training:
             raise SystemExit(stop.exit_status(step))
       finally:
         iterator.close()
-
-  def _iterator(self) -> Any:
-    data, train = self.config.data, self.config.train
-    ignore_label = self.dataset.info.ignore_label
-    return make_train_iterator(
-      self.dataset.source(data.train_split),
-      (
-        transforms.RandomScale(*data.scale),
-        transforms.RandomCrop(data.crop_size, ignore_label=ignore_label),
-        transforms.RandomFlip(data.flip),
-        transforms.ColorJitter(*data.color_jitter),
-      ),
-      batch_size=train.batch_size,
-      seed=self.config.seed,
-      start_step=self.start,
-      host=jax.process_index(),
-      hosts=jax.process_count(),
-      threads=data.threads,
-      workers=data.workers,
-    )
 
   def _clock(self) -> float:
     """Seconds since the last call."""

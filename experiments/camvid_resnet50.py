@@ -21,7 +21,6 @@ def get_config():
   config.data.name = 'folder'
   config.data.crop_size = (353, 465)
   config.data.color_jitter = (0.4, 0.4, 0.4, 0.1)
-  config.data.threads = 16
 
   config.train.batch_size = 16
   config.train.steps = 10_000

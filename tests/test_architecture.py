@@ -13,8 +13,9 @@ ROOT = Path(deeplab_jax.__file__).parent
 BASE = {'errors', 'disk'}  # serve every floor
 FLOORS = [
   {
-    'download', 'signals', 'losses', 'metrics', 'optimizers', 'checkpoints',
-    'distributed', 'writers', 'visualize', 'config', 'models.layers',
+    'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
+    'checkpoints', 'distributed', 'writers', 'visualize', 'config',
+    'profile', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
     'weights.mapping', 'weights.files', 'confusion_picture', 'submission',
     'data.buckets', 'data.archives', 'data.voc_lists', 'data.voc_places',
@@ -22,12 +23,14 @@ FLOORS = [
   {
     'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
     'data.folder', 'steps', 'protocols', 'samples', 'weights.tf_slim',
-    'weights.keras', 'weights.timm',
+    'weights.keras', 'weights.timm', 'flops',
   },
   {'models.deeplab', 'data.load', 'data.survey', 'weights.load', 'scoring'},
-  {'prepare', 'evaluate', 'predict', 'export', 'import_weights', 'benchmark'},
+  {
+    'prepare', 'evaluate', 'predict', 'export', 'import_weights', 'options',
+  },
   {'train'},
-  {'main'},
+  {'main', 'benchmark', 'measure'},
 ]  # fmt: skip
 FLOOR = {name: number for number, row in enumerate(FLOORS) for name in row}
 FLOOR |= dict.fromkeys(BASE, -1)

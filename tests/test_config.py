@@ -55,7 +55,7 @@ def test_every_rule_is_about_a_setting():
     ('data.ignore_label', 256),
     ('data.on_bad_image', 'ignore'),
     ('data.holdout', 1.0),
-    ('data.threads', 0),
+    ('data.threads', -1),
     ('data.workers', -1),
     ('train.steps', 0),
     ('train.batch_size', 0),

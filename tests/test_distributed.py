@@ -28,6 +28,15 @@ def test_shard_and_unshard_keep_the_order():
   )
 
 
+def test_put_gives_each_device_its_share():
+  batch = {'image': np.arange(24).reshape(8, 3)}
+  image = distributed.put(batch)['image']
+  np.testing.assert_array_equal(image, distributed.shard(batch)['image'])
+  for share in image.addressable_shards:
+    row = jax.local_devices().index(share.device)
+    np.testing.assert_array_equal(share.data[0], batch['image'][2 * row :][:2])
+
+
 def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
   monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from deeplab_jax.models import layers
@@ -34,14 +35,22 @@ KINDS = (
   (3, 1, 18),
   (7, 2, 1),
 )
-CASES = [(size, *kind) for size, kind in itertools.product(SIZES, KINDS)]
+CASES = [(size, *kind, 3) for size, kind in itertools.product(SIZES, KINDS)]
+# The kernel's gradient takes another form for many input channels.
+CASES += [
+  (size, 3, stride, rate, 80)
+  for size in ((5, 8), (9, 9))
+  for stride, rate in ((1, 1), (2, 1), (1, 2), (1, 6))
+]
 
 
-@pytest.mark.parametrize(('size', 'k', 'stride', 'rate'), CASES)
-def test_conv2d_equals_xla_in_value_and_gradient(size, k, stride, rate):
+@pytest.mark.parametrize(('size', 'k', 'stride', 'rate', 'channels'), CASES)
+def test_conv2d_equals_xla_in_value_and_gradient(
+  size, k, stride, rate, channels
+):
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, *size, 3)).astype(np.float32)
-  kernel = rng.normal(size=(k, k, 3, 4)).astype(np.float32)
+  x = rng.normal(size=(2, *size, channels)).astype(np.float32)
+  kernel = rng.normal(size=(k, k, channels, 4)).astype(np.float32)
   weights = rng.normal(size=xla_conv(x, kernel, stride, rate).shape)
 
   def loss(conv, x, kernel):
@@ -56,6 +65,76 @@ def test_conv2d_equals_xla_in_value_and_gradient(size, k, stride, rate):
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
   for a, b in zip(our_gradients, their_gradients, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('padding', layers.POOL_PADDINGS)
+def test_max_pool_equals_flax_in_value_and_gradient(size, padding):
+  rng = np.random.default_rng(0)
+  # Few values, so that windows have several largest ones.
+  x = rng.integers(-3, 0, (2, *size, 3)).astype(np.float32)
+
+  def flax_pool(x):
+    if padding == 'zero':
+      x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    pads = {'same': 'SAME', 'zero': 'VALID', 'symmetric': [(1, 1)] * 2}
+    return nn.max_pool(x, (3, 3), (2, 2), pads[padding])
+
+  y, to_x = jax.vjp(lambda x: layers.max_pool(x, padding), x)
+  expected, expected_to_x = jax.vjp(flax_pool, x)
+  np.testing.assert_array_equal(y, expected)
+  weights = rng.normal(size=y.shape).astype(np.float32)
+  (gradient,), (expected,) = to_x(weights), expected_to_x(weights)
+  # Which of several largest values gets it may differ, but not how much.
+  np.testing.assert_allclose(gradient.sum(), expected.sum(), rtol=1e-5)
+  x = rng.normal(size=x.shape).astype(np.float32)
+  (gradient,) = jax.vjp(lambda x: layers.max_pool(x, padding), x)[1](weights)
+  (expected,) = jax.vjp(flax_pool, x)[1](weights)
+  np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_batch_norm_equals_flax_in_value_statistics_and_gradient(train, dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(2, 3, (4, 5, 6, 7)), dtype)
+  weights = rng.normal(size=x.shape)
+  variables = {
+    'params': {'scale': rng.normal(size=7), 'bias': rng.normal(size=7)},
+    'batch_stats': {'mean': rng.normal(size=7), 'var': rng.uniform(1, 2, 7)},
+  }
+  variables = jax.tree.map(lambda v: v.astype(np.float32), variables)
+  results = []
+  for kind in (layers.BatchNorm, nn.BatchNorm):
+    norm = kind(momentum=0.9, epsilon=1e-3, dtype=dtype)
+
+    def loss(params, x, norm=norm):
+      y, updated = norm.apply(
+        {**variables, 'params': params},
+        x,
+        use_running_average=not train,
+        mutable=['batch_stats'],
+      )
+      assert y.dtype == dtype
+      return (y * weights).sum(), (y, updated)
+
+    results.append(
+      jax.grad(loss, argnums=(0, 1), has_aux=True)(variables['params'], x)
+    )
+  tolerance = 1e-4 if dtype == jnp.float32 else 0.05
+  assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, atol=tolerance * max(1, abs(b).max()))
+
+
+def test_batch_norm_makes_the_variables_of_flax():
+  x = jnp.ones((2, 3, 3, 5))
+  ours, theirs = (
+    kind().init(jax.random.key(0), x, use_running_average=True)
+    for kind in (layers.BatchNorm, nn.BatchNorm)
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_resize_with_aligned_corners_equals_a_hand_computed_case():

@@ -13,9 +13,7 @@ from deeplab_jax import errors
 from deeplab_jax.data import buckets, images, load, pipeline, transforms
 
 _CHAIN = (
-  transforms.RandomScale(0.5, 2),
-  transforms.RandomCrop((32, 24)),
-  transforms.RandomFlip(),
+  transforms.RandomScaleCropFlip((32, 24)),
   transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
 )
 

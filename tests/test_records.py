@@ -1,7 +1,19 @@
 import numpy as np
+import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
 from deeplab_jax.data import load, records
+
+
+def test_records_are_what_tfds_itself_reads(voc_folder, tmp_path):
+  data = load.load_dataset(
+    'folder', directory=str(voc_folder), prepared_dir=str(tmp_path)
+  )
+  skip = tfds.decode.SkipDecoding()
+  theirs = data.builders['train'].as_data_source(
+    'train', decoders={'image': skip, 'label': skip}
+  )
+  assert list(data.source('train')) == list(theirs)
 
 
 def test_tally_counts_a_hand_made_split():

@@ -1,5 +1,6 @@
 import colorsys
 
+import cv2
 import numpy as np
 import pytest
 
@@ -18,50 +19,111 @@ def _rng(seed=0):
   return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_scale_invents_no_label_and_keeps_it_on_its_pixels(seed):
-  image, label = _scene()
-  scaled, scaled_label = transforms.RandomScale(0.5, 2)(
-    image, label, _rng(seed)
+def _unfused(size, scale, flip, image, label, rng):
+  """What the window shows of the whole scaled image, mirrored."""
+  factor = rng.uniform(*scale)
+  height, width = (max(1, round(n * factor)) for n in label.shape)
+  image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+  label = cv2.resize(
+    label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT
   )
-  assert scaled.shape[:2] == scaled_label.shape
-  assert set(np.unique(scaled_label)) <= set(np.unique(label))
-  # away from the edges of blocks, bilinear and nearest agree
-  assert np.mean(np.abs(scaled[..., 0].astype(int) - scaled_label) <= 1) > 0.3
-  correlation = np.corrcoef(scaled[..., 0].ravel(), scaled_label.ravel())
-  assert correlation[0, 1] > 0.9
+  top = rng.integers(max(height - size[0], 0), endpoint=True)
+  left = rng.integers(max(width - size[1], 0), endpoint=True)
+  image = image[top : top + size[0], left : left + size[1]]
+  label = label[top : top + size[0], left : left + size[1]]
+  pads = [(0, s - n) for s, n in zip(size, label.shape, strict=True)]
+  image = np.stack(
+    [
+      np.pad(image[..., i], pads, constant_values=fill)
+      for i, fill in enumerate(transforms.MEAN_COLOR)
+    ],
+    -1,
+  )
+  label = np.pad(label, pads, constant_values=255)
+  if rng.random() < flip:
+    image, label = image[:, ::-1], label[:, ::-1]
+  return image, label
+
+
+@pytest.mark.parametrize('scale', [(0.5, 2.0), (0.9, 0.9)])
+@pytest.mark.parametrize('seed', range(4))
+def test_a_window_of_the_whole_is_the_whole_scaled_padded_and_mirrored(
+  seed, scale
+):
+  image, label = _scene()
+  image = _rng(seed).integers(0, 256, image.shape, np.uint8)
+  size = 80, 110  # more than twice the scene
+  transform = transforms.RandomScaleCropFlip(size, scale)
+  result = transform(image, label, _rng(seed))
+  expected = _unfused(size, scale, 0.5, image, label, _rng(seed))
+  # mirroring before or after resizing rounds differently
+  difference = np.abs(result[0].astype(int) - expected[0])
+  assert difference.max() <= 1
+  np.testing.assert_array_equal(result[1], expected[1])
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_a_window_shows_what_the_scaled_image_has_there(seed):
+  # Colours that rise by 1 a pixel: half a pixel of the image is half a level.
+  y, x = np.mgrid[:200, :250]
+  image = np.stack([y, x, np.full_like(x, 99)], -1).astype(np.uint8)
+  label = ((y // 20 + x // 25) % 7).astype(np.uint8)
+  size = 97, 129
+  transform = transforms.RandomScaleCropFlip(size)
+  window, window_label = transform(image, label, _rng(seed))
+  expected, expected_label = _unfused(
+    size, (0.5, 2.0), 0.5, image, label, _rng(seed)
+  )
+  inside = expected_label != 255
+  np.testing.assert_array_equal(window_label == 255, ~inside)
+  difference = window.astype(float) - expected
+  assert np.abs(difference[inside]).max() <= 1.5
+  assert np.abs(difference[inside]).mean() < 0.5
+  assert (window_label == expected_label).mean() > 0.94
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_scaling_invents_no_label(seed):
+  image, label = _scene()
+  transform = transforms.RandomScaleCropFlip((60, 60))
+  _, scaled = transform(image, label, _rng(seed))
+  assert set(np.unique(scaled)) <= {*np.unique(label), 255}
 
 
 def test_scale_by_two_repeats_every_label_pixel_twice():
   image, label = _scene()
-  _, doubled = transforms.RandomScale(2, 2)(image, label, _rng())
+  transform = transforms.RandomScaleCropFlip((74, 106), (2, 2), flip=0)
+  _, doubled = transform(image, label, _rng())
   np.testing.assert_array_equal(doubled, label.repeat(2, 0).repeat(2, 1))
 
 
 def test_scale_draws_factors_over_the_whole_range():
   image, label = _scene(100, 200)
   rng = _rng()
-  shapes = [
-    transforms.RandomScale(0.5, 2)(image, label, rng)[1].shape
-    for _ in range(200)
-  ]
-  heights = np.array([shape[0] for shape in shapes])
+  transform = transforms.RandomScaleCropFlip((200, 400), flip=0)
+  masks = [transform(image, label, rng)[1] != 255 for _ in range(200)]
+  heights = np.array([mask[:, 0].sum() for mask in masks])
+  widths = np.array([mask[0].sum() for mask in masks])
   assert 50 <= heights.min() < 60 and 190 < heights.max() <= 200
   assert abs(heights.mean() - 125) < 8  # uniform in the factor
-  assert all(abs(width - 2 * height) <= 2 for height, width in shapes)
+  assert (np.abs(widths - 2 * heights) <= 2).all()
 
 
-def test_scale_never_loses_the_last_pixel():
+@pytest.mark.parametrize('factor', [0.1, 9.7])
+def test_a_single_pixel_stays_one_colour(factor):
   image, label = _scene(1, 1)
-  scaled, _ = transforms.RandomScale(0.1, 0.1)(image, label, _rng())
-  assert scaled.shape == (1, 1, 3)
+  transform = transforms.RandomScaleCropFlip((4, 4), (factor, factor), flip=0)
+  window, window_label = transform(image, label, _rng())
+  inside = window_label != 255
+  assert inside[0, 0] and inside.all() == (factor > 1)
+  assert (window[inside] == image[0, 0]).all()
 
 
 @pytest.mark.parametrize('seed', range(5))
 def test_crop_cuts_image_and_label_at_the_same_place(seed):
   image, label = _scene()
-  crop = transforms.RandomCrop((16, 24))
-  cut, cut_label = crop(image, label, _rng(seed))
+  transform = transforms.RandomScaleCropFlip((16, 24), (1, 1))
+  cut, cut_label = transform(image, label, _rng(seed))
   assert cut.shape == (16, 24, 3) and cut_label.shape == (16, 24)
   np.testing.assert_array_equal(cut[..., 1], cut_label)
 
@@ -69,7 +131,7 @@ def test_crop_cuts_image_and_label_at_the_same_place(seed):
 def test_crop_reaches_every_place_about_equally_often():
   label = np.arange(12, dtype=np.uint8).reshape(3, 4)
   image = np.stack([label] * 3, -1)
-  crop = transforms.RandomCrop((2, 2))
+  crop = transforms.RandomScaleCropFlip((2, 2), (1, 1), flip=0)
   rng = _rng()
   corners = [crop(image, label, rng)[1][0, 0] for _ in range(1200)]
   places, counts = np.unique(corners, return_counts=True)
@@ -78,11 +140,15 @@ def test_crop_reaches_every_place_about_equally_often():
 
 
 def test_crop_pads_bottom_and_right_with_fill_and_void():
-  image, label = _scene(10, 40)
-  crop = transforms.RandomCrop((16, 16), fill=(1, 2, 3), ignore_label=99)
+  image, label = _scene(10, 12)
+  crop = transforms.RandomScaleCropFlip(
+    (16, 16), (1, 1), flip=0, fill=(1, 2, 3), ignore_label=99
+  )
   cut, cut_label = crop(image, label, _rng())
-  np.testing.assert_array_equal(cut[:10, :, 0], cut_label[:10])
+  np.testing.assert_array_equal(cut[:10, :12], image)
+  np.testing.assert_array_equal(cut_label[:10, :12], label)
   assert (cut[10:] == (1, 2, 3)).all() and (cut_label[10:] == 99).all()
+  assert (cut[:, 12:] == (1, 2, 3)).all() and (cut_label[:, 12:] == 99).all()
 
 
 @pytest.mark.parametrize(
@@ -120,18 +186,18 @@ def test_center_crop_of_the_size_asked_for_changes_nothing():
 
 def test_flip_mirrors_both_or_neither():
   image, label = _scene()
-  flipped, flipped_label = transforms.RandomFlip(1)(image, label, _rng())
-  np.testing.assert_array_equal(flipped, image[:, ::-1])
-  np.testing.assert_array_equal(flipped_label, label[:, ::-1])
-  same, same_label = transforms.RandomFlip(0)(image, label, _rng())
-  np.testing.assert_array_equal(same, image)
-  np.testing.assert_array_equal(same_label, label)
+  for flip in (0, 1):
+    transform = transforms.RandomScaleCropFlip(label.shape, (1, 1), flip)
+    result = transform(image, label, _rng())
+    step = -1 if flip else 1
+    np.testing.assert_array_equal(result[0], image[:, ::step])
+    np.testing.assert_array_equal(result[1], label[:, ::step])
 
 
 def test_flip_happens_as_often_as_asked():
   image, label = _scene()
   rng = _rng()
-  flip = transforms.RandomFlip(0.25)
+  flip = transforms.RandomScaleCropFlip(label.shape, (1, 1), 0.25)
   flips = [(flip(image, label, rng)[1] != label).any() for _ in range(400)]
   assert 70 < sum(flips) < 130
 
@@ -178,19 +244,25 @@ def test_hue_turns_colours_as_colorsys_does():
     np.testing.assert_allclose(after, np.array(turned) * 255, atol=9)
 
 
-def test_jitter_leaves_its_input_alone():
+@pytest.mark.parametrize(
+  'transform',
+  [
+    transforms.RandomScaleCropFlip((16, 16), flip=1),
+    transforms.ColorJitter(0.5, 0.5, 0.5, 0.5),
+  ],
+)
+def test_transforms_leave_their_input_alone(transform):
   image, label = _scene()
-  before = image.copy()
-  transforms.ColorJitter(0.5, 0.5, 0.5, 0.5)(image, label, _rng())
-  np.testing.assert_array_equal(image, before)
+  before = image.copy(), label.copy()
+  transform(image, label, _rng())
+  np.testing.assert_array_equal(image, before[0])
+  np.testing.assert_array_equal(label, before[1])
 
 
 def test_all_together_are_a_pure_function_of_the_generator():
   image, label = _scene()
   chain = (
-    transforms.RandomScale(),
-    transforms.RandomCrop((33, 33)),
-    transforms.RandomFlip(),
+    transforms.RandomScaleCropFlip((33, 33)),
     transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
   )
   first = transforms.apply_transforms(chain, image, label, _rng(3))
@@ -201,15 +273,19 @@ def test_all_together_are_a_pure_function_of_the_generator():
   assert (first[0] != other[0]).any()
 
 
+def _window(size=(5, 5), **settings):
+  return transforms.RandomScaleCropFlip(size, **settings)
+
+
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
-    (lambda: transforms.RandomScale(2, 1), '2 and 1'),
-    (lambda: transforms.RandomScale(0, 1), '0 and 1'),
-    (lambda: transforms.RandomCrop((0, 5)), r'\(0, 5\)'),
-    (lambda: transforms.RandomCrop((5, 5), fill=(0, 0, 300)), '300'),
-    (lambda: transforms.RandomCrop((5, 5), ignore_label=256), '256'),
-    (lambda: transforms.RandomFlip(1.5), '1.5'),
+    (lambda: _window(scale=(2, 1)), r'\(2, 1\)'),
+    (lambda: _window(scale=(0, 1)), r'\(0, 1\)'),
+    (lambda: _window(size=(0, 5)), r'\(0, 5\)'),
+    (lambda: _window(fill=(0, 0, 300)), '300'),
+    (lambda: _window(ignore_label=256), '256'),
+    (lambda: _window(flip=1.5), '1.5'),
     (lambda: transforms.ColorJitter(brightness=-1), 'brightness.*-1'),
     (lambda: transforms.ColorJitter(hue=0.6), 'hue.*0.6'),
   ],

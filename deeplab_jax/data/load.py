@@ -44,9 +44,9 @@ class Dataset:
     PNG of class indices) and `name` (bytes); `images.decode_image` and
     `images.decode_label` decode them.
     """
-    skip = tfds.decode.SkipDecoding()
-    return self._builder(split).as_data_source(
-      split, decoders={'image': skip, 'label': skip}
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return records.Records(
+      self._builder(split).as_data_source(split, deserialize_method=raw)
     )
 
   def sizes(self, split: str) -> list[tuple[int, int]]:

@@ -7,9 +7,11 @@ threads nor of workers changes a single pixel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +37,7 @@ def make_train_iterator(
   start_step: int = 0,
   host: int = 0,
   hosts: int = 1,
-  threads: int = 4,
+  threads: int = 0,
   workers: int = 0,
 ) -> Iterator[Batch]:
   """Yields shuffled, transformed batches for ever.
@@ -53,7 +55,7 @@ def make_train_iterator(
     start_step: the first step to yield.
     host: index of this host.
     hosts: number of hosts.
-    threads: that load, per worker; 0 loads when asked.
+    threads: that load, per worker; 0 for one a core, at most 16.
     workers: number of processes that load; 0 is this process alone. They are
       spawned: the program needs its `__main__` guard.
 
@@ -69,15 +71,11 @@ def make_train_iterator(
   if len(source) == 0:
     raise ValueError('source has no records')
   cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loaders
+  load = _LoadStep(source, tuple(transforms), batch_size, seed, host, hosts)
   dataset = (
-    grain.MapDataset.source(source)
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(_Augment(tuple(transforms)))
-    .slice(slice(start_step * batch_size + host, None, hosts))
-    .batch(batch_size // hosts)
-    .to_iter_dataset(_read_options(threads))
+    grain.MapDataset.range(start_step, sys.maxsize)
+    .map(load)
+    .to_iter_dataset(_read_options(threads, workers))
   )
   if workers:
     if not flags.FLAGS.is_parsed():  # outside absl.app; grain reads its flags
@@ -100,7 +98,7 @@ def make_eval_iterator(
   ignore_label: int = 255,
   host: int = 0,
   hosts: int = 1,
-  threads: int = 4,
+  threads: int = 0,
 ) -> Iterator[Batch]:
   """Yields the batches of a plan, all images padded to the size of theirs.
 
@@ -115,7 +113,7 @@ def make_eval_iterator(
     ignore_label: of the padding, and of all filler rows.
     host: index of this host.
     hosts: number of hosts.
-    threads: that load; 0 loads when asked.
+    threads: that load; 0 for one a core, at most 16.
 
   Returns:
     An iterator of image uint8 [B / hosts, *size, 3], label uint8
@@ -148,20 +146,47 @@ def make_eval_iterator(
   return iter(dataset)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Augment:
-  """Decodes one record and transforms it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoadStep:
+  """Loads this host's share of the batch of a step.
 
+  Rows are numbered over all steps and hosts. Their number says which record
+  they show, in an order that is new in every epoch, and seeds its transforms.
+  """
+
+  source: Sequence[Record]
   transforms: tuple[transforms.Transform, ...]
+  batch_size: int
+  seed: int
+  host: int
+  hosts: int
 
-  def __call__(
-    self, record: Record, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    image, label = _decode(record)
-    image, label = transforms.apply_transforms(
-      self.transforms, image, label, rng
-    )
-    return {'image': image, 'label': label}
+  def __call__(self, step: int) -> Batch:
+    start = step * self.batch_size
+    rows = range(start + self.host, start + self.batch_size, self.hosts)
+    batch: Batch = {}
+    # One after the other: an image passes through the memory of the one before
+    # it, still in the cache, and is copied once.
+    for place, row in enumerate(rows):
+      epoch, index = divmod(row, len(self.source))
+      image, label = transforms.apply_transforms(
+        self.transforms,
+        *_decode(
+          self.source[_order(len(self.source), self.seed, epoch)[index]]
+        ),
+        np.random.default_rng((self.seed, 1, row)),
+      )
+      for name, picture in (('image', image), ('label', label)):
+        if not place:
+          batch[name] = np.empty((len(rows), *picture.shape), np.uint8)
+        batch[name][place] = picture
+    return batch
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+  """The order of the records in an epoch."""
+  return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,11 +269,21 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
     raise ValueError(f'host must be 0 to {hosts - 1}, got {host}')
 
 
-def _read_options(threads: int) -> grain.ReadOptions:
+def _read_options(threads: int, workers: int = 0) -> grain.ReadOptions:
+  if not threads:
+    # More would rather wait for the interpreter than work.
+    threads = min(_cores() // max(workers, 1) or 1, 16)
   # The buffer counts batches here; grain's own 500 would fill the memory.
   return grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0
+    num_threads=threads, prefetch_buffer_size=threads + 1
   )
+
+
+def _cores() -> int:
+  """Those this process may use, where the system tells."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from deeplab_jax import errors
@@ -207,6 +208,28 @@ def check_values(
       f'one of the {num_classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'
     )
+
+
+class Records(Sequence[dict[str, Any]]):
+  """The records of `make_record` at random access, images as their bytes."""
+
+  def __init__(self, serialized: Sequence[bytes]) -> None:
+    """Wraps `builder.as_data_source(split, deserialize_method=RAW_BYTES)`."""
+    self._serialized = serialized
+
+  def __len__(self) -> int:
+    return len(self._serialized)
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return map(self.__getitem__, range(len(self)))
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    # TFDS's own parser takes several times as long, as it makes arrays of all.
+    example = tf_example_pb2.Example.FromString(self._serialized[index])
+    return {
+      name: (feature.bytes_list.value or feature.int64_list.value)[0]
+      for name, feature in example.features.feature.items()
+    }
 
 
 class Tally:

@@ -27,53 +27,37 @@ MEAN_COLOR = (124, 117, 104)
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomScale:
-  """Resizes by one factor, uniform in [minimum, maximum], on both axes."""
+class RandomScaleCropFlip:
+  """Scales, cuts out a window at a random place and mirrors, in one pass.
 
-  minimum: float = 0.5
-  maximum: float = 2.0
-
-  def __post_init__(self) -> None:
-    if not 0 < self.minimum <= self.maximum:
-      raise ValueError(
-        'RandomScale needs 0 < minimum <= maximum, got '
-        f'{self.minimum} and {self.maximum}'
-      )
-
-  def __call__(
-    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image [H', W', 3] and label [H', W']."""
-    factor = rng.uniform(self.minimum, self.maximum)
-    height, width = (max(1, round(s * factor)) for s in label.shape)
-    return (
-      cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR),
-      cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomCrop:
-  """Cuts out a window at a uniformly random place.
-
-  Where the image is smaller than the window, it is padded at the bottom and
-  the right.
+  Only what the window shows is resized. Its borders fall on whole pixels of the
+  image: both axes scale by the factor drawn to within half such a pixel over
+  the window. Where the scaled image is smaller than the window, it is padded at
+  the bottom and, before it is mirrored, the right.
 
   Attributes:
     size: height and width of the window.
+    scale: smallest and largest factor; uniform between them.
+    flip: probability to mirror left and right.
     fill: RGB of the padding in the image.
     ignore_label: of the padding in the label.
   """
 
   size: tuple[int, int]
+  scale: tuple[float, float] = (0.5, 2.0)
+  flip: float = 0.5
   fill: tuple[int, int, int] = MEAN_COLOR
   ignore_label: int = 255
 
   def __post_init__(self) -> None:
     if len(self.size) != 2 or min(self.size) < 1:
+      raise ValueError(f'size must be (height, width) from 1, got {self.size}')
+    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
       raise ValueError(
-        f'RandomCrop needs size=(height, width), both >= 1, got {self.size}'
+        f'scale must be (smallest, largest) above 0, got {self.scale}'
       )
+    if not 0 <= self.flip <= 1:
+      raise ValueError(f'flip must be 0 to 1, got {self.flip}')
     if len(self.fill) != 3 or not all(0 <= v <= 255 for v in self.fill):
       raise ValueError(
         f'fill must be three values in 0..255 (RGB), got {self.fill}'
@@ -87,13 +71,56 @@ class RandomCrop:
     self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns image [*size, 3] and label [*size]."""
-    height, width = self.size
-    top = rng.integers(max(label.shape[0] - height, 0), endpoint=True)
-    left = rng.integers(max(label.shape[1] - width, 0), endpoint=True)
-    window = np.s_[top : top + height, left : left + width]
-    return pad_to(
-      image[window], label[window], self.size, self.fill, self.ignore_label
-    )
+    factor = rng.uniform(*self.scale)
+    rows, height = _draw_span(label.shape[0], self.size[0], factor, rng)
+    columns, width = _draw_span(label.shape[1], self.size[1], factor, rng)
+    mirrored = rng.random() < self.flip
+    left = self.size[1] - width if mirrored else 0
+    results = []
+    for picture, fill, interpolation in (
+      (image, self.fill, cv2.INTER_LINEAR),
+      (label, self.ignore_label, cv2.INTER_NEAREST_EXACT),
+    ):
+      result = np.empty((*self.size, *picture.shape[2:]), np.uint8)
+      # numpy copies whole rows, but repeats colours one by one.
+      row = np.full(result.shape[1:], fill, np.uint8)
+      result[height:] = row
+      result[:height, :left] = row[:left]
+      result[:height, left + width :] = row[left + width :]
+      shown = result[:height, left : left + width]
+      # OpenCV writes into `result` itself.
+      cv2.resize(
+        picture[rows, columns],
+        (width, height),
+        dst=shown,
+        interpolation=interpolation,
+      )
+      if mirrored:
+        cv2.flip(shown, 1, dst=shown)
+      results.append(result)
+    return results[0], results[1]
+
+
+def _draw_span(
+  length: int, size: int, factor: float, rng: np.random.Generator
+) -> tuple[slice, int]:
+  """Draws what a window shows along one axis.
+
+  Args:
+    length: of the image.
+    size: of the window.
+    factor: from image to window.
+    rng: source of chance.
+
+  Returns:
+    The span of the image, and the pixels of the window that it becomes.
+  """
+  scaled = max(1, round(length * factor))
+  shown = min(scaled, size)
+  start = int(rng.integers(scaled - shown, endpoint=True))
+  first = min(round(start * length / scaled), length - 1)
+  last = max(round((start + shown) * length / scaled), first + 1)
+  return slice(first, last), shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,27 +150,6 @@ class CenterCrop:
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     label = cv2.resize(label, size, interpolation=nearest)
     return image[middle], label[middle]
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomFlip:
-  """Mirrors left and right with the given probability."""
-
-  probability: float = 0.5
-
-  def __post_init__(self) -> None:
-    if not 0 <= self.probability <= 1:
-      raise ValueError(
-        f'RandomFlip probability must be 0 to 1, got {self.probability}'
-      )
-
-  def __call__(
-    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image and label of unchanged shape."""
-    if rng.random() >= self.probability:
-      return image, label
-    return cv2.flip(image, 1), cv2.flip(label, 1)
 
 
 @dataclasses.dataclass(frozen=True)

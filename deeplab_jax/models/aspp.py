@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deeplab_jax.models.layers import ConvNormRelu
+from deeplab_jax.models.layers import BatchNorm, ConvNormRelu
 
 
 class ImagePooling(nn.Module):
@@ -22,7 +22,7 @@ class ImagePooling(nn.Module):
 
   features: int
   activation: bool = True
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -53,7 +53,7 @@ class ASPP(nn.Module):
   rates: tuple[int, ...] = (6, 12, 18)
   features: int = 256
   activation: bool = True
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact

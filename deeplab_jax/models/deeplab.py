@@ -14,7 +14,9 @@ from flax import linen as nn
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import (
   POOL_PADDINGS,
+  REMATERIALIZATIONS,
   UPSAMPLINGS,
+  BatchNorm,
   Conv,
   aligned_size,
   check_choice,
@@ -135,6 +137,7 @@ def deeplab_v3(
   bn_decay: float = 0.9997,
   axis_name: str | None = None,
   dtype: Any = jnp.float32,
+  rematerialization: str = '',
   stride_unit: str | None = None,
   conv_bias: bool | None = None,
   stem_pool: str | None = None,
@@ -164,6 +167,8 @@ def deeplab_v3(
     axis_name: mapped axis over whose devices batch statistics are averaged
       (synchronised BN); None for each device's own.
     dtype: of the computation, `jnp.float32` or `jnp.bfloat16`.
+    rematerialization: what the backward pass computes again to save memory,
+      see `ResNetV2`.
     stride_unit: 'last' or 'first', the unit of a block that strides.
     conv_bias: biases in the backbone, see `ResNetV2`.
     stem_pool: 'symmetric', 'same' or 'zero', see `layers.max_pool`.
@@ -185,6 +190,7 @@ def deeplab_v3(
     ValueError: for an unknown backbone, an impossible output stride, ...
   """
   check_choice('backbone', backbone, BACKBONES)
+  check_choice('rematerialization', rematerialization, REMATERIALIZATIONS)
   if num_classes < 1:
     raise ValueError(f'num_classes must be at least 1, got {num_classes}')
   own = {
@@ -201,7 +207,7 @@ def deeplab_v3(
   }
   settings = _settings(preset, own)
   norm = functools.partial(
-    nn.BatchNorm,
+    BatchNorm,
     momentum=bn_decay,
     epsilon=settings['bn_epsilon'],
     axis_name=axis_name,
@@ -217,6 +223,7 @@ def deeplab_v3(
     stride_unit=settings['stride_unit'],
     conv_bias=settings['conv_bias'],
     stem_pool=settings['stem_pool'],
+    rematerialization=rematerialization,
     norm=norm,
     dtype=dtype,
   )

@@ -4,6 +4,7 @@ All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,10 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 # From this rate on, XLA's convolution on CPU takes about twice the time of one
 # matrix product a tap, forward and backward, and spends much of it on padding.
 _TAPS_FROM_RATE = 4
+
+# Up to this many input channels the taps are gathered in one matrix product
+# for the gradient of the kernel.
+_PATCHES_TO_INPUTS = 64
+
+
+REMATERIALIZATIONS = ('', 'none', 'elementwise', 'block')
+_CONVOLVED = 'convolved'
+
+
+def rematerialize(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`nn.remat` that keeps convolutions and statistics for the backward pass.
+
+  What lies between, normalised maps and ReLUs, takes the memory of the
+  convolutions once more, and next to no time to compute again.
+  """
+  return nn.remat(function, policy=_keeps)
+
+
+def _keeps(primitive: Any, *_: Any, **parameters: Any) -> bool:
+  if primitive.name == 'name':
+    return parameters['name'] == _CONVOLVED
+  return primitive.name in ('reduce_sum', 'psum')
+
+
+def on_cpu() -> bool:
+  """Whether JAX computes on a CPU."""
+  return jax.default_backend() == 'cpu'
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -42,8 +72,27 @@ def conv2d(
   """
   if kernel.shape[:2] == (1, 1):
     return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  if stride == 1 and rate >= _TAPS_FROM_RATE and _on_cpu():
-    return _conv2d_by_taps(x, kernel, rate)
+  if on_cpu():
+    return _conv2d_on_cpu(x, kernel, stride, rate)
+  return _conv2d_by_xla(x, kernel, stride, rate)
+
+
+def _matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
+  """[..., Cin] times [Cin, Cout]."""
+  # Of two dimensions, since the gradient with respect to `matrix` contracts
+  # all but the last, and XLA transposes a copy to contract more than one.
+  y = lax.dot_general(
+    x.reshape(-1, x.shape[-1]),
+    matrix,
+    (((1,), (0,)), ((), ())),
+    preferred_element_type=dtype,
+  )
+  return y.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def _conv2d_by_xla(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> jax.Array:
   pad = rate * (kernel.shape[0] - 1) // 2
   return lax.conv_general_dilated(
     x,
@@ -55,40 +104,95 @@ def conv2d(
   )
 
 
-def _on_cpu() -> bool:
-  return jax.default_backend() == 'cpu'
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d_on_cpu(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> jax.Array:
+  by_taps = stride == 1 and rate >= _TAPS_FROM_RATE
+  form = _conv2d_by_taps if by_taps else _conv2d_by_xla
+  return form(x, kernel, stride, rate)
 
 
-def _matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
-  dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-  return lax.dot_general(x, matrix, dimensions, preferred_element_type=dtype)
+def _conv2d_forward(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _conv2d_on_cpu(x, kernel, stride, rate), (x, kernel)
 
 
-def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, rate: int) -> jax.Array:
+def _conv2d_backward(
+  stride: int,
+  rate: int,
+  saved: tuple[jax.Array, jax.Array],
+  gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of x and of the kernel, that one by matrix products.
+
+  XLA's convolution takes two to six times as long for it.
+  """
+  # Tied to the gradient, lest windows of x are kept from the forward pass.
+  x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
+  few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
+  form = _conv2d_by_patches if few_inputs else _conv2d_by_taps
+  (to_x,) = jax.linear_transpose(
+    lambda x: _conv2d_on_cpu.fun(x, kernel, stride, rate), x
+  )(gradient)
+  (to_kernel,) = jax.linear_transpose(
+    lambda kernel: form(x, kernel, stride, rate), kernel
+  )(gradient)
+  return to_x, to_kernel
+
+
+_conv2d_on_cpu.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+def _conv2d_by_patches(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> jax.Array:
+  """One matrix product with all taps of an output pixel in a row."""
+  size, _, _, features = kernel.shape
+  out = [-(-n // stride) for n in x.shape[1:3]]
+  pad = rate * (size // 2)
+  x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  for axis in (2, 1):  # first along the rows, so that few slices are narrow
+    stop = stride * (out[axis - 1] - 1) + 1
+    x = jnp.concatenate(
+      [
+        lax.slice_in_dim(x, rate * i, rate * i + stop, stride, axis)
+        for i in range(size)
+      ],
+      -1,
+    )
+  return _matmul(x, kernel.reshape(-1, features))
+
+
+def _conv2d_by_taps(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> jax.Array:
   """One matrix product a tap, over the pixels where the tap is on the map."""
-  _, height, width, _ = x.shape
-  total = None
-  for i in range(kernel.shape[0]):
-    dy = rate * (i - kernel.shape[0] // 2)
-    for j in range(kernel.shape[1]):
-      dx = rate * (j - kernel.shape[1] // 2)
-      if abs(dy) >= height or abs(dx) >= width:
-        continue
-      window = x[
-        :,
-        max(dy, 0) : height + min(dy, 0),
-        max(dx, 0) : width + min(dx, 0),
-      ]
-      placed = jnp.pad(
-        _matmul(window, kernel[i, j], jnp.promote_types(x.dtype, jnp.float32)),
-        (
-          (0, 0),
-          (max(-dy, 0), max(dy, 0)),
-          (max(-dx, 0), max(dx, 0)),
-          (0, 0),
-        ),
+  size, _, channels, features = kernel.shape
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  out = [-(-n // stride) for n in x.shape[1:3]]
+  # `split`, since its transpose concatenates where that of slices would add.
+  taps = lax.split(kernel.reshape(-1, features), [channels] * size**2)
+  total = jnp.zeros((x.shape[0], *out, features), dtype)
+  for i, tap in enumerate(taps):
+    window, pads = x, [(0, 0)]
+    for axis, offset in ((1, i // size), (2, i % size)):
+      offset = rate * (offset - size // 2)
+      first = max(-(offset // stride), 0)
+      last = min((x.shape[axis] - 1 - offset) // stride, out[axis - 1] - 1)
+      if first > last:
+        break
+      window = lax.slice_in_dim(
+        window,
+        first * stride + offset,
+        last * stride + offset + 1,
+        stride,
+        axis,
       )
-      total = placed if total is None else total + placed
+      pads.append((first, out[axis - 1] - 1 - last))
+    else:
+      total += jnp.pad(_matmul(window, tap, dtype), (*pads, (0, 0)))
   return total.astype(x.dtype)
 
 
@@ -121,7 +225,59 @@ class Conv(nn.Module):
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
       x = x + bias.astype(self.dtype)
-    return x
+    return checkpoint_name(x, _CONVOLVED)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation: variables and numbers of `flax.linen.BatchNorm`.
+
+  Written as one product and one sum a value, `x * a + b`, its gradient needs
+  nothing but x of the forward pass, where the other keeps `x - mean` too.
+
+  Parameters `scale` and `bias` [C], statistics `mean` and `var` [C] in the
+  collection 'batch_stats', all float32. Ioffe and Szegedy, "Batch
+  Normalization" (2015), algorithm 1.
+
+  Attributes:
+    momentum: decay of the running statistics.
+    epsilon: added to the variance.
+    axis_name: mapped axis over whose devices the statistics are averaged.
+    dtype: of the result.
+  """
+
+  momentum: float = 0.99
+  epsilon: float = 1e-5
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
+    """Normalises [..., C] by its own or by the running statistics."""
+    shape = x.shape[-1:]
+    scale = self.param('scale', nn.initializers.ones_init(), shape)
+    bias = self.param('bias', nn.initializers.zeros_init(), shape)
+    zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+    running_mean = self.variable('batch_stats', 'mean', zeros, None, shape)
+    running_var = self.variable('batch_stats', 'var', ones, None, shape)
+    if use_running_average:
+      mean, var = running_mean.value, running_var.value
+    else:
+      mean, var = self._statistics(x)
+      if not self.is_initializing():
+        for running, new in ((running_mean, mean), (running_var, var)):
+          running.value = (
+            self.momentum * running.value + (1 - self.momentum) * new
+          )
+    factor = scale * lax.rsqrt(var + self.epsilon)
+    return (x * factor + (bias - mean * factor)).astype(self.dtype)
+
+  def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    mean, square = x.mean(axes), jnp.square(x).mean(axes)
+    if self.axis_name is not None and not self.is_initializing():
+      mean, square = lax.pmean((mean, square), self.axis_name)
+    return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 class ConvNormRelu(nn.Module):
@@ -134,7 +290,7 @@ class ConvNormRelu(nn.Module):
   kernel_size: int = 1
   rate: int = 1
   activation: bool = True
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -164,12 +320,23 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
       zeros, as Keras does, which wins over negative values.
   """
   check_choice('stem_pool', padding, POOL_PADDINGS)
-  if padding == 'same':
-    return nn.max_pool(x, (3, 3), (2, 2), 'SAME')
-  border = ((1, 1), (1, 1))
-  if padding == 'zero':
-    x, border = jnp.pad(x, ((0, 0), *border, (0, 0))), 'VALID'
-  return nn.max_pool(x, (3, 3), (2, 2), border)
+  border = 0.0 if padding == 'zero' else -jnp.inf
+  for axis in (1, 2):
+    size = x.shape[axis]
+    out = -(-size // 2)
+    # How far the first window reaches out; 'same' pads even sizes at the end.
+    before = 0 if padding == 'same' and size % 2 == 0 else 1
+    pads = [(0, 0)] * 4
+    pads[axis] = (before, 2 * out + 1 - before - size)
+    padded = jnp.pad(x, pads, constant_values=border)
+    first, second, third = (
+      lax.slice_in_dim(padded, i, i + 2 * out - 1, 2, axis) for i in range(3)
+    )
+    # The gradient goes to the first of equal values, as that of a maximum in
+    # XLA does, whose own windows take ten times as long to differentiate.
+    x = jnp.where(first >= second, first, second)
+    x = jnp.where(x >= third, x, third)
+  return x
 
 
 UPSAMPLINGS = ('align_corners', 'asymmetric')

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deeplab_jax.models.layers import Conv, check_choice, max_pool
+from deeplab_jax.models.layers import (
+  BatchNorm,
+  Conv,
+  check_choice,
+  max_pool,
+  on_cpu,
+  rematerialize,
+)
 
 
 class UnitGeometry(NamedTuple):
@@ -97,7 +104,7 @@ class PreActBasicUnit(nn.Module):
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   expansion = 1
@@ -131,7 +138,7 @@ class PreActBottleneckUnit(nn.Module):
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   expansion = 4
@@ -176,21 +183,31 @@ class Block(nn.Module):
   features: int
   geometry: tuple[UnitGeometry, ...]
   conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  rematerialization: str = 'none'
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Applies the units to [B, H, W, C]."""
+
+    def apply(unit: nn.Module, x: jax.Array) -> jax.Array:
+      return unit(x, train=train)
+
+    if self.rematerialization == 'elementwise':
+      apply = rematerialize(apply)
+    elif self.rematerialization == 'block':
+      apply = nn.remat(apply)
     for i, geometry in enumerate(self.geometry, 1):
-      x = self.unit(
+      unit = self.unit(
         self.features,
         geometry,
         conv_bias=self.conv_bias,
         norm=self.norm,
         dtype=self.dtype,
         name=f'unit{i}',
-      )(x, train=train)
+      )
+      x = apply(unit, x)
     return x
 
 
@@ -207,6 +224,11 @@ class ResNetV2(nn.Module):
     conv_bias: biases on the stem, on every shortcut convolution and on the last
       convolution of every unit, as in TF-slim and Keras.
     stem_pool: padding of the stem's 3x3 pooling, see `max_pool`.
+    rematerialization: what the backward pass computes again instead of keeping
+      it: 'none', 'elementwise' (normalised maps and ReLUs) or 'block' (all but
+      the input of each residual unit); '' for 'elementwise' on a CPU, whose
+      memory is slow, and 'none' elsewhere. On a CPU it takes effect with the
+      options of `deeplab_jax.host`.
     norm: batch normalisation; called with `name`, then with the map and
       `use_running_average`.
     dtype: of the computation; parameters stay float32.
@@ -220,7 +242,8 @@ class ResNetV2(nn.Module):
   stride_unit: str = 'last'
   conv_bias: bool = False
   stem_pool: str = 'symmetric'
-  norm: Callable[..., nn.Module] = nn.BatchNorm
+  rematerialization: str = ''
+  norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -242,6 +265,9 @@ class ResNetV2(nn.Module):
     base = round(64 * self.width)
     if base < 1:
       raise ValueError(f'width must leave at least 1 channel, got {self.width}')
+    rematerialization = self.rematerialization
+    if not rematerialization:
+      rematerialization = 'elementwise' if on_cpu() else 'none'
     blocks = unit_geometry(
       self.units, self.output_stride, self.multi_grid, self.stride_unit
     )
@@ -257,6 +283,7 @@ class ResNetV2(nn.Module):
         base * 2**i,
         geometry,
         conv_bias=self.conv_bias,
+        rematerialization=rematerialization,
         norm=self.norm,
         dtype=self.dtype,
         name=name,

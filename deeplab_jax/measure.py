@@ -1,0 +1,401 @@
+"""One measurement in this process: python -m deeplab_jax.measure --mode=MODE.
+
+Prints one JSON line. `benchmark` runs it once a measurement, so that neither
+their memory nor their compilations mix.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from deeplab_jax import (
+  distributed,
+  evaluate,
+  flops,
+  host,
+  options,
+  profile,
+  steps,
+  train,
+)
+from deeplab_jax.config import from_recipe, get_config, validate
+from deeplab_jax.errors import UserError
+
+_WINDOW = 256  # images that the input pipeline loads for one timing
+_LAYERS = 10
+
+
+def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+  """Logits of full size from images that lie on one device."""
+  model = train.make_model(config, args.classes)
+  state = steps.create_state(model, optax.identity(), config.seed)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  arguments = jax.device_put((state.variables, _batch(config, args)['image']))
+  return _network(
+    lambda: apply(*arguments),
+    lambda: apply.lower(*arguments),
+    flops.count_flops(model, config.data.crop_size, config.train.batch_size),
+    config,
+    args,
+    devices=1,
+  )
+
+
+def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+  """Loss, gradient and update, by the step that training takes."""
+  devices = jax.local_device_count()
+  if config.train.batch_size % devices:
+    raise UserError(
+      f'a batch of {config.train.batch_size} does not divide into the'
+      f' {devices} devices; give another --batch'
+    )
+  model = train.make_model(config, args.classes)
+  _, optimizer = train.make_schedule_and_optimizer(config)
+  step = steps.pmap_train_step(
+    model=model, optimizer=optimizer, freeze_bn=config.train.freeze_bn
+  )
+  state = distributed.replicate(
+    steps.create_state(model, optimizer, config.seed)
+  )
+  batch = distributed.put(_batch(config, args))
+
+  def call() -> Any:
+    nonlocal state
+    state, measures = step(state, batch)
+    return state, measures
+
+  return _network(
+    call,
+    lambda: step.lower(state, batch),
+    flops.count_flops(model, config.data.crop_size, config.train.batch_size),
+    config,
+    args,
+    devices=devices,
+  )
+
+
+def input_pipeline(
+  config: ml_collections.ConfigDict, args: Any
+) -> dict[str, Any]:
+  """Batches on the host, as training gets them; seconds are of a batch."""
+  dataset = evaluate.open_dataset(config, config.data.train_split)
+  iterator = train.make_iterator(config, dataset)
+  batches = -(-_WINDOW // config.train.batch_size)
+
+  def window() -> None:
+    for _ in range(batches):
+      next(iterator)
+
+  try:
+    result = _timed(window, args.repeat)
+  finally:
+    iterator.close()
+  result['seconds'] /= batches
+  return result
+
+
+def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+  """The evaluation split under random weights; seconds are of a batch."""
+  split = config.data.eval_split
+  dataset = evaluate.open_dataset(config, split)
+  model = train.make_model(config, dataset.info.num_classes)
+  state = steps.create_state(model, optax.identity(), config.seed)
+  variables = distributed.replicate(state.variables)
+  tally = dataset.tally(split)
+  size = model.padded_size(tally.max_size)
+  step = evaluate.make_eval_step(model, dataset)
+  result = _timed(
+    lambda: evaluate.evaluate_variables(step, variables, dataset, config, size),
+    args.repeat,
+  )
+  result['images'] = tally.num_images
+  result['seconds'] *= config.eval.batch_size / tally.num_images
+  return result
+
+
+def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+  """Tracing (to StableHLO) and compiling both steps, without the cache."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  model = train.make_model(config, args.classes)
+  _, optimizer = train.make_schedule_and_optimizer(config)
+  batch = _batch(config, args)
+  seconds = {}
+
+  @contextlib.contextmanager
+  def timing(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[f'{name}_seconds'] = time.perf_counter() - start
+
+  with timing('create'):
+    state = steps.create_state(model, optimizer, config.seed)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  with timing('forward_trace'):
+    lowered = apply.lower(state.variables, batch['image'])
+  with timing('forward_compile'):
+    lowered.compile()
+  step = steps.pmap_train_step(
+    model=model, optimizer=optimizer, freeze_bn=config.train.freeze_bn
+  )
+  with timing('train_trace'):
+    lowered = step.lower(distributed.replicate(state), distributed.shard(batch))
+  with timing('train_compile'):
+    lowered.compile()
+  return {**seconds, 'seconds': sum(seconds.values())}
+
+
+def startup(args: Any, settings: Sequence[str]) -> dict[str, Any]:
+  """From the command of training to its first finished step.
+
+  Cold in a new workdir, with data still to be prepared and nothing compiled;
+  warm once more in the same workdir.
+  """
+  result = {'import_seconds': _import_seconds()}
+  environment = dict(os.environ)
+  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+  with tempfile.TemporaryDirectory() as folder:
+    command = [
+      *(sys.executable, '-m', 'deeplab_jax.main'),
+      f'--workdir={folder}/workdir',
+      f'--config.data.prepared_dir={folder}/prepared',
+      '--config.train.log_every=1',
+      *([f'--config={args.config}'] if args.config else []),
+      *settings,
+    ]
+    for name in ('cold', 'warm'):
+      result[f'{name}_seconds'] = _first_step_seconds(command, environment)
+  return {**result, 'seconds': result['warm_seconds']}
+
+
+def _import_seconds() -> float:
+  start = time.perf_counter()
+  program = 'import deeplab_jax.train'
+  subprocess.run([sys.executable, '-c', program], check=True)
+  return time.perf_counter() - start
+
+
+def _first_step_seconds(
+  command: Sequence[str], environment: dict[str, str]
+) -> float:
+  start = time.perf_counter()
+  lines = []
+  with subprocess.Popen(
+    command,
+    env=environment,
+    stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    text=True,
+    start_new_session=True,
+  ) as process:
+    for line in process.stderr:
+      lines.append(line)
+      if line.startswith('step '):
+        seconds = time.perf_counter() - start
+        os.killpg(process.pid, signal.SIGKILL)
+        return seconds
+  said = ''.join(lines[-1:]).strip().removeprefix('error: ')
+  raise UserError(f'training ended before its first step: {said}')
+
+
+def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+  """Random images and labels of the size and number of training."""
+  rng = np.random.default_rng(config.seed)
+  shape = config.train.batch_size, *config.data.crop_size
+  return {
+    'image': rng.integers(0, 256, (*shape, 3), np.uint8),
+    'label': rng.integers(0, args.classes, shape, np.uint8),
+  }
+
+
+def _timed(call: Callable[[], Any], repeat: int) -> dict[str, Any]:
+  """One call to warm up, then the best of `repeat` others."""
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append((name, seconds))
+  )
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  first = time.perf_counter() - start
+  backend = [s for name, s in compiled if 'backend_compile' in name]
+  best = float('inf')
+  for _ in range(repeat):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    best = min(best, time.perf_counter() - start)
+  return {
+    'seconds': best,
+    'first_seconds': first,
+    'compilations': len(backend),
+    'compile_seconds': sum(backend),
+    **_memory(),
+  }
+
+
+def _memory() -> dict[str, int]:
+  """The most that this process has used so far, in bytes."""
+  unit = 1 if sys.platform == 'darwin' else 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  memory = {'peak_memory': peak}
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    memory['peak_device_memory'] = stats['peak_bytes_in_use']
+  return memory
+
+
+def _network(
+  call: Callable[[], Any],
+  lower: Callable[[], Any],
+  counts: dict[str, flops.Flops],
+  config: ml_collections.ConfigDict,
+  args: Any,
+  *,
+  devices: int,
+) -> dict[str, Any]:
+  """Times a step, and its share of what a matrix product does in the time."""
+  result = _timed(call, args.repeat)
+  rate = matmul_rate(config.model.dtype) * devices
+  factor = flops.TRAIN_FACTOR if args.mode == 'train' else 1
+  total = flops.total(counts)
+  done = factor * total.padded, factor * total.on_map
+  result |= {
+    'devices': devices,
+    'flops': done[0],
+    'flops_on_map': done[1],
+    'matmul_flops_per_second': rate,
+    'utilization': done[0] / result['seconds'] / rate,
+    'utilization_on_map': done[1] / result['seconds'] / rate,
+  }
+  if args.layers:
+    layers = profile.profile(call, lower().compile().as_text())
+    result['layers'] = _layers(layers, counts)
+  return result
+
+
+def matmul_rate(dtype: str) -> float:
+  """Operations a second of a large matrix product on one device."""
+  size = 2048 if jax.default_backend() == 'cpu' else 8192
+  a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+  product = jax.jit(jnp.dot)
+  jax.block_until_ready(product(a, b))
+  best = float('inf')
+  for _ in range(10):
+    start = time.perf_counter()
+    jax.block_until_ready(product(a, b))
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def _layers(
+  layers: list[profile.LayerTime], counts: dict[str, flops.Flops]
+) -> list[dict[str, Any]]:
+  """The costliest ones; operations a second of those that convolve."""
+  whole = sum(layer.seconds for layer in layers)
+  rows = []
+  for layer in layers[:_LAYERS]:
+    row = {**layer._asdict(), 'share': layer.seconds / whole}
+    count = counts.get(layer.name)
+    if count:
+      factor = flops.TRAIN_FACTOR - 1 if layer.backward else 1
+      row['flops_on_map_per_second'] = factor * count.on_map / layer.seconds
+    rows.append(row)
+  return rows
+
+
+MODES: dict[str, Callable[..., dict[str, Any]]] = {
+  'forward': forward,
+  'train': train_step,
+  'input': input_pipeline,
+  'evaluation': evaluation,
+  'compile': compilation,
+}
+
+
+def default_network() -> ml_collections.ConfigDict:
+  """What is measured without a recipe: ResNet-50, stride 16, crop 513."""
+  config = get_config()
+  config.model.update(
+    backbone='resnet50', width=1.0, output_stride=16, aspp_features=256
+  )
+  config.data.crop_size = (513, 513)
+  config.train.batch_size = config.eval.batch_size = 1
+  return config
+
+
+def _config(
+  args: argparse.Namespace, argv: Sequence[str]
+) -> ml_collections.ConfigDict:
+  """The settings to measure."""
+  config = from_recipe(args.config) if args.config else default_network()
+  config, rest = options.override(config, ['measure', *argv])
+  if rest:
+    raise UserError(f'{rest[0]}: not an option')
+  if args.crop:
+    config.data.crop_size = (args.crop, args.crop)
+  if args.batch:
+    config.train.batch_size = config.eval.batch_size = args.batch
+  validate(config)
+  return config
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = options.Parser('deeplab_jax.measure', __doc__)
+  modes = *MODES, 'startup'
+  parser.add_argument('--mode', choices=modes, required=True)
+  parser.add_argument('--config', help='recipe, a Python file')
+  count = options.positive_int
+  parser.add_argument('--crop', type=count, help='height and width')
+  parser.add_argument('--batch', type=count, help='images of a batch')
+  parser.add_argument('--classes', type=count, default=21)
+  parser.add_argument('--repeat', type=count, default=3, help='timed calls')
+  parser.add_argument(
+    '--layers', action='store_true', help='profile the layers too'
+  )
+  return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures what the options say and prints it."""
+  host.prepare()
+  args, settings = _parse(argv)
+  about: dict[str, Any] = {'mode': args.mode}
+  if args.mode == 'startup':
+    result = startup(args, settings)
+  else:
+    config = _config(args, settings)
+    result = MODES[args.mode](config, args)
+    batch_size = (
+      config.eval if args.mode == 'evaluation' else config.train
+    ).batch_size
+    about |= {
+      'crop': list(config.data.crop_size),
+      'batch': batch_size,
+      'backbone': config.model.backbone,
+      'dtype': config.model.dtype,
+      'device': jax.devices()[0].device_kind,
+    }
+    if args.mode != 'compile':
+      result['images_per_second'] = batch_size / result['seconds']
+  about |= {'jax': jax.__version__, 'cores': len(os.sched_getaffinity(0))}
+  print(json.dumps(about | result), flush=True)
+
+
+if __name__ == '__main__':
+  options.log_to_stderr()
+  with options.one_line_errors():
+    main(sys.argv[1:])
