@@ -270,6 +270,17 @@ def test_test_images_have_no_labels(tmp_path, archives, prepared, tar):
     assert (label == 255).all()
 
 
+def test_archives_of_2007_beside_those_of_2012_are_passed_over(
+  archives, prepared, tmp_path
+):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  shutil.copy(archives[_VOC_TAR], disk)
+  for name in ('VOCtrainval_06-Nov-2007.tar', 'VOCtest_06-Nov-2007.tar'):
+    (disk / name).write_bytes(b'')
+  assert 'test' not in _load('', prepared, disk).builders
+
+
 def test_absent_test_images_are_explained(disk, prepared):
   mini.write_list(_devkit(disk), 'test', mini.VOC_TEST)  # but no images
   with pytest.raises(errors.UserError, match=r'VOC2012test\.tar'):

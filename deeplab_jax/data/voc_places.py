@@ -93,13 +93,13 @@ def find_places(directory: str, more_masks: bool) -> Places:
     raise errors.UserError(f'{directory}: no such folder; set config.data.dir')
   voc = _first_with(
     'JPEGImages', root / 'VOCdevkit' / 'VOC2012', root / 'VOC2012', root
-  ) or _first_file(root, 'VOCtrainval*.tar')
+  ) or _first_file(root, 'VOCtrainval*2012*.tar')
   if voc is None:
     raise errors.UserError(
       f'{root}: neither {SOURCES["voc"].name} nor VOCdevkit/VOC2012/JPEGImages '
       'is there; put one of them in, or leave config.data.dir empty to download'
     )
-  test = _first_file(root, 'VOC2012test*.tar', 'VOCtest*.tar')
+  test = _first_file(root, 'VOC2012test*.tar', 'VOCtest*2012*.tar')
   if not more_masks:
     return Places(root, voc, test, None, None)
   aug = _first_with('SegmentationClassAug', root, voc)
