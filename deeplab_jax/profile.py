@@ -96,17 +96,19 @@ def _layer(source: str) -> tuple[str, bool]:
 
 def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:
   """Seconds of each operation over `calls` calls."""
-  seconds: collections.Counter[str] = collections.Counter()
+  devices: collections.Counter[str] = collections.Counter()
+  host: collections.Counter[str] = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(calls):
         jax.block_until_ready(call())
     for file in Path(folder).rglob('*.xplane.pb'):
-      data = jax.profiler.ProfileData.from_file(str(file))
-      for plane in data.planes:
+      for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        seconds = devices if plane.name.startswith('/device:') else host
         for line in plane.lines:
           for event in line.events:
             operation = dict(event.stats).get('hlo_op')
             if operation:
               seconds[operation] += event.duration_ns / 1e9
-  return seconds
+  # Beside an accelerator the host only starts the operations.
+  return devices or host
