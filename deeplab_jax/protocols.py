@@ -164,11 +164,20 @@ def probabilities(
     logits = model.apply(variables, images, train=False)
     return jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
 
-  total = 0.0
+  def turned(maps: jax.Array, mirrored: jax.Array) -> jax.Array:
+    return jnp.where(mirrored, _mirror(maps, widths), maps)
+
+  def add(scale: float, total: jax.Array, mirrored: jax.Array) -> Any:
+    seen = at(scale, turned(images, mirrored))
+    return total + turned(seen, mirrored), None
+
+  shape = jax.eval_shape(functools.partial(at, scales[0]), images).shape
+  total = jnp.zeros(shape)
   for scale in scales:
-    total += at(scale, images)
-    if flip:
-      total += _mirror(at(scale, _mirror(images, widths)), widths)
+    # A loop, so that the network is compiled once for both directions.
+    total, _ = lax.scan(
+      functools.partial(add, scale), total, jnp.arange(1 + flip) > 0
+    )
   return total / (len(scales) * (2 if flip else 1))
 
 
