@@ -117,15 +117,13 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   model = train.make_model(config, dataset.info.num_classes)
   state = steps.create_state(model, optax.identity(), config.seed)
   variables = distributed.replicate(state.variables)
-  tally = dataset.tally(split)
-  size = model.padded_size(tally.max_size)
-  step = evaluate.make_eval_step(model, dataset)
+  evaluator = evaluate.make_evaluator(model, dataset, config)
   result = _timed(
-    lambda: evaluate.evaluate_variables(step, variables, dataset, config, size),
+    lambda: evaluate.evaluate_variables(evaluator, variables, panels=0),
     args.repeat,
   )
-  result['images'] = tally.num_images
-  result['seconds'] *= config.eval.batch_size / tally.num_images
+  result['images'] = dataset.tally(split).num_images
+  result['seconds'] *= config.eval.batch_size / result['images']
   return result
 
 

@@ -14,6 +14,8 @@ _CONTAINERS = ('call', 'while', 'conditional')
 _OPERATION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)')
 _OPERAND = re.compile(r'%([\w.\-]+)')
 # Arguments of the function have a name without a slash.
+_MODEL = re.compile(r'(transpose\()?jvp\(\w')
+_NO_MODULE = re.compile(r'[(.]|^(shard_map|checkpoint|rematted_computation)$')
 _SOURCE = re.compile(r'op_name="([^"]*/[^"]*)"')
 
 
@@ -88,10 +90,15 @@ def _layer(source: str) -> tuple[str, bool]:
   """Module path and direction of `jit(f)/transpose(jvp(Model))/a/conv/dot`."""
   backward = 'transpose(' in source
   *path, operation = source.split('/')
-  path = [part for part in path if '(' not in part and part != 'shard_map']
-  if path and path[0][0].isupper():  # the class of the outermost module
-    del path[0]
-  return '/'.join(path) or operation, backward
+  layer: list[str] = []
+  for part in path:
+    if _MODEL.match(part):  # said once more where maps are computed again
+      layer.clear()
+    elif not _NO_MODULE.search(part):
+      layer.append(part)
+  if layer and layer[0][0].isupper():  # the class of the outermost module
+    del layer[0]
+  return '/'.join(layer) or operation, backward
 
 
 def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:

@@ -85,10 +85,10 @@ import jax, jax.numpy as jnp
 from deeplab_jax import deeplab_v3
 for kind in ('none', 'elementwise', 'block'):
   model = deeplab_v3(
-    'resnet50', width=0.25, output_stride=8, aspp_features=16,
+    'resnet18', width=0.5, output_stride=8, aspp_rates=(1,), aspp_features=16,
     rematerialization=kind,
   )
-  x = jnp.zeros((1, 129, 129, 3))
+  x = jnp.zeros((1, 65, 65, 3))
   v = jax.eval_shape(functools.partial(model.init, train=False),
                      jax.random.key(0), x)
   def loss(params, stats, x):

@@ -33,6 +33,15 @@ def test_operations_have_the_layer_of_their_source():
   assert layers['sum.3'] == ('reduce_sum', False)
 
 
+def test_layers_computed_again_have_their_own_name():
+  again = 'jit(f)/transpose(jvp(Net))/block/jvp(Net)/block/checkpoint/'
+  again += 'rematted_computation/unit.apply/unit/norm/transpose()/mul'
+  layers = operation_layers(
+    f'  %mul.1 = f32[4]{{0}} add(%p, %p), metadata={{op_name="{again}"}}'
+  )
+  assert layers['mul.1'] == ('block/unit/norm', True)
+
+
 def test_copies_belong_to_what_reads_them_else_to_what_they_read():
   layers = operation_layers(_HLO)
   assert layers['copy.1'] == ('aspp/conv', False)
