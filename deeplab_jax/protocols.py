@@ -155,21 +155,23 @@ def probabilities(
   """
   size = images.shape[1:3]
 
-  def at(scale: float, images: jax.Array) -> jax.Array:
-    scaled = model.padded_size(size, scale)
+  def look(
+    scale: float, total: jax.Array, mirrored: jax.Array
+  ) -> tuple[jax.Array, None]:
+    view, scaled = _mirror(images, mirrored), model.padded_size(size, scale)
     if scaled != size:
-      images = resize_bilinear(
-        images.astype(jnp.float32), scaled, model.upsampling
-      )
-    logits = model.apply(variables, images, train=False)
-    return jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
+      view = resize_bilinear(view.astype(jnp.float32), scaled, model.upsampling)
+    logits = model.apply(variables, view, train=False)
+    seen = jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
+    return total + _mirror(seen, mirrored), None
 
-  total = 0.0
+  # Mirroring no column leaves an image as it is. The loop over both compiles
+  # the network once for a scale, and holds one result at a time.
+  views = jnp.stack([jnp.zeros_like(widths), widths][: 2 if flip else 1])
+  total = jnp.zeros((*images.shape[:3], model.num_classes))
   for scale in scales:
-    total += at(scale, images)
-    if flip:
-      total += _mirror(at(scale, _mirror(images, widths)), widths)
-  return total / (len(scales) * (2 if flip else 1))
+    total, _ = lax.scan(functools.partial(look, scale), total, views)
+  return total / (len(scales) * len(views))
 
 
 def sliding_window(
