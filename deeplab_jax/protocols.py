@@ -155,30 +155,23 @@ def probabilities(
   """
   size = images.shape[1:3]
 
-  def at(scale: float, images: jax.Array) -> jax.Array:
-    scaled = model.padded_size(size, scale)
+  def look(
+    scale: float, total: jax.Array, mirrored: jax.Array
+  ) -> tuple[jax.Array, None]:
+    view, scaled = _mirror(images, mirrored), model.padded_size(size, scale)
     if scaled != size:
-      images = resize_bilinear(
-        images.astype(jnp.float32), scaled, model.upsampling
-      )
-    logits = model.apply(variables, images, train=False)
-    return jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
+      view = resize_bilinear(view.astype(jnp.float32), scaled, model.upsampling)
+    logits = model.apply(variables, view, train=False)
+    seen = jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
+    return total + _mirror(seen, mirrored), None
 
-  def turned(maps: jax.Array, mirrored: jax.Array) -> jax.Array:
-    return jnp.where(mirrored, _mirror(maps, widths), maps)
-
-  def add(scale: float, total: jax.Array, mirrored: jax.Array) -> Any:
-    seen = at(scale, turned(images, mirrored))
-    return total + turned(seen, mirrored), None
-
-  shape = jax.eval_shape(functools.partial(at, scales[0]), images).shape
-  total = jnp.zeros(shape)
+  # Mirroring no column leaves an image as it is. The loop over both compiles
+  # the network once for a scale, and holds one result at a time.
+  views = jnp.stack([jnp.zeros_like(widths), widths][: 2 if flip else 1])
+  total = jnp.zeros((*images.shape[:3], model.num_classes))
   for scale in scales:
-    # A loop, so that the network is compiled once for both directions.
-    total, _ = lax.scan(
-      functools.partial(add, scale), total, jnp.arange(1 + flip) > 0
-    )
-  return total / (len(scales) * (2 if flip else 1))
+    total, _ = lax.scan(functools.partial(look, scale), total, views)
+  return total / (len(scales) * len(views))
 
 
 def sliding_window(

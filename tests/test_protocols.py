@@ -46,6 +46,7 @@ class Patterned:
   """Not a network, but as blind to nothing: cheap, and unlike its mirror."""
 
   upsampling = 'align_corners'
+  num_classes = CLASSES
 
   def padded_size(self, size, scale=1.0):
     del self, scale
