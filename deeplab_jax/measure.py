@@ -35,6 +35,7 @@ from deeplab_jax import (
   train,
 )
 from deeplab_jax.config import from_recipe, get_config, validate
+from deeplab_jax.data.pipeline import cores
 from deeplab_jax.errors import UserError
 
 _WINDOW = 256  # images that the input pipeline loads for one timing
@@ -389,7 +390,7 @@ def main(argv: Sequence[str]) -> None:
     }
     if args.mode != 'compile':
       result['images_per_second'] = batch_size / result['seconds']
-  about |= {'jax': jax.__version__, 'cores': len(os.sched_getaffinity(0))}
+  about |= {'jax': jax.__version__, 'cores': cores()}
   print(json.dumps(about | result), flush=True)
 
 

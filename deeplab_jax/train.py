@@ -296,11 +296,12 @@ class _Training:
         self._clock()
         batch = distributed.put(next(iterator))
         for step in range(self.start + 1, train.steps + 1):
-          self.state, measures = self.train_step(self.state, batch)
-          # The devices work already: what follows takes none of their time.
-          batch = distributed.put(next(iterator))
-          self.pending.append((step, measures))
           last = step == train.steps
+          self.state, measures = self.train_step(self.state, batch)
+          if not last:
+            # The devices work already: this takes none of their time.
+            batch = distributed.put(next(iterator))
+          self.pending.append((step, measures))
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
           stopping = stop.requested(step)

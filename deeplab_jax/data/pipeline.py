@@ -272,15 +272,15 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
 def _read_options(threads: int, workers: int = 0) -> grain.ReadOptions:
   if not threads:
     # More would rather wait for the interpreter than work.
-    threads = min(_cores() // max(workers, 1) or 1, 16)
+    threads = min(cores() // max(workers, 1) or 1, 16)
   # The buffer counts batches here; grain's own 500 would fill the memory.
   return grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=threads + 1
   )
 
 
-def _cores() -> int:
-  """Those this process may use, where the system tells."""
+def cores() -> int:
+  """Cores that this process may use, where the system tells."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

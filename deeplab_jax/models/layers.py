@@ -4,7 +4,6 @@ All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -104,8 +103,7 @@ def _conv2d_by_xla(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv2d_on_cpu(
+def _conv2d_by_shape(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> jax.Array:
   by_taps = stride == 1 and rate >= _TAPS_FROM_RATE
@@ -116,7 +114,7 @@ def _conv2d_on_cpu(
 def _conv2d_forward(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _conv2d_on_cpu(x, kernel, stride, rate), (x, kernel)
+  return _conv2d_by_shape(x, kernel, stride, rate), (x, kernel)
 
 
 def _conv2d_backward(
@@ -134,7 +132,7 @@ def _conv2d_backward(
   few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
   form = _conv2d_by_patches if few_inputs else _conv2d_by_taps
   (to_x,) = jax.linear_transpose(
-    lambda x: _conv2d_on_cpu.fun(x, kernel, stride, rate), x
+    lambda x: _conv2d_by_shape(x, kernel, stride, rate), x
   )(gradient)
   (to_kernel,) = jax.linear_transpose(
     lambda kernel: form(x, kernel, stride, rate), kernel
@@ -142,6 +140,7 @@ def _conv2d_backward(
   return to_x, to_kernel
 
 
+_conv2d_on_cpu = jax.custom_vjp(_conv2d_by_shape, nondiff_argnums=(2, 3))
 _conv2d_on_cpu.defvjp(_conv2d_forward, _conv2d_backward)
 
 
