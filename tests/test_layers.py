@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from deeplab_jax.models import layers
+from deeplab_jax.models import convolutions, layers
 
 
 def xla_conv(x, kernel, stride, rate):
@@ -35,22 +35,26 @@ KINDS = (
   (3, 1, 18),
   (7, 2, 1),
 )
-CASES = [(size, *kind, 3) for size, kind in itertools.product(SIZES, KINDS)]
-# The kernel's gradient takes another form for many input channels.
+CASES = [(size, *kind, 3, 4) for size, kind in itertools.product(SIZES, KINDS)]
+# The kernel's gradient takes another form for many input channels, and all
+# three take Winograd's for many of both where that saves products.
 CASES += [
-  (size, 3, stride, rate, 80)
+  (size, 3, stride, rate, 80, features)
   for size in ((5, 8), (9, 9))
   for stride, rate in ((1, 1), (2, 1), (1, 2), (1, 6))
+  for features in (4, 64)
 ]
 
 
-@pytest.mark.parametrize(('size', 'k', 'stride', 'rate', 'channels'), CASES)
+@pytest.mark.parametrize(
+  ('size', 'k', 'stride', 'rate', 'channels', 'features'), CASES
+)
 def test_conv2d_equals_xla_in_value_and_gradient(
-  size, k, stride, rate, channels
+  size, k, stride, rate, channels, features
 ):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, *size, channels)).astype(np.float32)
-  kernel = rng.normal(size=(k, k, channels, 4)).astype(np.float32)
+  kernel = rng.normal(size=(k, k, channels, features)).astype(np.float32)
   weights = rng.normal(size=xla_conv(x, kernel, stride, rate).shape)
 
   def loss(conv, x, kernel):
@@ -62,9 +66,34 @@ def test_conv2d_equals_xla_in_value_and_gradient(
   )
   (_, ours), our_gradients = run(layers.conv2d, x, kernel)
   (_, theirs), their_gradients = run(xla_conv, x, kernel)
-  np.testing.assert_allclose(ours, theirs, atol=1e-4)
-  for a, b in zip(our_gradients, their_gradients, strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-4)
+  for a, b in zip(
+    (ours, *our_gradients), (theirs, *their_gradients), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=max(1e-4, 5e-5 * b.std()))
+
+
+@pytest.mark.parametrize(
+  ('size', 'rate', 'channels', 'dtype', 'chosen'),
+  [
+    (33, 1, 64, jnp.float32, True),
+    (33, 6, 64, jnp.float32, True),
+    (33, 8, 64, jnp.float32, False),  # tiles of 3 over 5 pixels
+    (33, 1, 16, jnp.float32, False),
+    (33, 1, 64, jnp.bfloat16, False),
+  ],
+)
+def test_winograd_is_chosen_where_it_pays(
+  monkeypatch, size, rate, channels, dtype, chosen
+):
+  used = []
+  form = convolutions.by_winograd
+  monkeypatch.setattr(
+    convolutions, 'by_winograd', lambda *args: used.append(args) or form(*args)
+  )
+  x = jax.ShapeDtypeStruct((1, size, size, channels), dtype)
+  kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), dtype)
+  jax.eval_shape(lambda x, k: layers.conv2d(x, k, 1, rate), x, kernel)
+  assert bool(used) == (chosen and layers.on_cpu())
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -4,6 +4,7 @@ All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deeplab_jax.models import convolutions
+
 # From this rate on, XLA's convolution on CPU takes about twice the time of one
 # matrix product a tap, forward and backward, and spends much of it on padding.
 _TAPS_FROM_RATE = 4
@@ -21,6 +24,11 @@ _TAPS_FROM_RATE = 4
 # Up to this many input channels the taps are gathered in one matrix product
 # for the gradient of the kernel.
 _PATCHES_TO_INPUTS = 64
+
+# Winograd's algorithm saves products and adds transforms, which take as long
+# as the products of few channels.
+_WINOGRAD_UP_TO = 0.55
+_WINOGRAD_FROM_CHANNELS = 64
 
 
 REMATERIALIZATIONS = ('', 'none', 'elementwise', 'block')
@@ -70,54 +78,41 @@ def conv2d(
     [B, ceil(H / stride), ceil(W / stride), Cout].
   """
   if kernel.shape[:2] == (1, 1):
-    return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
+    return convolutions.matmul(x[:, ::stride, ::stride], kernel[0, 0])
   if on_cpu():
     return _conv2d_on_cpu(x, kernel, stride, rate)
-  return _conv2d_by_xla(x, kernel, stride, rate)
+  return convolutions.by_xla(x, kernel, stride, rate)
 
 
-def _matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
-  """[..., Cin] times [Cin, Cout]."""
-  # Of two dimensions, since the gradient with respect to `matrix` contracts
-  # all but the last, and XLA transposes a copy to contract more than one.
-  y = lax.dot_general(
-    x.reshape(-1, x.shape[-1]),
-    matrix,
-    (((1,), (0,)), ((), ())),
-    preferred_element_type=dtype,
-  )
-  return y.reshape(*x.shape[:-1], matrix.shape[-1])
-
-
-def _conv2d_by_xla(
+def _forward(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> jax.Array:
-  pad = rate * (kernel.shape[0] - 1) // 2
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    ((pad, pad), (pad, pad)),
-    rhs_dilation=(rate, rate),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-
-
-def _conv2d_by_shape(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
-) -> jax.Array:
+  if _winograd_pays(x, kernel, stride, rate):
+    return convolutions.by_winograd(x, kernel, rate)
   by_taps = stride == 1 and rate >= _TAPS_FROM_RATE
-  form = _conv2d_by_taps if by_taps else _conv2d_by_xla
+  form = convolutions.by_taps if by_taps else convolutions.by_xla
   return form(x, kernel, stride, rate)
 
 
-def _conv2d_forward(
+def _winograd_pays(
+  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+) -> bool:
+  return (
+    kernel.shape[0] == 3
+    and stride == 1
+    and x.dtype == jnp.float32
+    and min(kernel.shape[2:]) >= _WINOGRAD_FROM_CHANNELS
+    and convolutions.winograd_share(*x.shape[1:3], rate) <= _WINOGRAD_UP_TO
+  )
+
+
+def _save(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _conv2d_by_shape(x, kernel, stride, rate), (x, kernel)
+  return _forward(x, kernel, stride, rate), (x, kernel)
 
 
-def _conv2d_backward(
+def _backward(
   stride: int,
   rate: int,
   saved: tuple[jax.Array, jax.Array],
@@ -129,70 +124,24 @@ def _conv2d_backward(
   """
   # Tied to the gradient, lest windows of x are kept from the forward pass.
   x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
-  few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
-  form = _conv2d_by_patches if few_inputs else _conv2d_by_taps
-  (to_x,) = jax.linear_transpose(
-    lambda x: _conv2d_by_shape(x, kernel, stride, rate), x
-  )(gradient)
-  (to_kernel,) = jax.linear_transpose(
-    lambda kernel: form(x, kernel, stride, rate), kernel
-  )(gradient)
+  if _winograd_pays(x, kernel, stride, rate):
+    to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
+    form = functools.partial(convolutions.by_winograd, rate=rate)
+  else:
+    (to_x,) = jax.linear_transpose(
+      lambda x: _forward(x, kernel, stride, rate), x
+    )(gradient)
+    few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
+    form = convolutions.by_patches if few_inputs else convolutions.by_taps
+    form = functools.partial(form, stride=stride, rate=rate)
+  (to_kernel,) = jax.linear_transpose(lambda kernel: form(x, kernel), kernel)(
+    gradient
+  )
   return to_x, to_kernel
 
 
-_conv2d_on_cpu = jax.custom_vjp(_conv2d_by_shape, nondiff_argnums=(2, 3))
-_conv2d_on_cpu.defvjp(_conv2d_forward, _conv2d_backward)
-
-
-def _conv2d_by_patches(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
-) -> jax.Array:
-  """One matrix product with all taps of an output pixel in a row."""
-  size, _, _, features = kernel.shape
-  out = [-(-n // stride) for n in x.shape[1:3]]
-  pad = rate * (size // 2)
-  x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-  for axis in (2, 1):  # first along the rows, so that few slices are narrow
-    stop = stride * (out[axis - 1] - 1) + 1
-    x = jnp.concatenate(
-      [
-        lax.slice_in_dim(x, rate * i, rate * i + stop, stride, axis)
-        for i in range(size)
-      ],
-      -1,
-    )
-  return _matmul(x, kernel.reshape(-1, features))
-
-
-def _conv2d_by_taps(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
-) -> jax.Array:
-  """One matrix product a tap, over the pixels where the tap is on the map."""
-  size, _, channels, features = kernel.shape
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  out = [-(-n // stride) for n in x.shape[1:3]]
-  # `split`, since its transpose concatenates where that of slices would add.
-  taps = lax.split(kernel.reshape(-1, features), [channels] * size**2)
-  total = jnp.zeros((x.shape[0], *out, features), dtype)
-  for i, tap in enumerate(taps):
-    window, pads = x, [(0, 0)]
-    for axis, offset in ((1, i // size), (2, i % size)):
-      offset = rate * (offset - size // 2)
-      first = max(-(offset // stride), 0)
-      last = min((x.shape[axis] - 1 - offset) // stride, out[axis - 1] - 1)
-      if first > last:
-        break
-      window = lax.slice_in_dim(
-        window,
-        first * stride + offset,
-        last * stride + offset + 1,
-        stride,
-        axis,
-      )
-      pads.append((first, out[axis - 1] - 1 - last))
-    else:
-      total += jnp.pad(_matmul(window, tap, dtype), (*pads, (0, 0)))
-  return total.astype(x.dtype)
+_conv2d_on_cpu = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
+_conv2d_on_cpu.defvjp(_save, _backward)
 
 
 class Conv(nn.Module):
@@ -357,17 +306,25 @@ def resize_bilinear(
   Returns:
     [B, height, width, C].
   """
-  for axis, out in zip((1, 2), size, strict=True):
-    if out != x.shape[axis]:
-      matrix = jnp.asarray(
-        _interpolation_matrix(x.shape[axis], out, upsampling), x.dtype
-      )
-      x = jnp.moveaxis(
-        jnp.tensordot(matrix, x, (1, axis), precision=lax.Precision.HIGHEST),
-        0,
-        axis,
-      )
-  return x
+  batch, height, width, channels = x.shape
+  if size[1] != width:
+    matrix = _interpolation_matrix(width, size[1], upsampling)
+    x = jnp.einsum(
+      'ow,bhwc->bhoc',
+      jnp.asarray(matrix, x.dtype),
+      x,
+      precision=lax.Precision.HIGHEST,
+    )
+  if size[0] != height:
+    # Last, and with the batch in front, lest the large result is transposed.
+    matrix = _interpolation_matrix(height, size[0], upsampling)
+    x = lax.dot_general(
+      jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (batch, *matrix.shape)),
+      x.reshape(batch, height, size[1] * channels),
+      (((2,), (1,)), ((0,), (0,))),
+      precision=lax.Precision.HIGHEST,
+    )
+  return x.reshape(batch, *size, channels)
 
 
 def aligned_size(

@@ -1,0 +1,83 @@
+"""Every way to convolve against XLA's, in float64, where little is rounded."""
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from deeplab_jax.models import convolutions
+
+SIZES = ((5, 8), (12, 7))
+
+
+def xla_conv(x, kernel, stride=1, rate=1):
+  pad = rate * (kernel.shape[0] // 2)
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(pad, pad)] * 2,
+    rhs_dilation=(rate, rate),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+def value_and_gradients(conv, x, kernel, **settings):
+  @jax.jit
+  def run(x, kernel):
+    y, pull = jax.vjp(lambda x, k: conv(x, k, **settings), x, kernel)
+    return y, *pull(np.random.default_rng(1).normal(size=y.shape))
+
+  return run(x, kernel)
+
+
+def check_equal(conv, size, k=3, **settings):
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(k, k, 5, 4))
+    ours = value_and_gradients(conv, x, kernel, **settings)
+    theirs = value_and_gradients(xla_conv, x, kernel, **settings)
+    for a, b in zip(ours, theirs, strict=True):
+      assert a.dtype == np.float64
+      np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('rate', [1, 2, 18])
+def test_winograd_equals_xla(size, rate):
+  check_equal(convolutions.by_winograd, size, rate=rate)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('form', ['by_xla', 'by_taps', 'by_patches'])
+@pytest.mark.parametrize(
+  ('k', 'stride', 'rate'), [(3, 1, 1), (3, 2, 1), (3, 1, 4)]
+)
+def test_form_equals_xla(form, size, k, stride, rate):
+  check_equal(getattr(convolutions, form), size, k, stride=stride, rate=rate)
+
+
+@pytest.mark.parametrize('rate', [1, 2])
+def test_transposed_winograd_is_the_gradient_with_respect_to_x(rate):
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, kernel = rng.normal(size=(2, 7, 9, 5)), rng.normal(size=(3, 3, 5, 4))
+    y, pull = jax.vjp(lambda x: xla_conv(x, kernel, rate=rate), x)
+    gradient = rng.normal(size=y.shape)
+    ours = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
+    np.testing.assert_allclose(ours, pull(gradient)[0], atol=1e-9)
+
+
+def test_winograd_share_of_hand_counted_products():
+  # 3 tiles of 5 products a line; the taps reach 8, 9 and 8 pixels of 9.
+  assert convolutions.winograd_share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
+  # 12 lines of a tile each; taps reach 21, 33 and 21 pixels, and 20.
+  share = 60 / 75 * (60 / 36)
+  assert convolutions.winograd_share(33, 20, 12) == pytest.approx(share)
+
+
+def test_matmul_keeps_the_leading_dimensions():
+  rng = np.random.default_rng(0)
+  x, matrix = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 5))
+  y = convolutions.matmul(x.astype(np.float32), matrix.astype(np.float32))
+  np.testing.assert_allclose(y, x @ matrix, atol=1e-5)
