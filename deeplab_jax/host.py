@@ -17,9 +17,14 @@ import jax
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
-# With it, XLA's barriers hold until maps are computed again in the backward
-# pass; else a later pass merges both computations and the maps stay in memory.
-_KEEP_BARRIERS = '--xla_disable_hlo_passes=cse_barrier_expander'
+_XLA_FLAGS = (
+  # XLA's barriers hold until maps are computed again in the backward pass; else
+  # a later pass merges both computations and the maps stay in memory.
+  '--xla_disable_hlo_passes=cse_barrier_expander',
+  # A quarter less time to compile. The rest goes into matrix products, which
+  # come compiled.
+  '--xla_backend_optimization_level=1',
+)
 
 
 def prepare() -> None:
@@ -29,9 +34,9 @@ def prepare() -> None:
   """
   if _has_accelerator():
     return
+  # Of two settings of a flag the last counts, so that a given one holds.
   given = os.environ.get('XLA_FLAGS', '')
-  if '--xla_disable_hlo_passes' not in given:
-    os.environ['XLA_FLAGS'] = f'{_KEEP_BARRIERS} {given}'.strip()
+  os.environ['XLA_FLAGS'] = ' '.join([*_XLA_FLAGS, given]).strip()
   _keep_freed_memory()
 
 
