@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -65,12 +66,12 @@ class ShapesSegmentation(records.RecordsBuilder):
     config = self.builder_config
     stream = ('train', 'val').index(split)
     tally = records.Tally(_INFO.num_classes, _INFO.ignore_label)
-    for index in range(getattr(config, split)):
+
+    def draw(index: int) -> tuple[np.ndarray, str, dict[str, Any]]:
       # a seed per scene: a longer split begins with the same scenes
       rng = np.random.default_rng((config.seed, stream, index))
       image, label = generate_scene(rng, (config.height, config.width))
       name = f'{split}_{index:05d}'
-      tally.add(label)
       record = records.make_record(
         name,
         f'{name}.png',
@@ -78,7 +79,12 @@ class ShapesSegmentation(records.RecordsBuilder):
         images.encode_label(label),
         label.shape,
       )
-      yield name, record
+      return label, name, record
+
+    with ThreadPoolExecutor() as pool:
+      for label, name, record in pool.map(draw, range(getattr(config, split))):
+        tally.add(label)
+        yield name, record
     self.info.metadata['splits'][split] = tally.to_json()
 
 
