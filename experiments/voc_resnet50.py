@@ -27,7 +27,6 @@ def get_config():
 
   config.data.name = 'voc2012_segmentation/trainaug'
   config.data.crop_size = (513, 513)
-  config.data.threads = 16
 
   config.train.batch_size = 16
   config.train.steps = 30_000
