@@ -34,7 +34,7 @@ def prepare() -> None:
   """
   if _has_accelerator():
     return
-  # Of two settings of a flag the last counts, so that a given one holds.
+  # The last of two settings counts; those of disabled passes add up.
   given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = ' '.join([*_XLA_FLAGS, given]).strip()
   _keep_freed_memory()

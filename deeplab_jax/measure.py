@@ -266,7 +266,10 @@ def _network(
   *,
   devices: int,
 ) -> dict[str, Any]:
-  """Times a step, and its share of what a matrix product does in the time."""
+  """Times a step, and its share of what a matrix product does in the time.
+
+  Operations are those of direct convolutions; others may need fewer.
+  """
   result = _timed(call, args.repeat)
   rate = matmul_rate(config.model.dtype) * devices
   factor = flops.TRAIN_FACTOR if args.mode == 'train' else 1

@@ -48,6 +48,19 @@ SETTINGS = {
 }
 
 
+def xla_conv(x, kernel, stride=1, rate=1):
+  """The oracle of convolution, symmetrically padded."""
+  pad = rate * (kernel.shape[0] // 2)
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(pad, pad)] * 2,
+    rhs_dilation=(rate, rate),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
   """A run of 6 steps: folder, workdir, settings, config and the result.

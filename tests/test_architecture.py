@@ -10,7 +10,7 @@ import pytest
 import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
-BASE = {'errors', 'disk', 'models.convolutions'}  # serve every floor
+BASE = {'errors', 'disk', 'models.convolutions'}  # below the floors
 FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',

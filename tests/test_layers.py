@@ -6,23 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import xla_conv
 from flax import linen as nn
-from jax import lax
 
 from deeplab_jax.models import convolutions, layers
-
-
-def xla_conv(x, kernel, stride, rate):
-  pad = rate * (kernel.shape[0] // 2)
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    [(pad, pad)] * 2,
-    rhs_dilation=(rate, rate),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-
 
 SIZES = ((5, 8), (9, 9), (12, 7))
 KINDS = (
@@ -40,9 +27,9 @@ CASES = [(size, *kind, 3, 4) for size, kind in itertools.product(SIZES, KINDS)]
 # three take Winograd's for many of both where that saves products.
 CASES += [
   (size, 3, stride, rate, 80, features)
-  for size in ((5, 8), (9, 9))
+  for sizes, features in ((((5, 8), (9, 9)), 4), (((16, 17), (20, 18)), 64))
+  for size in sizes
   for stride, rate in ((1, 1), (2, 1), (1, 2), (1, 6))
-  for features in (4, 64)
 ]
 
 
@@ -79,6 +66,7 @@ def test_conv2d_equals_xla_in_value_and_gradient(
     (33, 6, 64, jnp.float32, True),
     (33, 8, 64, jnp.float32, False),  # tiles of 3 over 5 pixels
     (33, 1, 16, jnp.float32, False),
+    (9, 1, 64, jnp.float32, False),
     (33, 1, 64, jnp.bfloat16, False),
   ],
 )

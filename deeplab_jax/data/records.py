@@ -28,6 +28,7 @@ _CHUNK = 64  # records in memory at once
 _SHARD = 4096  # records in a file
 
 _Item = TypeVar('_Item', bound='Item')
+_T = TypeVar('_T')
 _Read = TypeVar('_Read')
 
 
@@ -152,21 +153,32 @@ def readable(
   Raises:
     UserError: naming the file.
   """
+
+  def attempt(item: _Item) -> tuple[_Item, Any]:
+    try:
+      return item, read(item)
+    except errors.UnreadableError as error:
+      return item, error
+
+  for item, value in in_threads(items, attempt):
+    if not isinstance(value, errors.UnreadableError):
+      yield item, value
+    elif on_bad_image == 'stop':
+      raise errors.UserError(
+        f"{value}, or set config.data.on_bad_image='skip'"
+      ) from value
+    else:
+      log.warning('Skipped %r of split %r: %s', item.name, split, value)
+
+
+def in_threads(
+  items: Iterable[_T], function: Callable[[_T], _Read]
+) -> Iterator[_Read]:
+  """Yields the function's results in order, computed on all cores."""
   items = iter(items)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     while chunk := list(itertools.islice(items, _CHUNK)):
-      results = [threads.submit(read, item) for item in chunk]
-      for item, result in zip(chunk, results, strict=True):
-        try:
-          value = result.result()
-        except errors.UnreadableError as error:
-          if on_bad_image == 'stop':
-            raise errors.UserError(
-              f"{error}, or set config.data.on_bad_image='skip'"
-            ) from error
-          log.warning('Skipped %r of split %r: %s', item.name, split, error)
-        else:
-          yield item, value
+      yield from threads.map(function, chunk)
 
 
 def check_size(

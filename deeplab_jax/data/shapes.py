@@ -11,7 +11,6 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -81,10 +80,10 @@ class ShapesSegmentation(records.RecordsBuilder):
       )
       return label, name, record
 
-    with ThreadPoolExecutor() as pool:
-      for label, name, record in pool.map(draw, range(getattr(config, split))):
-        tally.add(label)
-        yield name, record
+    drawn = records.in_threads(range(getattr(config, split)), draw)
+    for label, name, record in drawn:
+      tally.add(label)
+      yield name, record
     self.info.metadata['splits'][split] = tally.to_json()
 
 

@@ -1,9 +1,9 @@
 """Ways to compute one convolution; `layers.conv2d` chooses among them.
 
-All take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad
+They take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad
 symmetrically with `rate * (k - 1) / 2` zeros and return [B, ceil(H / stride),
-ceil(W / stride), Cout]. All are linear in x and in the kernel, and can be
-transposed in either.
+ceil(W / stride), Cout], `by_winograd` at k 3 and stride 1 alone. All are linear
+in x and in the kernel, and can be transposed in either.
 """
 
 from typing import Any
@@ -92,7 +92,7 @@ def by_taps(
   return total.astype(x.dtype)
 
 
-def _on_map(size: int, offset: int, stride: int = 1) -> tuple[int, int]:
+def _on_map(size: int, offset: int, stride: int) -> tuple[int, int]:
   """First and last output pixel whose tap at `offset` is on the map."""
   out = -(-size // stride)
   first = max(-(offset // stride), 0)
@@ -123,8 +123,8 @@ def _toom_cook(
   # `input` from what it has to do: output j is the sum of k[s] * x[j + s].
   both = np.einsum('jp,ps->jsp', output, kernel).reshape(3 * tile, -1)
   wanted = [np.eye(tile + 2)[j + s] for j in range(tile) for s in range(3)]
-  input = np.linalg.lstsq(both, np.array(wanted))[0]
-  return output, kernel, input.round(12)  # zeros are zeros
+  solution = np.linalg.lstsq(both, np.array(wanted))[0]
+  return output, kernel, solution.round(12)  # zeros are zeros
 
 
 # Of tiles of 3, these points have the least rounding: twice that of tiles of 2.
@@ -144,6 +144,8 @@ def by_winograd(
   With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient
   of the convolution with respect to x does.
   """
+  if kernel.shape[:2] != (3, 3):
+    raise ValueError(f'kernel must be 3x3, got {kernel.shape[:2]}')
   batch, height, width, channels = x.shape
   high, wide = (_tiles(size, rate) for size in (height, width))
   x = jnp.pad(

@@ -25,9 +25,11 @@ _TAPS_FROM_RATE = 4
 # for the gradient of the kernel.
 _PATCHES_TO_INPUTS = 64
 
-# Winograd's algorithm saves products and adds transforms, which take as long
-# as the products of few channels.
+# Winograd's algorithm saves products and adds transforms: those of the map take
+# as long as the products of few channels, that of the kernel as those of few
+# pixels.
 _WINOGRAD_UP_TO = 0.55
+_WINOGRAD_FROM_SIZE = 16
 _WINOGRAD_FROM_CHANNELS = 64
 
 
@@ -84,7 +86,7 @@ def conv2d(
   return convolutions.by_xla(x, kernel, stride, rate)
 
 
-def _forward(
+def _conv2d_forward(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> jax.Array:
   if _winograd_pays(x, kernel, stride, rate):
@@ -101,26 +103,27 @@ def _winograd_pays(
     kernel.shape[0] == 3
     and stride == 1
     and x.dtype == jnp.float32
+    and min(x.shape[1:3]) >= _WINOGRAD_FROM_SIZE
     and min(kernel.shape[2:]) >= _WINOGRAD_FROM_CHANNELS
     and convolutions.winograd_share(*x.shape[1:3], rate) <= _WINOGRAD_UP_TO
   )
 
 
-def _save(
+def _conv2d_and_saved(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _forward(x, kernel, stride, rate), (x, kernel)
+  return _conv2d_forward(x, kernel, stride, rate), (x, kernel)
 
 
-def _backward(
+def _conv2d_backward(
   stride: int,
   rate: int,
   saved: tuple[jax.Array, jax.Array],
   gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of x and of the kernel, that one by matrix products.
+  """Gradients with respect to x and to the kernel.
 
-  XLA's convolution takes two to six times as long for it.
+  XLA's convolution takes two to six times as long for the second.
   """
   # Tied to the gradient, lest windows of x are kept from the forward pass.
   x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
@@ -129,7 +132,7 @@ def _backward(
     form = functools.partial(convolutions.by_winograd, rate=rate)
   else:
     (to_x,) = jax.linear_transpose(
-      lambda x: _forward(x, kernel, stride, rate), x
+      lambda x: _conv2d_forward(x, kernel, stride, rate), x
     )(gradient)
     few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
     form = convolutions.by_patches if few_inputs else convolutions.by_taps
@@ -140,8 +143,8 @@ def _backward(
   return to_x, to_kernel
 
 
-_conv2d_on_cpu = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
-_conv2d_on_cpu.defvjp(_save, _backward)
+_conv2d_on_cpu = jax.custom_vjp(_conv2d_forward, nondiff_argnums=(2, 3))
+_conv2d_on_cpu.defvjp(_conv2d_and_saved, _conv2d_backward)
 
 
 class Conv(nn.Module):
