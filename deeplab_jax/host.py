@@ -1,21 +1,19 @@
 """What a process sets before JAX starts, and the cache of its programs.
 
 On a CPU, XLA takes the memory of a step from malloc, which gives it back to
-the system at the end of the step: a third of the time then goes into mapping
-it anew, page by page.
+the system at the end of the step. Mapping it anew page by page would take up to
+a third of the time.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _XLA_FLAGS = (
   # XLA's barriers hold until maps are computed again in the backward pass; else
@@ -25,6 +23,32 @@ _XLA_FLAGS = (
   # come compiled.
   '--xla_backend_optimization_level=1',
 )
+
+# From glibc 2.35 on; others ignore it.
+_TUNABLE = 'glibc.malloc.hugetlb'
+_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+def restart_on_huge_pages(module: str) -> None:
+  """Starts `python -m module` anew if malloc is to ask for huge pages.
+
+  2 MB are then mapped at a time. The C library reads its settings before Python
+  runs, hence the restart, once and at the very beginning. Nothing happens where
+  the system gives such pages unasked or not at all, for accelerators, and in
+  programs that were started in another way.
+  """
+  given = os.environ.get('GLIBC_TUNABLES', '')
+  started = sys.orig_argv[1:3] == ['-m', module]
+  if not started or _TUNABLE in given or _has_accelerator():
+    return
+  try:
+    on_request = '[madvise]' in _HUGE_PAGES.read_text()
+  except OSError:
+    return
+  if on_request:
+    own = f'{_TUNABLE}=1'
+    os.environ['GLIBC_TUNABLES'] = ':'.join([given, own] if given else [own])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare() -> None:
@@ -37,7 +61,7 @@ def prepare() -> None:
   # The last of two settings counts; those of disabled passes add up.
   given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = ' '.join([*_XLA_FLAGS, given]).strip()
-  _keep_freed_memory()
+  _give_back_after_compiling()
 
 
 def cache_programs(directory: Path) -> None:
@@ -54,23 +78,15 @@ def _has_accelerator() -> bool:
   return bool(plugins) or importlib.util.find_spec('libtpu') is not None
 
 
-def _keep_freed_memory() -> None:
-  """Lets glibc's malloc keep what is freed; does nothing in other libraries.
-
-  What compiling leaves is given back at once, since a step cannot use it.
-  """
+def _give_back_after_compiling() -> None:
+  """Returns to the system what compiling took, which malloc keeps else."""
   try:
-    libc = ctypes.CDLL(None)
-    set_option, trim = libc.mallopt, libc.malloc_trim
-  except (AttributeError, OSError, TypeError):
+    trim = ctypes.CDLL(None).malloc_trim
+  except (AttributeError, OSError, TypeError):  # not glibc
     return
-  # One heap for all threads, as the others cannot grow beyond 64 MB.
-  set_option(_M_ARENA_MAX, 1)
-  set_option(_M_MMAP_MAX, 0)
-  set_option(_M_TRIM_THRESHOLD, -1)
 
-  def trim_after_compiling(event: str, *_: Any, **__: Any) -> None:
+  def listen(event: str, *_: Any, **__: Any) -> None:
     if event.endswith('backend_compile_duration'):
       trim(0)
 
-  jax.monitoring.register_event_duration_secs_listener(trim_after_compiling)
+  jax.monitoring.register_event_duration_secs_listener(listen)

@@ -120,4 +120,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  importlib.import_module('deeplab_jax.host').restart_on_huge_pages(
+    'deeplab_jax.main'
+  )
   app.run(_run, flags_parser=_parse_flags)

@@ -398,6 +398,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  host.restart_on_huge_pages('deeplab_jax.measure')
   options.log_to_stderr()
   with options.one_line_errors():
     main(sys.argv[1:])

@@ -3,23 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-FAULTS = """
-import resource
-from deeplab_jax import host
-{prepare}
-import jax, jax.numpy as jnp
-step = jax.jit(lambda x: (jnp.sin(x @ x) @ x + x).sum())
-x = jnp.ones((2000, 2000))
-for _ in range(10):
-  jax.block_until_ready(step(x))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-  jax.block_until_ready(step(x))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def run(program, **environment):
@@ -38,16 +26,84 @@ def run(program, **environment):
   return done.stdout.split()
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason="glibc's malloc")
-def test_steps_map_no_memory_anew():
-  unprepared, prepared = (
-    int(
-      run(FAULTS.format(prepare=line), JAX_PLATFORMS='cpu', XLA_FLAGS=None)[-1]
+PROBE = """
+import ctypes, os, pathlib, resource, sys
+from deeplab_jax import host
+host._HUGE_PAGES = pathlib.Path(sys.argv[1])
+host.restart_on_huge_pages('probe')
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before, size = faults(), 2**28
+libc.memset(libc.malloc(size), 1, size)
+print(faults() - before, os.environ.get('GLIBC_TUNABLES', ''), *sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def probe(tmp_path):
+  """Runs the probe as a module; gives its page faults, setting and argument."""
+  (tmp_path / 'probe.py').write_text(PROBE)
+
+  def run_probe(
+    setting='always [madvise] never', start=('-m', 'probe'), **environment
+  ):
+    setting_file = tmp_path / 'enabled'
+    setting_file.write_text(setting)
+    done = subprocess.run(
+      [sys.executable, *start, setting_file, 'an argument'],
+      capture_output=True,
+      text=True,
+      check=True,
+      env={
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'GLIBC_TUNABLES': '',
+        'PYTHONPATH': str(tmp_path),
+        **environment,
+      },
     )
-    for line in ('', 'host.prepare()')
-  )
-  # Some steps find the heap in pieces and take more of it.
-  assert unprepared > 3 * prepared
+    faults, tunables, argument = done.stdout.split(' ', 2)
+    assert argument == 'an argument\n'
+    return int(faults), tunables
+
+  return run_probe
+
+
+def test_restart_asks_malloc_for_huge_pages(probe):
+  assert probe()[1] == 'glibc.malloc.hugetlb=1'
+  own = 'glibc.malloc.check=0'
+  assert probe(GLIBC_TUNABLES=own)[1] == f'{own}:glibc.malloc.hugetlb=1'
+
+
+@pytest.mark.skipif(
+  not HUGE_PAGES.exists() or '[madvise]' not in HUGE_PAGES.read_text(),
+  reason='this system gives no huge pages on request',
+)
+def test_memory_is_mapped_by_huge_pages(probe):
+  without, _ = probe('never')
+  if without < 2**28 // 4096:
+    pytest.skip('this system does not count page faults')
+  assert probe()[0] < without / 8
+
+
+@pytest.mark.parametrize(
+  'circumstances',
+  [
+    {'setting': '[always] madvise never'},
+    {'setting': 'always madvise [never]'},
+    {'JAX_PLATFORMS': 'cuda'},
+    {'start': ('-c', 'import probe')},
+  ],
+)
+def test_no_restart_without_need(probe, circumstances):
+  assert probe(**circumstances)[1] == ''
+
+
+def test_a_setting_of_the_user_stays(probe):
+  own = 'glibc.malloc.hugetlb=0'
+  assert probe(GLIBC_TUNABLES=own)[1] == own
 
 
 PROGRAM = """
