@@ -112,24 +112,31 @@ def train_step(
     weighted, weights = _weigh(
       losses, batch['label'], ignore_label, class_weights, hardest
     )
-    total = lax.psum(weights.sum(), axis_name)
+    total = _across(lax.psum, weights.sum(), axis_name)
     loss = weighted.sum() / jnp.where(total > 0, total, 1)
     return loss, updated['batch_stats']
 
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
     state.params
   )
-  loss, gradients = lax.psum((loss, gradients), axis_name)
+  loss, gradients = _across(lax.psum, (loss, gradients), axis_name)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    batch_stats=lax.pmean(batch_stats, axis_name),
+    batch_stats=_across(lax.pmean, batch_stats, axis_name),
     opt_state=opt_state,
   )
   return state, {'loss': loss, 'grad_norm': optax.global_norm(gradients)}
+
+
+def _across(
+  collective: Callable[[Any, str], Any], tree: Any, axis_name: str
+) -> Any:
+  """Combines what the devices hold; of one alone XLA would make a copy."""
+  return tree if lax.axis_size(axis_name) == 1 else collective(tree, axis_name)
 
 
 def _weigh(

@@ -226,8 +226,9 @@ class BatchNorm(nn.Module):
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
     mean, square = x.mean(axes), jnp.square(x).mean(axes)
-    if self.axis_name is not None and not self.is_initializing():
-      mean, square = lax.pmean((mean, square), self.axis_name)
+    name = self.axis_name
+    if name and not self.is_initializing() and lax.axis_size(name) > 1:
+      mean, square = lax.pmean((mean, square), name)
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
