@@ -75,28 +75,32 @@ def by_taps(
   for i, tap in enumerate(taps):
     window, pads = x, [(0, 0)]
     for axis, offset in ((1, i // size), (2, i % size)):
-      offset = rate * (offset - size // 2)
-      first, last = _on_map(x.shape[axis], offset, stride)
-      if first > last:
-        break
-      window = lax.slice_in_dim(
-        window,
-        first * stride + offset,
-        last * stride + offset + 1,
-        stride,
-        axis,
+      window, off_map = under_tap(
+        window, axis, rate * (offset - size // 2), stride
       )
-      pads.append((first, out[axis - 1] - 1 - last))
-    else:
+      pads.append(off_map)
+    if window.size:
       total += jnp.pad(matmul(window, tap, dtype), (*pads, (0, 0)))
   return total.astype(x.dtype)
 
 
-def _on_map(size: int, offset: int, stride: int) -> tuple[int, int]:
-  """First and last output pixel whose tap at `offset` is on the map."""
+def under_tap(
+  x: jax.Array, axis: int, offset: int, stride: int = 1
+) -> tuple[jax.Array, tuple[int, int]]:
+  """The pixels at `offset` from every `stride`th one of an axis.
+
+  Returns:
+    Those on the map, and how many are off the map before and behind them.
+  """
+  size = x.shape[axis]
   out = -(-size // stride)
   first = max(-(offset // stride), 0)
-  return first, min((size - 1 - offset) // stride, out - 1)
+  last = min((size - 1 - offset) // stride, out - 1)
+  if first > last:
+    return lax.slice_in_dim(x, 0, 0, axis=axis), (out, 0)
+  start, stop = first * stride + offset, last * stride + offset + 1
+  window = lax.slice_in_dim(x, start, stop, stride, axis)
+  return window, (first, out - 1 - last)
 
 
 def _toom_cook(
@@ -165,7 +169,8 @@ def by_winograd(
   # The products of a row at a time, while they are in the caches.
   for to_row, to_kernel in zip(_INPUT, to_products, strict=True):
     row = lax.optimization_barrier(_weighted_sum(to_row, rows))
-    columns = _transform(_INPUT, jnp.stack(_windows(row, 3)))
+    columns = _windows(row, 3)
+    columns = jnp.stack([_weighted_sum(weights, columns) for weights in _INPUT])
     y = lax.dot_general(
       columns.reshape(_PRODUCTS, -1, channels),
       _transform(np.kron(to_kernel, to_products), kernel),

@@ -272,18 +272,17 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
       zeros, as Keras does, which wins over negative values.
   """
   check_choice('stem_pool', padding, POOL_PADDINGS)
-  border = 0.0 if padding == 'zero' else -jnp.inf
+  border = jnp.asarray(0 if padding == 'zero' else -jnp.inf, x.dtype)
   for axis in (1, 2):
-    size = x.shape[axis]
-    out = -(-size // 2)
     # How far the first window reaches out; 'same' pads even sizes at the end.
-    before = 0 if padding == 'same' and size % 2 == 0 else 1
-    pads = [(0, 0)] * 4
-    pads[axis] = (before, 2 * out + 1 - before - size)
-    padded = jnp.pad(x, pads, constant_values=border)
-    first, second, third = (
-      lax.slice_in_dim(padded, i, i + 2 * out - 1, 2, axis) for i in range(3)
-    )
+    before = 0 if padding == 'same' and x.shape[axis] % 2 == 0 else 1
+    taps = []
+    for i in range(3):
+      tap, off_map = convolutions.under_tap(x, axis, i - before, 2)
+      pads = [(0, 0, 0)] * 4
+      pads[axis] = (*off_map, 0)
+      taps.append(lax.pad(tap, border, pads))
+    first, second, third = taps
     # The gradient goes to the first of equal values, as that of a maximum in
     # XLA does, whose own windows take ten times as long to differentiate.
     x = jnp.where(first >= second, first, second)
