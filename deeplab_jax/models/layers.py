@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deeplab_jax.models import convolutions
 
@@ -34,21 +33,19 @@ _WINOGRAD_FROM_CHANNELS = 64
 
 
 REMATERIALIZATIONS = ('', 'none', 'elementwise', 'block')
-_CONVOLVED = 'convolved'
 
 
 def rematerialize(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`nn.remat` that keeps convolutions and statistics for the backward pass.
+  """`nn.remat` that keeps the batch statistics.
 
-  What lies between, normalised maps and ReLUs, takes the memory of the
-  convolutions once more, and next to no time to compute again.
+  For batch normalisation, ReLU and convolution in a row: the maps between take
+  the memory of the convolutions once more, and next to no time to compute
+  again. The convolution is not, as nothing needs its result.
   """
   return nn.remat(function, policy=_keeps)
 
 
-def _keeps(primitive: Any, *_: Any, **parameters: Any) -> bool:
-  if primitive.name == 'name':
-    return parameters['name'] == _CONVOLVED
+def _keeps(primitive: Any, *_: Any, **__: Any) -> bool:
   return primitive.name in ('reduce_sum', 'psum')
 
 
@@ -176,7 +173,7 @@ class Conv(nn.Module):
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
       x = x + bias.astype(self.dtype)
-    return checkpoint_name(x, _CONVOLVED)
+    return x
 
 
 class BatchNorm(nn.Module):

@@ -5,6 +5,7 @@ output stride and multi-grid from Chen et al., "Rethinking Atrous Convolution
 for Semantic Image Segmentation" (2017), sections 3.1 and 3.2.1.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,7 @@ class PreActBasicUnit(nn.Module):
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
+  rematerialization: str = 'none'
   norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
@@ -113,19 +115,13 @@ class PreActBasicUnit(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Adds the residual; `train` uses and updates the batch statistics."""
     stride, rate, rate_out = self.geometry
-    preact, shortcut = _preact_and_shortcut(self, x, self.features, train)
-    y = Conv(self.features, 3, stride, rate, dtype=self.dtype, name='conv1')(
-      preact
+    conv = functools.partial(Conv, self.features, 3, dtype=self.dtype)
+    conv1 = functools.partial(conv, stride, rate, name='conv1')
+    conv2 = functools.partial(
+      conv, rate=rate_out, use_bias=self.conv_bias, name='conv2'
     )
-    y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
-    return shortcut + Conv(
-      self.features,
-      3,
-      rate=rate_out,
-      use_bias=self.conv_bias,
-      dtype=self.dtype,
-      name='conv2',
-    )(y)
+    shortcut, y = _enter(self, conv1, self.features, x, train)
+    return shortcut + _norm_relu_conv(self, 'norm1', conv2, y, train)
 
 
 class PreActBottleneckUnit(nn.Module):
@@ -138,6 +134,7 @@ class PreActBottleneckUnit(nn.Module):
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
+  rematerialization: str = 'none'
   norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = jnp.float32
 
@@ -147,33 +144,66 @@ class PreActBottleneckUnit(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Adds the residual; `train` uses and updates the batch statistics."""
     stride, rate, _ = self.geometry
+    conv = functools.partial(Conv, dtype=self.dtype)
     out = self.expansion * self.features
-    preact, shortcut = _preact_and_shortcut(self, x, out, train)
-    y = Conv(self.features, dtype=self.dtype, name='conv1')(preact)
-    y = nn.relu(self.norm(name='norm1')(y, use_running_average=not train))
-    y = Conv(self.features, 3, stride, rate, dtype=self.dtype, name='conv2')(y)
-    y = nn.relu(self.norm(name='norm2')(y, use_running_average=not train))
-    return shortcut + Conv(
-      out, use_bias=self.conv_bias, dtype=self.dtype, name='conv3'
-    )(y)
+    conv1 = functools.partial(conv, self.features, name='conv1')
+    conv2 = functools.partial(
+      conv, self.features, 3, stride, rate, name='conv2'
+    )
+    conv3 = functools.partial(conv, out, use_bias=self.conv_bias, name='conv3')
+    shortcut, y = _enter(self, conv1, out, x, train)
+    y = _norm_relu_conv(self, 'norm1', conv2, y, train)
+    return shortcut + _norm_relu_conv(self, 'norm2', conv3, y, train)
 
 
-def _preact_and_shortcut(
-  unit: nn.Module, x: jax.Array, features: int, train: bool
+def _enter(
+  unit: nn.Module,
+  conv: Callable[[], nn.Module],
+  features: int,
+  x: jax.Array,
+  train: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """BN and ReLU of the input, and the path that the residual is added to."""
+  """The path that the residual is added to, and the first convolution.
+
+  Both read the input behind BN and ReLU, unless the first can be the input
+  itself.
+  """
   stride = unit.geometry.stride
-  preact = nn.relu(unit.norm(name='preact')(x, use_running_average=not train))
-  if x.shape[-1] == features:
-    return preact, x[:, ::stride, ::stride]
-  shortcut = Conv(
-    features,
-    stride=stride,
-    use_bias=unit.conv_bias,
-    dtype=unit.dtype,
-    name='shortcut',
-  )
-  return preact, shortcut(preact)
+
+  def run(unit: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    preact = nn.relu(unit.norm(name='preact')(x, use_running_average=not train))
+    if x.shape[-1] == features:
+      return x[:, ::stride, ::stride], conv()(preact)
+    shortcut = Conv(
+      features,
+      stride=stride,
+      use_bias=unit.conv_bias,
+      dtype=unit.dtype,
+      name='shortcut',
+    )
+    return shortcut(preact), conv()(preact)
+
+  return _rematerialized(unit, run)(unit, x)
+
+
+def _norm_relu_conv(
+  unit: nn.Module,
+  norm: str,
+  conv: Callable[[], nn.Module],
+  x: jax.Array,
+  train: bool,
+) -> jax.Array:
+  def run(unit: nn.Module, x: jax.Array) -> jax.Array:
+    x = unit.norm(name=norm)(x, use_running_average=not train)
+    return conv()(nn.relu(x))
+
+  return _rematerialized(unit, run)(unit, x)
+
+
+def _rematerialized(
+  unit: nn.Module, run: Callable[..., Any]
+) -> Callable[..., Any]:
+  return rematerialize(run) if unit.rematerialization == 'elementwise' else run
 
 
 class Block(nn.Module):
@@ -194,15 +224,14 @@ class Block(nn.Module):
     def apply(unit: nn.Module, x: jax.Array) -> jax.Array:
       return unit(x, train=train)
 
-    if self.rematerialization == 'elementwise':
-      apply = rematerialize(apply)
-    elif self.rematerialization == 'block':
+    if self.rematerialization == 'block':
       apply = nn.remat(apply)
     for i, geometry in enumerate(self.geometry, 1):
       unit = self.unit(
         self.features,
         geometry,
         conv_bias=self.conv_bias,
+        rematerialization=self.rematerialization,
         norm=self.norm,
         dtype=self.dtype,
         name=f'unit{i}',
