@@ -56,6 +56,21 @@ def test_transposed_winograd_is_the_gradient_with_respect_to_x(rate):
     np.testing.assert_allclose(ours, pull(gradient)[0], atol=1e-9)
 
 
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('offset', [-9, -2, 0, 1, 4, 9])
+def test_pixels_under_a_tap_are_those_of_the_padded_map(offset, stride):
+  x = np.arange(1.0, 15).reshape(2, 7)
+  window, (before, behind) = convolutions.under_tap(x, 1, offset, stride)
+  margin = 10
+  padded = np.pad(x, ((0, 0), (margin, margin)))
+  start = margin + offset
+  np.testing.assert_array_equal(
+    np.pad(window, ((0, 0), (before, behind))),
+    padded[:, start : start + 7 : stride],
+  )
+  assert np.all(window > 0)
+
+
 def test_winograd_share_of_hand_counted_products():
   # 3 tiles of 5 products a line; the taps reach 8, 9 and 8 pixels of 9.
   assert convolutions.winograd_share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
