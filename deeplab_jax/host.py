@@ -24,31 +24,63 @@ _XLA_FLAGS = (
   '--xla_backend_optimization_level=1',
 )
 
-# From glibc 2.35 on; others ignore it.
-_TUNABLE = 'glibc.malloc.hugetlb'
+_GLIBC = (2, 35)  # the first that knows this setting
+_HUGE_PAGES_SETTING = 'glibc.malloc.hugetlb'
 _HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+# Marks a restarted process and keeps the GLIBC_TUNABLES that it was given.
+_RESTARTED = 'DEEPLAB_JAX_RESTARTED'
 
 
 def restart_on_huge_pages(module: str) -> None:
   """Starts `python -m module` anew if malloc is to ask for huge pages.
 
   2 MB are then mapped at a time. The C library reads its settings before Python
-  runs, hence the restart, once and at the very beginning. Nothing happens where
-  the system gives such pages unasked or not at all, for accelerators, and in
-  programs that were started in another way.
+  runs, hence the restart, once; the program that comes back sees the
+  environment it was given. Nothing happens where the system gives such pages
+  unasked or not at all, for accelerators, in programs that were started in
+  another way, and where GLIBC_TUNABLES has this setting already.
+
+  Needs to run before anything is opened or started.
   """
+  if _RESTARTED in os.environ:
+    _set_tunables(os.environ.pop(_RESTARTED))
+    return
   given = os.environ.get('GLIBC_TUNABLES', '')
-  started = sys.orig_argv[1:3] == ['-m', module]
-  if not started or _TUNABLE in given or _has_accelerator():
+  if (
+    _HUGE_PAGES_SETTING in given
+    or not _is_program(module)
+    or _has_accelerator()
+    or not _gives_huge_pages_on_request()
+  ):
     return
+  own = f'{_HUGE_PAGES_SETTING}=1'
+  os.environ[_RESTARTED] = given
+  _set_tunables(f'{given}:{own}' if given else own)
   try:
-    on_request = '[madvise]' in _HUGE_PAGES.read_text()
-  except OSError:
-    return
-  if on_request:
-    own = f'{_TUNABLE}=1'
-    os.environ['GLIBC_TUNABLES'] = ':'.join([given, own] if given else [own])
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  except OSError:  # goes on with pages of the usual size
+    _set_tunables(os.environ.pop(_RESTARTED))
+
+
+def _set_tunables(value: str) -> None:
+  if value:
+    os.environ['GLIBC_TUNABLES'] = value
+  else:
+    os.environ.pop('GLIBC_TUNABLES', None)
+
+
+def _is_program(module: str) -> bool:
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  return spec is not None and spec.name == module
+
+
+def _gives_huge_pages_on_request() -> bool:
+  try:
+    name, version = os.confstr('CS_GNU_LIBC_VERSION').split()
+    known = tuple(map(int, version.split('.')))[:2] >= _GLIBC
+    return name == 'glibc' and known and '[madvise]' in _HUGE_PAGES.read_text()
+  except (AttributeError, OSError, ValueError):  # not glibc, or not Linux
+    return False
 
 
 def prepare() -> None:
@@ -79,7 +111,7 @@ def _has_accelerator() -> bool:
 
 
 def _give_back_after_compiling() -> None:
-  """Returns to the system what compiling took, which malloc keeps else."""
+  """Returns to the system what compiling took, which malloc would keep."""
   try:
     trim = ctypes.CDLL(None).malloc_trim
   except (AttributeError, OSError, TypeError):  # not glibc

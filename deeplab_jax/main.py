@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     _driver('prepare').prepare(config, workdir)
     return
   host = importlib.import_module('deeplab_jax.host')
+  host.restart_on_huge_pages(__spec__.name)
   host.prepare()
   host.cache_programs(workdir / 'compilation_cache')
   distributed = importlib.import_module('deeplab_jax.distributed')
@@ -120,7 +121,4 @@ def _run(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  importlib.import_module('deeplab_jax.host').restart_on_huge_pages(
-    'deeplab_jax.main'
-  )
   app.run(_run, flags_parser=_parse_flags)

@@ -373,8 +373,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
   """Measures what the options say and prints it."""
-  host.prepare()
   args, settings = _parse(argv)
+  host.restart_on_huge_pages(__spec__.name)
+  host.prepare()
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':
     result = startup(args, settings)
@@ -398,7 +399,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  host.restart_on_huge_pages('deeplab_jax.measure')
   options.log_to_stderr()
   with options.one_line_errors():
     main(sys.argv[1:])

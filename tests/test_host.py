@@ -1,23 +1,23 @@
 """What a process sets for a CPU, seen from processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+from deeplab_jax import host
 
 
-def run(program, **environment):
+def run(*arguments, **environment):
   environment = {
     name: value
     for name, value in {**os.environ, **environment}.items()
     if value is not None
   }
   done = subprocess.run(
-    [sys.executable, '-c', program],
+    [sys.executable, *arguments],
     capture_output=True,
     text=True,
     check=True,
@@ -27,65 +27,85 @@ def run(program, **environment):
 
 
 PROBE = """
-import ctypes, os, pathlib, resource, sys
+import ctypes, json, os, pathlib, resource, sys
 from deeplab_jax import host
+before = os.environ.get('GLIBC_TUNABLES')
 host._HUGE_PAGES = pathlib.Path(sys.argv[1])
+os.confstr = lambda name: sys.argv[2]
+{fault}
 host.restart_on_huge_pages('probe')
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before, size = faults(), 2**28
+start, size = faults(), 2**28
 libc.memset(libc.malloc(size), 1, size)
-print(faults() - before, os.environ.get('GLIBC_TUNABLES', ''), *sys.argv[2:])
+print(json.dumps({{
+  'faults': faults() - start,
+  'at_start': before,
+  'now': os.environ.get('GLIBC_TUNABLES'),
+  'marked': host._RESTARTED in os.environ,
+  'argument': sys.argv[3],
+}}))
 """
+HUGE = 'glibc.malloc.hugetlb=1'
 
 
 @pytest.fixture
 def probe(tmp_path):
-  """Runs the probe as a module; gives its page faults, setting and argument."""
-  (tmp_path / 'probe.py').write_text(PROBE)
+  """Runs the probe, as a module unless told otherwise; gives what it saw."""
 
   def run_probe(
-    setting='always [madvise] never', start=('-m', 'probe'), **environment
+    setting='always [madvise] never',
+    libc='glibc 2.35',
+    start=('-m', 'probe'),
+    fault='',
+    **environment,
   ):
+    (tmp_path / 'probe.py').write_text(PROBE.format(fault=fault))
     setting_file = tmp_path / 'enabled'
     setting_file.write_text(setting)
+    inherited = dict(os.environ)
+    inherited.pop('GLIBC_TUNABLES', None)
     done = subprocess.run(
-      [sys.executable, *start, setting_file, 'an argument'],
+      [sys.executable, *start, setting_file, libc, 'an argument'],
       capture_output=True,
       text=True,
       check=True,
-      env={
-        **os.environ,
-        'JAX_PLATFORMS': 'cpu',
-        'GLIBC_TUNABLES': '',
-        'PYTHONPATH': str(tmp_path),
-        **environment,
-      },
+      env=inherited
+      | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(tmp_path), **environment},
+      timeout=60,
     )
-    faults, tunables, argument = done.stdout.split(' ', 2)
-    assert argument == 'an argument\n'
-    return int(faults), tunables
+    seen = json.loads(done.stdout)
+    assert seen['argument'] == 'an argument' and not seen['marked']
+    return seen
 
   return run_probe
 
 
-def test_restart_asks_malloc_for_huge_pages(probe):
-  assert probe()[1] == 'glibc.malloc.hugetlb=1'
-  own = 'glibc.malloc.check=0'
-  assert probe(GLIBC_TUNABLES=own)[1] == f'{own}:glibc.malloc.hugetlb=1'
-
-
-@pytest.mark.skipif(
-  not HUGE_PAGES.exists() or '[madvise]' not in HUGE_PAGES.read_text(),
-  reason='this system gives no huge pages on request',
+@pytest.mark.parametrize(
+  'start', [('-m', 'probe'), ('-u', '-X', 'utf8', '-m', 'probe')]
 )
-def test_memory_is_mapped_by_huge_pages(probe):
-  without, _ = probe('never')
-  if without < 2**28 // 4096:
-    pytest.skip('this system does not count page faults')
-  assert probe()[0] < without / 8
+def test_restart_asks_malloc_for_huge_pages(probe, start):
+  seen = probe(start=start)
+  assert seen['at_start'] == HUGE and seen['now'] is None
+
+
+def test_restart_keeps_the_settings_of_the_user(probe):
+  own = 'glibc.malloc.check=0'
+  seen = probe(GLIBC_TUNABLES=own)
+  assert seen['at_start'] == f'{own}:{HUGE}' and seen['now'] == own
+
+
+def test_restarts_once_though_the_setting_is_lost(probe):
+  lose = "os.environ.pop('GLIBC_TUNABLES', None)"
+  seen = probe(fault=lose)
+  assert seen['at_start'] == HUGE and seen['now'] is None
+
+
+def test_goes_on_where_no_program_can_be_started(probe):
+  seen = probe(fault="sys.executable = '/missing/python'")
+  assert seen['at_start'] is None and seen['now'] is None
 
 
 @pytest.mark.parametrize(
@@ -93,17 +113,64 @@ def test_memory_is_mapped_by_huge_pages(probe):
   [
     {'setting': '[always] madvise never'},
     {'setting': 'always madvise [never]'},
+    {'libc': 'glibc 2.34'},
+    {'libc': 'musl 1.2'},
     {'JAX_PLATFORMS': 'cuda'},
     {'start': ('-c', 'import probe')},
   ],
 )
 def test_no_restart_without_need(probe, circumstances):
-  assert probe(**circumstances)[1] == ''
+  assert probe(**circumstances)['at_start'] is None
 
 
 def test_a_setting_of_the_user_stays(probe):
   own = 'glibc.malloc.hugetlb=0'
-  assert probe(GLIBC_TUNABLES=own)[1] == own
+  seen = probe(GLIBC_TUNABLES=own)
+  assert seen['at_start'] == seen['now'] == own
+
+
+@pytest.mark.skipif(
+  not host._gives_huge_pages_on_request()
+  or '[never]' in (host._HUGE_PAGES.parent / 'defrag').read_text(),
+  reason='glibc before 2.35, or a kernel that gives no huge pages on request',
+)
+def test_memory_is_mapped_by_huge_pages(probe):
+  without = probe('never')['faults']
+  if without < 2**28 // 4096:
+    pytest.skip('this kernel does not count page faults')
+  assert probe()['faults'] < without / 8
+
+
+CUSTOMIZED = """
+import os, pathlib
+from deeplab_jax import host
+host._HUGE_PAGES = pathlib.Path(__file__).with_name('enabled')
+os.confstr = lambda name: 'glibc 2.36'
+def execv(program, arguments):
+  print(os.environ['GLIBC_TUNABLES'], *arguments[1:], flush=True)
+  os._exit(0)
+os.execv = execv
+"""
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    ['deeplab_jax.main', '--mode=eval', '--workdir=w'],
+    ['deeplab_jax.measure', '--mode=forward', '--crop=17'],
+  ],
+)
+def test_the_programs_restart(tmp_path, command):
+  (tmp_path / 'sitecustomize.py').write_text(CUSTOMIZED)
+  (tmp_path / 'enabled').write_text('always [madvise] never')
+  output = run(
+    '-m',
+    *command,
+    PYTHONPATH=str(tmp_path),
+    JAX_PLATFORMS='cpu',
+    GLIBC_TUNABLES=None,
+  )
+  assert output == [HUGE, '-m', *command]
 
 
 PROGRAM = """
@@ -116,10 +183,10 @@ print(os.environ.get('XLA_FLAGS', ''))
 
 def test_options_of_the_user_come_last_and_accelerators_get_none():
   own = '--xla_backend_optimization_level=2'
-  *ours, last = run(PROGRAM, JAX_PLATFORMS='cpu', XLA_FLAGS=own)
+  *ours, last = run('-c', PROGRAM, JAX_PLATFORMS='cpu', XLA_FLAGS=own)
   assert '--xla_disable_hlo_passes=cse_barrier_expander' in ours
   assert last == own
-  assert run(PROGRAM, JAX_PLATFORMS='cuda', XLA_FLAGS=own) == [own]
+  assert run('-c', PROGRAM, JAX_PLATFORMS='cuda', XLA_FLAGS=own) == [own]
 
 
 def test_compiles_with_the_option_of_the_user():
@@ -128,7 +195,7 @@ def test_compiles_with_the_option_of_the_user():
     'print(jax.jit(lambda x: x + 1).lower(1.0).compile()(1.0))'
   )
   own = '--xla_backend_optimization_level=0 --xla_disable_hlo_passes=dce'
-  assert run(program, JAX_PLATFORMS='cpu', XLA_FLAGS=own) == ['2.0']
+  assert run('-c', program, JAX_PLATFORMS='cpu', XLA_FLAGS=own) == ['2.0']
 
 
 def test_programs_are_cached_where_the_environment_says():
@@ -137,8 +204,8 @@ def test_programs_are_cached_where_the_environment_says():
     "host.cache_programs(pathlib.Path('/w')); "
     'print(jax.config.jax_compilation_cache_dir)'
   )
-  assert run(program, JAX_COMPILATION_CACHE_DIR=None) == ['/w']
-  assert run(program, JAX_COMPILATION_CACHE_DIR='/own') == ['/own']
+  assert run('-c', program, JAX_COMPILATION_CACHE_DIR=None) == ['/w']
+  assert run('-c', program, JAX_COMPILATION_CACHE_DIR='/own') == ['/own']
 
 
 REMATERIALIZED = """
@@ -167,6 +234,7 @@ for kind in ('none', 'elementwise', 'block'):
 
 def test_rematerialization_saves_memory():
   none, elementwise, block = map(
-    int, run(REMATERIALIZED, XLA_FLAGS='--xla_backend_optimization_level=0')
+    int,
+    run('-c', REMATERIALIZED, XLA_FLAGS='--xla_backend_optimization_level=0'),
   )
   assert block < elementwise < none
