@@ -135,7 +135,11 @@ def train_step(
 def _across(
   collective: Callable[[Any, str], Any], tree: Any, axis_name: str
 ) -> Any:
-  """Combines what the devices hold; of one alone XLA would make a copy."""
+  """Combines what the devices hold; of one alone XLA would make a copy.
+
+  What one device holds then stays mapped for JAX: `pmap` takes it, `vmap` with
+  `out_axes=None` does not.
+  """
   return tree if lax.axis_size(axis_name) == 1 else collective(tree, axis_name)
 
 

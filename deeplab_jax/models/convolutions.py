@@ -89,8 +89,15 @@ def under_tap(
 ) -> tuple[jax.Array, tuple[int, int]]:
   """The pixels at `offset` from every `stride`th one of an axis.
 
+  Args:
+    x: [..., n, ...].
+    axis: of the n pixels.
+    offset: in pixels; below 0 for those in front. May lead off the map.
+    stride: the result has ceil(n / stride) places.
+
   Returns:
-    Those on the map, and how many are off the map before and behind them.
+    The m pixels on the map, [..., m, ...], and how many places before and
+    behind them are off the map.
   """
   size = x.shape[axis]
   out = -(-size // stride)

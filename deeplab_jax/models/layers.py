@@ -38,9 +38,10 @@ REMATERIALIZATIONS = ('', 'none', 'elementwise', 'block')
 def rematerialize(function: Callable[..., Any]) -> Callable[..., Any]:
   """`nn.remat` that keeps the batch statistics.
 
-  For batch normalisation, ReLU and convolution in a row: the maps between take
-  the memory of the convolutions once more, and next to no time to compute
-  again. The convolution is not, as nothing needs its result.
+  For batch normalisation, ReLU and a convolution in a row, the convolution
+  last. The maps between take the memory of the convolutions once more, and next
+  to no time to compute again. The convolution itself is not computed again:
+  its gradient needs its input and kernel, not its result.
   """
   return nn.remat(function, policy=_keeps)
 

@@ -99,7 +99,9 @@ class PreActBasicUnit(nn.Module):
   """Two 3x3 convolutions, each behind BN and ReLU (ResNet-18 and 34).
 
   The first convolution carries the stride. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), features]`.
+  [B, ceil(H / stride), ceil(W / stride), features]`. With `rematerialization`
+  'elementwise' the maps between convolutions are computed again, see
+  `ResNetV2`.
   """
 
   features: int
@@ -128,7 +130,9 @@ class PreActBottleneckUnit(nn.Module):
   """1x1, 3x3 and 1x1 convolution, each behind BN and ReLU (ResNet-50 and up).
 
   The 3x3 convolution carries stride and rate. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), 4 * features]`.
+  [B, ceil(H / stride), ceil(W / stride), 4 * features]`. With
+  `rematerialization` 'elementwise' the maps between convolutions are computed
+  again, see `ResNetV2`.
   """
 
   features: int
@@ -193,6 +197,8 @@ def _norm_relu_conv(
   x: jax.Array,
   train: bool,
 ) -> jax.Array:
+  """BN of that name, ReLU and convolution, a group for rematerialisation."""
+
   def run(unit: nn.Module, x: jax.Array) -> jax.Array:
     x = unit.norm(name=norm)(x, use_running_average=not train)
     return conv()(nn.relu(x))
@@ -203,6 +209,7 @@ def _norm_relu_conv(
 def _rematerialized(
   unit: nn.Module, run: Callable[..., Any]
 ) -> Callable[..., Any]:
+  """`run`, or one that computes its maps again if the unit is to."""
   return rematerialize(run) if unit.rematerialization == 'elementwise' else run
 
 
