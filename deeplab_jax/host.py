@@ -1,8 +1,8 @@
 """What a process sets before JAX starts, and the cache of its programs.
 
 On a CPU, XLA takes the memory of a step from malloc, which gives it back to
-the system at the end of the step. Mapping it anew page by page would take up to
-a third of the time.
+the system at the end of the step. Mapping it anew page by page takes a tenth of
+the time (experiments/PERFORMANCE.md).
 """
 
 import ctypes
@@ -48,6 +48,7 @@ def restart_on_huge_pages(module: str) -> None:
   given = os.environ.get('GLIBC_TUNABLES', '')
   if (
     _HUGE_PAGES_SETTING in given
+    or not sys.executable
     or not _is_program(module)
     or _has_accelerator()
     or not _gives_huge_pages_on_request()
@@ -56,6 +57,8 @@ def restart_on_huge_pages(module: str) -> None:
   own = f'{_HUGE_PAGES_SETTING}=1'
   os.environ[_RESTARTED] = given
   _set_tunables(f'{given}:{own}' if given else own)
+  sys.stdout.flush()
+  sys.stderr.flush()
   try:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
   except OSError:  # goes on with pages of the usual size
@@ -70,8 +73,16 @@ def _set_tunables(value: str) -> None:
 
 
 def _is_program(module: str) -> bool:
-  spec = getattr(sys.modules['__main__'], '__spec__', None)
-  return spec is not None and spec.name == module
+  """Whether the interpreter was told `-m module`, and no debugger was."""
+  arguments = iter(sys.orig_argv[1:])
+  for argument in arguments:
+    if argument == '-m':
+      return next(arguments, None) == module
+    if argument in ('-X', '-W'):
+      next(arguments, None)
+    elif not argument.startswith('-'):
+      return False
+  return False
 
 
 def _gives_huge_pages_on_request() -> bool:

@@ -41,19 +41,20 @@ def main(argv: Sequence[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
   if workdir is None and _MODE.value != 'prepare':
     raise UserError('--workdir=DIR is missing: the folder of the run')
+  host = importlib.import_module('deeplab_jax.host')
+  if _MODE.value != 'prepare':
+    host.restart_on_huge_pages('deeplab_jax.main')
   config, inputs = options.override(_base_config(workdir), argv)
   default_config.validate(config)
   if inputs and _MODE.value != 'predict':
     raise UserError(
       f'{inputs[0]}: not an option; only --mode=predict takes inputs'
     )
-  # JAX and the drivers are imported late: options are checked at once, and
-  # loader processes, which import this module too, stay light.
+  # The drivers are imported late: options are checked at once, and loader
+  # processes, which import this module too, stay light.
   if _MODE.value == 'prepare':
     _driver('prepare').prepare(config, workdir)
     return
-  host = importlib.import_module('deeplab_jax.host')
-  host.restart_on_huge_pages(__spec__.name)
   host.prepare()
   host.cache_programs(workdir / 'compilation_cache')
   distributed = importlib.import_module('deeplab_jax.distributed')

@@ -374,7 +374,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> None:
   """Measures what the options say and prints it."""
   args, settings = _parse(argv)
-  host.restart_on_huge_pages(__spec__.name)
+  host.restart_on_huge_pages('deeplab_jax.measure')
   host.prepare()
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':

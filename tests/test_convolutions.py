@@ -68,6 +68,7 @@ def test_pixels_under_a_tap_are_those_of_the_padded_map(offset, stride):
     np.pad(window, ((0, 0), (before, behind))),
     padded[:, start : start + 7 : stride],
   )
+  assert np.all(window > 0)
 
 
 def test_winograd_share_of_hand_counted_products():
