@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import tarfile
 import tempfile
 import zlib
@@ -99,13 +100,19 @@ def kind_of(path: Path) -> str:
 
 
 def _extract(archive: Path, folder: Path) -> None:
+  """Unpacks the regular files; Python has filters for this from 3.11.4 on."""
+  folder = folder.resolve()
   try:
     with tarfile.open(archive, 'r:*') as tar:
-      for member in tar:
-        if tarfile.data_filter(member, str(folder)).isfile():
-          tar.extract(member, folder, filter='data')
-  except tarfile.FilterError as error:
-    raise UserError(f'{archive} is refused: {error}') from error
+      for member in filter(tarfile.TarInfo.isfile, tar):
+        target = (folder / member.name.lstrip('/')).resolve()
+        if not target.is_relative_to(folder):
+          raise UserError(
+            f'{archive} is refused: {member.name} leads outside of its folder'
+          )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tar.extractfile(member) as source, target.open('wb') as file:
+          shutil.copyfileobj(source, file)
   except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
     reason = str(error).partition(':\n')[0]
     raise UserError(f'{archive} is truncated or damaged: {reason}') from error
