@@ -4,6 +4,7 @@ The suite runs on four simulated devices. Compiling takes most of its time, so
 programs are optimised little and kept for all tests and their subprocesses.
 """
 
+import functools
 import os
 import tempfile
 import types
@@ -29,6 +30,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from deeplab_jax import config as default_config  # noqa: E402
+from deeplab_jax import steps  # noqa: E402
 
 # A network and a run as small as they get.
 SETTINGS = {
@@ -89,6 +91,17 @@ def trained(tmp_path_factory):
     settings=settings,
     config=config,
     result=result,
+  )
+
+
+def one_device_step(**settings):
+  """The training step over the first device alone."""
+  return jax.pmap(
+    functools.partial(steps.train_step, **settings),
+    axis_name=steps.AXIS_NAME,
+    in_axes=(None, 0),
+    out_axes=(None, 0),
+    devices=jax.devices()[:1],
   )
 
 

@@ -1,13 +1,12 @@
 """Every recipe loads, and the paper's one does a step at its own crop."""
 
 import ast
-import functools
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from conftest import one_device_step
 
 from deeplab_jax import config as default
 from deeplab_jax import deeplab_v3, steps
@@ -157,14 +156,8 @@ def test_voc_step_at_crop_513_in_bfloat16_stays_within_2_percent():
     model = deeplab_v3(
       num_classes=21, axis_name=steps.AXIS_NAME, **config.model
     )
-    step = functools.partial(steps.train_step, model=model, optimizer=optimizer)
-    # One device, whatever the suite simulates.
-    step = jax.vmap(
-      step, axis_name=steps.AXIS_NAME, in_axes=(None, 0), out_axes=(None, 0)
-    )
-    state, measures = jax.jit(step)(
-      steps.create_state(model, optimizer, 0), batch
-    )
+    step = one_device_step(model=model, optimizer=optimizer)
+    state, measures = step(steps.create_state(model, optimizer, 0), batch)
     losses[dtype] = float(measures['loss'][0])
     assert int(state.step) == 1
   assert np.isfinite(losses['float32'])

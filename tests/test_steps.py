@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import one_device_step
 from flax import linen as nn
 
 from deeplab_jax import DeepLabV3, ResNetV2, distributed, steps
@@ -45,17 +46,6 @@ def initial_state(model, optimizer, variables):
     params=variables['params'],
     batch_stats=variables['batch_stats'],
     opt_state=jax.device_get(optimizer.init(variables['params'])),
-  )
-
-
-def one_device_step(**settings):
-  """The same pure step over the first device alone."""
-  return jax.pmap(
-    functools.partial(steps.train_step, **settings),
-    axis_name=steps.AXIS_NAME,
-    in_axes=(None, 0),
-    out_axes=(None, 0),
-    devices=jax.devices()[:1],
   )
 
 
