@@ -14,7 +14,7 @@ import ml_collections
 from absl import app, flags
 
 from deeplab_jax import config as default_config
-from deeplab_jax import options
+from deeplab_jax import host, options
 from deeplab_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -41,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
   if workdir is None and _MODE.value != 'prepare':
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host = importlib.import_module('deeplab_jax.host')
   if _MODE.value != 'prepare':
     host.restart_on_huge_pages('deeplab_jax.main')
   config, inputs = options.override(_base_config(workdir), argv)

@@ -13,21 +13,26 @@ import pytest
 from deeplab_jax import host
 
 
-def run(*arguments, **environment):
+def launch(*arguments, check=True, cwd=None, timeout=60, **environment):
+  """Runs Python; None takes a variable out of the environment."""
   environment = {
     name: value
     for name, value in {**os.environ, **environment}.items()
     if value is not None
   }
-  done = subprocess.run(
+  return subprocess.run(
     [sys.executable, *arguments],
     capture_output=True,
     text=True,
-    check=True,
+    check=check,
+    cwd=cwd,
     env=environment,
-    timeout=300,
+    timeout=timeout,
   )
-  return done.stdout.split()
+
+
+def run(*arguments, **environment):
+  return launch(*arguments, timeout=300, **environment).stdout.split()
 
 
 PROBE = """
@@ -80,17 +85,15 @@ def probe(tmp_path):
     (tmp_path / 'tool.py').write_text(TOOL)
     setting_file = tmp_path / 'enabled'
     setting_file.write_text(setting)
-    inherited = dict(os.environ)
-    inherited.pop('GLIBC_TUNABLES', None)
-    done = subprocess.run(
-      [sys.executable, *start, setting_file, libc, 'an argument'],
-      capture_output=True,
-      text=True,
-      check=True,
-      env=inherited
-      | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path(tmp_path), **environment},
-      timeout=60,
+    given = {'GLIBC_TUNABLES': None, 'JAX_PLATFORMS': 'cpu', **environment}
+    done = launch(
+      *start,
+      setting_file,
+      libc,
+      'an argument',
       cwd=tmp_path,
+      PYTHONPATH=path(tmp_path),
+      **given,
     )
     seen = json.loads(done.stdout)
     assert seen['argument'] == 'an argument' and not seen['marked']
@@ -179,13 +182,13 @@ def test_memory_is_mapped_by_huge_pages(probe, faults_by_huge_pages):
   ],
 )
 def test_the_programs_start_by_path(tmp_path, program, arguments):
-  done = subprocess.run(
-    [sys.executable, Path(host.__file__).with_name(program), *arguments],
-    capture_output=True,
-    text=True,
-    timeout=60,
+  done = launch(
+    Path(host.__file__).with_name(program),
+    *arguments,
+    check=False,
     cwd=tmp_path,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path(tmp_path)},
+    JAX_PLATFORMS='cpu',
+    PYTHONPATH=path(tmp_path),
   )
   (line,) = done.stderr.splitlines()
   assert done.returncode == 1 and line.startswith('error: ')
