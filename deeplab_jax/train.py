@@ -85,7 +85,12 @@ def train_and_evaluate(
         '%s is trained: step %d of %d', workdir, latest, config.train.steps
       )
     else:
-      _Training(config, workdir, dataset, saved, description, pretrained).run()
+      # Noted from here on: JAX crashes when it is interrupted in compiling.
+      with StopSignal() as stop:
+        training = _Training(
+          config, workdir, dataset, saved, description, pretrained
+        )
+        training.run(stop)
       saved.wait()
     if not data.eval_split:
       return _report_unevaluated(saved.step_named('latest'), workdir)
@@ -280,15 +285,16 @@ class _Training:
       state = import_weights.initialize(pretrained, state, self.config)
     return distributed.replicate(state)
 
-  def run(self) -> None:
+  def run(self, stop: StopSignal) -> None:
     """Trains to the end, or to a signal, after a checkpoint."""
+    if stop.requested(self.start):
+      raise SystemExit(stop.exit_status(self.start))
     train = self.config.train
     first = distributed.is_first_process()
     if first:
       write_json(self.workdir / 'config.json', to_json(self.config))
     iterator = make_iterator(self.config, self.dataset, self.start)
     with (
-      StopSignal() as stop,
       Writer(self.workdir, enabled=first, start_step=self.start) as writer,
       Progress(train.steps, self.start, enabled=first) as progress,
     ):

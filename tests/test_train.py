@@ -93,6 +93,24 @@ def test_run_stopped_after_three_steps_goes_on_as_if_it_never_stopped(
   assert_same_run(workdir, trained.workdir)
 
 
+def test_signal_during_set_up_stops_before_the_first_step(
+  trained, tmp_path, monkeypatch, caplog
+):
+  create = train.steps.create_state
+
+  def signalled(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return create(*arguments)
+
+  monkeypatch.setattr(train.steps, 'create_state', signalled)
+  with caplog.at_level('INFO'), pytest.raises(SystemExit) as stop:
+    train_and_evaluate(trained.config, tmp_path)
+  assert stop.value.code == 143
+  assert 'stopped at step 0;' in caplog.text
+  with Checkpoints(tmp_path) as saved:
+    assert saved.latest_step is None
+
+
 @pytest.mark.parametrize(
   'name, status',
   [
@@ -214,7 +232,7 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(
     train.steps, 'pmap_train_step', lambda **settings: received.update(settings)
   )
-  monkeypatch.setattr(train._Training, 'run', lambda _: sys.exit())
+  monkeypatch.setattr(train._Training, 'run', lambda *_: sys.exit())
   config = make_config(
     trained.settings,
     loss__class_weights='1, 2,0,.5',
