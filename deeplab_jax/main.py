@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
   if workdir is None and _MODE.value != 'prepare':
+    options.override(default_config.get_config(), argv)  # may be misspelt
     raise UserError('--workdir=DIR is missing: the folder of the run')
   if _MODE.value != 'prepare':
     host.restart_on_huge_pages('deeplab_jax.main')

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -77,7 +78,10 @@ def named_options() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
-  """Turns a `UserError` into one line and exit status 1, unless `debug`."""
+  """Ends the process in one line, unless `debug`.
+
+  A `UserError` exits with status 1, Ctrl-C with the shell's status for it.
+  """
   try:
     yield
   except UserError as error:
@@ -85,6 +89,11 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
       raise
     print(f'error: {error}', file=sys.stderr)
     sys.exit(1)
+  except KeyboardInterrupt:
+    if debug:
+      raise
+    print('interrupted', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def log_to_stderr() -> None:

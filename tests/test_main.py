@@ -124,6 +124,22 @@ def test_missing_workdir_is_refused(refused):
   assert '--workdir=DIR is missing' in refused()
 
 
+def test_misspelt_workdir_is_named(refused, tmp_path):
+  line = refused(f'--workdri={tmp_path}')
+  assert "Unknown command line flag 'workdri'" in line
+
+
+def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):
+  def interrupted(name):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(main, '_driver', interrupted)
+  status, output, errors = command(f'--workdir={tmp_path}')
+  assert (status, output, errors) == (130, '', 'interrupted\n')
+  with pytest.raises(KeyboardInterrupt):
+    command(f'--workdir={tmp_path}', '--debug')
+
+
 @pytest.mark.parametrize('mode', ['train', 'eval', 'predict', 'prepare'])
 def test_workdir_that_is_a_file_is_refused(refused, tmp_path, mode):
   path = tmp_path / 'file'
