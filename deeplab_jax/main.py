@@ -39,12 +39,11 @@ _RECIPE = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-  if workdir is None and _MODE.value != 'prepare':
-    options.override(default_config.get_config(), argv)  # may be misspelt
-    raise UserError('--workdir=DIR is missing: the folder of the run')
   if _MODE.value != 'prepare':
     host.restart_on_huge_pages('deeplab_jax.main')
   config, inputs = options.override(_base_config(workdir), argv)
+  if workdir is None and _MODE.value != 'prepare':
+    raise UserError('--workdir=DIR is missing: the folder of the run')
   default_config.validate(config)
   if inputs and _MODE.value != 'predict':
     raise UserError(
