@@ -39,6 +39,16 @@ CASES += [
 def test_conv2d_equals_xla_in_value_and_gradient(
   size, k, stride, rate, channels, features
 ):
+  assert_equals_xla(size, k, stride, rate, channels, features)
+
+
+@pytest.mark.parametrize(('stride', 'rate'), [(1, 1), (2, 1), (1, 2), (1, 6)])
+def test_conv2d_on_accelerators_equals_xla(monkeypatch, stride, rate):
+  monkeypatch.setattr(layers, 'on_cpu', lambda: False)
+  assert_equals_xla((9, 12), 3, stride, rate, 3, 4)
+
+
+def assert_equals_xla(size, k, stride, rate, channels, features):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, *size, channels)).astype(np.float32)
   kernel = rng.normal(size=(k, k, channels, features)).astype(np.float32)
@@ -59,29 +69,60 @@ def test_conv2d_equals_xla_in_value_and_gradient(
     np.testing.assert_allclose(a, b, atol=max(1e-4, 5e-5 * b.std()))
 
 
+@pytest.mark.parametrize('rate', [1, 2, 4, 6, 12])
+def test_conv2d_in_bfloat16_is_as_exact_as_xla(rate):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 17, 17, 64)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 64, 64)).astype(np.float32)
+  weights = rng.normal(size=x.shape).astype(np.float32)
+
+  def results(conv, dtype):
+    y, back = jax.vjp(
+      lambda x, k: conv(x, k, 1, rate), x.astype(dtype), kernel.astype(dtype)
+    )
+    return [a.astype(np.float32) for a in (y, *back(weights.astype(dtype)))]
+
+  exact = results(xla_conv, np.float32)
+  ours = results(layers.conv2d, jnp.bfloat16)
+  theirs = results(xla_conv, jnp.bfloat16)
+  for a, b, c in zip(ours, theirs, exact, strict=True):
+    assert 0 < jnp.square(a - c).mean() <= 1.1 * jnp.square(b - c).mean()
+
+
 @pytest.mark.parametrize(
-  ('size', 'rate', 'channels', 'dtype', 'chosen'),
+  ('size', 'rate', 'channels', 'dtype', 'forms'),
   [
-    (33, 1, 64, jnp.float32, True),
-    (33, 6, 64, jnp.float32, True),
-    (33, 8, 64, jnp.float32, False),  # tiles of 3 over 5 pixels
-    (33, 1, 16, jnp.float32, False),
-    (9, 1, 64, jnp.float32, False),
-    (33, 1, 64, jnp.bfloat16, False),
+    (33, 1, 64, jnp.float32, ['winograd'] * 3),
+    (33, 6, 64, jnp.float32, ['winograd'] * 3),
+    # Tiles of 3 over 5 pixels.
+    (33, 8, 80, jnp.float32, ['taps'] * 3),
+    (33, 4, 64, jnp.bfloat16, ['taps', 'taps', 'patches']),
+    (33, 3, 80, jnp.bfloat16, ['xla', 'xla', 'taps']),
+    (33, 1, 16, jnp.float32, ['xla', 'xla', 'patches']),
+    (9, 1, 64, jnp.float32, ['xla', 'xla', 'patches']),
+    (33, 1, 64, jnp.bfloat16, ['xla', 'xla', 'patches']),
   ],
 )
-def test_winograd_is_chosen_where_it_pays(
-  monkeypatch, size, rate, channels, dtype, chosen
+def test_the_form_that_pays_is_chosen_forward_and_backward(
+  monkeypatch, size, rate, channels, dtype, forms
 ):
   used = []
-  form = convolutions.by_winograd
-  monkeypatch.setattr(
-    convolutions, 'by_winograd', lambda *args: used.append(args) or form(*args)
-  )
+
+  def noting(name, form):
+    return lambda *args, **named: used.append(name) or form(*args, **named)
+
+  for name in ('winograd', 'taps', 'patches', 'xla'):
+    form = getattr(convolutions, f'by_{name}')
+    monkeypatch.setattr(convolutions, f'by_{name}', noting(name, form))
   x = jax.ShapeDtypeStruct((1, size, size, channels), dtype)
   kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), dtype)
-  jax.eval_shape(lambda x, k: layers.conv2d(x, k, 1, rate), x, kernel)
-  assert bool(used) == (chosen and layers.on_cpu())
+
+  def run(x, kernel):
+    y, back = jax.vjp(lambda x, k: layers.conv2d(x, k, 1, rate), x, kernel)
+    return back(y)
+
+  jax.eval_shape(run, x, kernel)
+  assert used == (forms if layers.on_cpu() else ['xla'])
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -108,6 +149,10 @@ def test_max_pool_equals_flax_in_value_and_gradient(size, padding):
   (gradient,) = jax.vjp(lambda x: layers.max_pool(x, padding), x)[1](weights)
   (expected,) = jax.vjp(flax_pool, x)[1](weights)
   np.testing.assert_allclose(gradient, expected, atol=1e-6)
+  x[0, 0, 0], x[1, 2, 4] = np.nan, np.nan
+  expected = np.isnan(flax_pool(x))
+  assert expected.any() and not expected.all()
+  np.testing.assert_array_equal(np.isnan(layers.max_pool(x, padding)), expected)
 
 
 @pytest.mark.parametrize('train', [True, False])

@@ -63,14 +63,27 @@ def by_patches(
 
 
 def by_taps(
-  x: jax.Array, kernel: jax.Array, stride: int = 1, rate: int = 1
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  rate: int = 1,
+  *,
+  transposed: bool = False,
 ) -> jax.Array:
-  """One matrix product a tap, over the pixels where the tap is on the map."""
+  """One matrix product a tap, over the pixels where the tap is on the map.
+
+  They are added in float32 at least. With `transposed`, at stride 1 alone, it
+  maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient of the convolution
+  with respect to x does.
+  """
   size, _, channels, features = kernel.shape
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   out = [-(-n // stride) for n in x.shape[1:3]]
   # `split`, since its transpose concatenates where that of slices would add.
   taps = lax.split(kernel.reshape(-1, features), [channels] * size**2)
+  if transposed:
+    taps = [tap.T for tap in reversed(taps)]
+    features = channels
   total = jnp.zeros((x.shape[0], *out, features), dtype)
   for i, tap in enumerate(taps):
     window, pads = x, [(0, 0)]

@@ -89,9 +89,13 @@ def _conv2d_forward(
 ) -> jax.Array:
   if _winograd_pays(x, kernel, stride, rate):
     return convolutions.by_winograd(x, kernel, rate)
-  by_taps = stride == 1 and rate >= _TAPS_FROM_RATE
-  form = convolutions.by_taps if by_taps else convolutions.by_xla
+  taps = _taps_pay(stride, rate)
+  form = convolutions.by_taps if taps else convolutions.by_xla
   return form(x, kernel, stride, rate)
+
+
+def _taps_pay(stride: int, rate: int) -> bool:
+  return stride == 1 and rate >= _TAPS_FROM_RATE
 
 
 def _winograd_pays(
@@ -129,9 +133,12 @@ def _conv2d_backward(
     to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
     form = functools.partial(convolutions.by_winograd, rate=rate)
   else:
-    (to_x,) = jax.linear_transpose(
-      lambda x: _conv2d_forward(x, kernel, stride, rate), x
-    )(gradient)
+    if _taps_pay(stride, rate):  # transposed by JAX it would add in x's dtype
+      to_x = convolutions.by_taps(gradient, kernel, rate=rate, transposed=True)
+    else:
+      (to_x,) = jax.linear_transpose(
+        lambda x: convolutions.by_xla(x, kernel, stride, rate), x
+      )(gradient)
     few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
     form = convolutions.by_patches if few_inputs else convolutions.by_taps
     form = functools.partial(form, stride=stride, rate=rate)
@@ -280,12 +287,17 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
       pads = [(0, 0, 0)] * 4
       pads[axis] = (*off_map, 0)
       taps.append(lax.pad(tap, border, pads))
-    first, second, third = taps
-    # The gradient goes to the first of equal values, as that of a maximum in
-    # XLA does, whose own windows take ten times as long to differentiate.
-    x = jnp.where(first >= second, first, second)
-    x = jnp.where(x >= third, x, third)
+    x = functools.reduce(_larger, taps)
   return x
+
+
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
+  """A maximum, NaN if either is.
+
+  Its gradient goes to the first of equal values, as that of a maximum in XLA
+  does, whose own windows take ten times as long to differentiate.
+  """
+  return jnp.where((x >= y) | jnp.isnan(x), x, y)
 
 
 UPSAMPLINGS = ('align_corners', 'asymmetric')
