@@ -148,12 +148,12 @@ def format_pairs(result: dict[str, Any]) -> str:
 def format_measurement(result: dict[str, Any]) -> str:
   """A table of a measurement, and of its costliest layers."""
   title = f'== {result["mode"]}'
-  if 'crop' in result:
-    height, width = result['crop']
-    title += (
-      f': {result["backbone"]}, {result["dtype"]}, {height}x{width}, batch'
-      f' {result["batch"]}, {result["device"]}'
-    )
+  if 'batch' in result:
+    parts = [result['backbone'], result['dtype']]
+    if 'crop' in result:
+      parts.append('x'.join(map(str, result['crop'])))
+    parts += [f'batch {result["batch"]}', result['device']]
+    title += f': {", ".join(parts)}'
   return '\n'.join([title, *_rows(result), *_layer_rows(result)])
 
 

@@ -13,10 +13,6 @@ from flax import linen as nn
 
 from deeplab_jax.models.layers import Conv
 
-# A training step multiplies three times as often as a forward pass: the
-# gradients of input and kernel each take as many multiplications again.
-TRAIN_FACTOR = 3
-
 
 class Flops(NamedTuple):
   """Operations of a convolution, or of a network.
@@ -64,6 +60,17 @@ def count_flops(
       lambda key: model.init(key, images, train=False), jax.random.key(0)
     )
   return counts
+
+
+def backward(counts: dict[str, Flops]) -> dict[str, Flops]:
+  """Operations of the gradients of what `count_flops` returns, by its paths.
+
+  Those of input and kernel each take as many as the convolution itself; the
+  first one's input, the images, needs none.
+  """
+  gradients = {name: Flops(*(2 * n for n in counts[name])) for name in counts}
+  first = next(iter(counts))
+  return {**gradients, first: counts[first]}
 
 
 def total(counts: dict[str, Flops]) -> Flops:

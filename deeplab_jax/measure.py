@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax import linen as nn
 
 from deeplab_jax import (
   distributed,
@@ -60,17 +61,7 @@ def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 
 def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   """Loss, gradient and update, by the step that training takes."""
-  devices = jax.local_device_count()
-  if config.train.batch_size % devices:
-    raise UserError(
-      f'a batch of {config.train.batch_size} does not divide into the'
-      f' {devices} devices; give another --batch'
-    )
-  model = train.make_model(config, args.classes)
-  _, optimizer = train.make_schedule_and_optimizer(config)
-  step = steps.pmap_train_step(
-    model=model, optimizer=optimizer, freeze_bn=config.train.freeze_bn
-  )
+  model, optimizer, step = _training(config, args)
   state = distributed.replicate(
     steps.create_state(model, optimizer, config.seed)
   )
@@ -87,8 +78,26 @@ def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     flops.count_flops(model, config.data.crop_size, config.train.batch_size),
     config,
     args,
-    devices=devices,
+    devices=jax.local_device_count(),
   )
+
+
+def _training(
+  config: ml_collections.ConfigDict, args: Any
+) -> tuple[nn.Module, optax.GradientTransformation, Callable[..., Any]]:
+  """Network, optimizer and the step that training takes."""
+  devices = jax.local_device_count()
+  if config.train.batch_size % devices:
+    raise UserError(
+      f'a batch of {config.train.batch_size} does not divide into the'
+      f' {devices} devices; give another --batch'
+    )
+  model = train.make_model(config, args.classes)
+  _, optimizer = train.make_schedule_and_optimizer(config)
+  # What the weights are makes no difference to the time.
+  weights = (1.0,) * args.classes if config.loss.class_weights else None
+  step = train.make_train_step(config, model, optimizer, class_weights=weights)
+  return model, optimizer, step
 
 
 def input_pipeline(
@@ -131,8 +140,7 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   """Tracing (to StableHLO) and compiling both steps, without the cache."""
   jax.config.update('jax_enable_compilation_cache', False)
-  model = train.make_model(config, args.classes)
-  _, optimizer = train.make_schedule_and_optimizer(config)
+  model, optimizer, step = _training(config, args)
   batch = _batch(config, args)
   seconds = {}
 
@@ -149,9 +157,6 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     lowered = apply.lower(state.variables, batch['image'])
   with timing('forward_compile'):
     lowered.compile()
-  step = steps.pmap_train_step(
-    model=model, optimizer=optimizer, freeze_bn=config.train.freeze_bn
-  )
   with timing('train_trace'):
     lowered = step.lower(distributed.replicate(state), distributed.shard(batch))
   with timing('train_compile'):
@@ -162,6 +167,7 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 def startup(args: Any, settings: Sequence[str]) -> dict[str, Any]:
   """From the command of training to its first finished step.
 
+  Without a recipe that of the default run, not of `default_network`.
   Cold in a new workdir, with data still to be prepared and nothing compiled;
   warm once more in the same workdir.
   """
@@ -177,6 +183,10 @@ def startup(args: Any, settings: Sequence[str]) -> dict[str, Any]:
       *([f'--config={args.config}'] if args.config else []),
       *settings,
     ]
+    if args.crop:
+      command.append(f'--config.data.crop_size=({args.crop},{args.crop})')
+    if args.batch:
+      command.append(f'--config.train.batch_size={args.batch}')
     for name in ('cold', 'warm'):
       result[f'{name}_seconds'] = _first_step_seconds(command, environment)
   return {**result, 'seconds': result['warm_seconds']}
@@ -272,9 +282,9 @@ def _network(
   """
   result = _timed(call, args.repeat)
   rate = matmul_rate(config.model.dtype) * devices
-  factor = flops.TRAIN_FACTOR if args.mode == 'train' else 1
-  total = flops.total(counts)
-  done = factor * total.padded, factor * total.on_map
+  backward = flops.backward(counts) if args.mode == 'train' else {}
+  total = map(flops.total, filter(None, (counts, backward)))
+  done = [sum(parts) for parts in zip(*total, strict=True)]
   result |= {
     'devices': devices,
     'flops': done[0],
@@ -285,7 +295,9 @@ def _network(
   }
   if args.layers:
     layers = profile.profile(call, lower().compile().as_text())
-    result['layers'] = _layers(layers, counts)
+    if config.model.rematerialization == 'block':
+      backward = {}  # these layers compute their forward pass again
+    result['layers'] = _layers(layers, counts, backward)
   return result
 
 
@@ -304,17 +316,18 @@ def matmul_rate(dtype: str) -> float:
 
 
 def _layers(
-  layers: list[profile.LayerTime], counts: dict[str, flops.Flops]
+  layers: list[profile.LayerTime],
+  forward: dict[str, flops.Flops],
+  backward: dict[str, flops.Flops],
 ) -> list[dict[str, Any]]:
   """The costliest ones; operations a second of those that convolve."""
   whole = sum(layer.seconds for layer in layers)
   rows = []
   for layer in layers[:_LAYERS]:
     row = {**layer._asdict(), 'share': layer.seconds / whole}
-    count = counts.get(layer.name)
+    count = (backward if layer.backward else forward).get(layer.name)
     if count:
-      factor = flops.TRAIN_FACTOR - 1 if layer.backward else 1
-      row['flops_on_map_per_second'] = factor * count.on_map / layer.seconds
+      row['flops_on_map_per_second'] = count.on_map / layer.seconds
     rows.append(row)
   return rows
 
@@ -329,13 +342,14 @@ MODES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def default_network() -> ml_collections.ConfigDict:
-  """What is measured without a recipe: ResNet-50, stride 16, crop 513."""
+  """Measured without a recipe: ResNet-50, stride 16, crop 513, one a device."""
   config = get_config()
   config.model.update(
     backbone='resnet50', width=1.0, output_stride=16, aspp_features=256
   )
   config.data.crop_size = (513, 513)
-  config.train.batch_size = config.eval.batch_size = 1
+  config.train.batch_size = jax.local_device_count()
+  config.eval.batch_size = jax.local_device_count()
   return config
 
 
@@ -385,8 +399,9 @@ def main(argv: Sequence[str]) -> None:
     batch_size = (
       config.eval if args.mode == 'evaluation' else config.train
     ).batch_size
+    if args.mode != 'evaluation':  # its images are of their own size
+      about['crop'] = list(config.data.crop_size)
     about |= {
-      'crop': list(config.data.crop_size),
       'batch': batch_size,
       'backbone': config.model.backbone,
       'dtype': config.model.dtype,

@@ -14,7 +14,7 @@ class StopSignal:
   """Notes SIGTERM and SIGINT instead of dying from them; a second one kills.
 
   Of several processes one may be told first. JAX then notes the SIGTERM, and
-  all of them stop at the same step.
+  all of them stop at the same step; a SIGINT ends each at once.
 
   ```
   with StopSignal() as stop:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,26 @@ def make_schedule_and_optimizer(
   )
 
 
+def make_train_step(
+  config: ml_collections.ConfigDict,
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  **of_data: Any,
+) -> Callable[..., Any]:
+  """The step as training takes it, see `steps.pmap_train_step`.
+
+  What depends on the data, `ignore_label` and `class_weights`, is given.
+  """
+  return steps.pmap_train_step(
+    model=model,
+    optimizer=optimizer,
+    freeze_bn=config.train.freeze_bn,
+    hardest=config.loss.hardest,
+    label_smoothing=config.loss.label_smoothing,
+    **of_data,
+  )
+
+
 def make_iterator(
   config: ml_collections.ConfigDict, dataset: Dataset, start_step: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -244,14 +264,12 @@ class _Training:
     self.saved, self.description = saved, description
     model = make_model(config, dataset.info.num_classes)
     self.schedule, transformation = make_schedule_and_optimizer(config)
-    self.train_step = steps.pmap_train_step(
-      model=model,
-      optimizer=transformation,
+    self.train_step = make_train_step(
+      config,
+      model,
+      transformation,
       ignore_label=dataset.info.ignore_label,
-      freeze_bn=config.train.freeze_bn,
       class_weights=_class_weights(config, dataset),
-      hardest=config.loss.hardest,
-      label_smoothing=config.loss.label_smoothing,
     )
     if config.data.eval_split:
       evaluate.check_labels(dataset, config.data.eval_split)
@@ -299,7 +317,7 @@ class _Training:
       Progress(train.steps, self.start, enabled=first) as progress,
     ):
       try:
-        self._clock()
+        self._start_clock(self.start)
         batch = distributed.put(next(iterator))
         for step in range(self.start + 1, train.steps + 1):
           last = step == train.steps
@@ -310,6 +328,8 @@ class _Training:
           self.pending.append((step, measures))
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
+          elif step == self.start + 1:
+            self._start_clock(step)  # it was compiled
           stopping = stop.requested(step)
           due = step % train.eval_every == 0 or last
           if due and self.config.data.eval_split:
@@ -317,16 +337,15 @@ class _Training:
           elif due or stopping:
             self._check_finite()
             self.saved.save(self.state, self.description)
+            self._start_clock(step)
           if stopping and not last:
             raise SystemExit(stop.exit_status(step))
       finally:
         iterator.close()
 
-  def _clock(self) -> float:
-    """Seconds since the last call."""
-    now = time.monotonic()
-    passed, self.then = now - getattr(self, 'then', now), now
-    return passed
+  def _start_clock(self, step: int) -> None:
+    """Counts the images of the steps after this one, for their speed."""
+    self.clock = step, time.monotonic()
 
   def _check_finite(self) -> dict[str, float]:
     """Fetches the measures of the steps since the last call.
@@ -356,9 +375,11 @@ class _Training:
     return values
 
   def _log(self, step: int, writer: Writer, progress: Progress) -> None:
-    count = len(self.pending)
     values = self._check_finite()
-    speed = count * self.config.train.batch_size / max(self._clock(), 1e-9)
+    since, then = self.clock
+    images = (step - since) * self.config.train.batch_size
+    speed = images / max(time.monotonic() - then, 1e-9)
+    self._start_clock(step)
     rate = float(self.schedule(step - 1))
     writer.scalars(
       step, {**values, 'learning_rate': rate, 'images_per_second': speed}
@@ -383,4 +404,4 @@ class _Training:
       visualize.save_png(folder / f'step_{step:08d}.png', picture)
     line = '  '.join(f'{k} {v:.4f}' for k, v in scalars.items())
     progress.write(f'step {step}: {line}')
-    self._clock()
+    self._start_clock(step)

@@ -40,6 +40,16 @@ def test_operations_on_the_map_are_those_a_loop_finds(
   assert count.on_map == found * 2 * 3 * 5 * 4
 
 
+def test_gradients_take_twice_as_many_but_that_of_the_images():
+  counts = flops.count_flops(deeplab_v3('resnet18', width=0.125), (33, 33))
+  gradients = flops.backward(counts)
+  assert gradients.keys() == counts.keys()
+  for name, count in counts.items():
+    factor = 1 if name == 'backbone/stem' else 2
+    expected = factor * count.padded, factor * count.on_map
+    assert gradients[name] == expected, name
+
+
 def test_resnet50_has_the_published_number_of_multiplications():
   # 4.089 G at 224 px, of which the class layer's 2048 * 1000 are not here
   model = deeplab_v3('resnet50', preset='timm', output_stride=32)

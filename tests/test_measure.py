@@ -6,7 +6,8 @@ import time
 import jax
 import pytest
 
-from deeplab_jax import deeplab_v3, flops, measure
+from deeplab_jax import deeplab_v3, flops, measure, options, steps
+from deeplab_jax.config import get_config
 from deeplab_jax.errors import UserError
 
 _TINY = [
@@ -39,7 +40,7 @@ def test_the_default_network_is_that_of_the_paper():
     16,
   )
   assert config.data.crop_size == (513, 513)
-  assert config.train.batch_size == 1
+  assert config.train.batch_size == jax.local_device_count()
 
 
 def test_a_train_step_compiles_once_and_names_its_layers(measured):
@@ -50,15 +51,47 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured):
   assert 0 < result['seconds'] < result['first_seconds']
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
   model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
-  forward = flops.total(flops.count_flops(model, (33, 33), batch_size=4))
-  assert result['flops'] == 3 * forward.padded
-  assert result['flops_on_map'] == 3 * forward.on_map
+  counts = flops.count_flops(model, (33, 33), batch_size=4)
+  forward, stem = flops.total(counts), counts['backbone/stem']
+  # The images need no gradient.
+  assert result['flops'] == 3 * forward.padded - stem.padded
+  assert result['flops_on_map'] == 3 * forward.on_map - stem.on_map
   assert result['utilization'] == pytest.approx(
     result['flops'] / result['seconds'] / result['matmul_flops_per_second']
   )
   assert result['peak_memory'] > 10**8
   assert len(result['layers']) == 10
   assert any('block' in layer['name'] for layer in result['layers'])
+
+
+def test_a_forward_pass_computes_the_logits_once(measured):
+  result = measured('--mode=forward')
+  assert result['compilations'] == result['devices'] == 1
+  assert 0 < result['seconds'] < result['first_seconds']
+  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  counts = flops.count_flops(model, (33, 33), batch_size=4)
+  assert result['flops_on_map'] == flops.total(counts).on_map
+
+
+def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
+  used = {}
+  make = steps.pmap_train_step
+
+  def noting(**settings):
+    used.update(settings)
+    return make(**settings)
+
+  monkeypatch.setattr(steps, 'pmap_train_step', noting)
+  measured(
+    '--mode=train',
+    '--classes=3',
+    '--config.loss.hardest=0.5',
+    '--config.loss.label_smoothing=0.1',
+    '--config.loss.class_weights=median_frequency',
+    '--config.train.freeze_bn=True',
+  )
+  assert (used['hardest'], used['label_smoothing']) == (0.5, 0.1)
+  assert used['freeze_bn'] and len(used['class_weights']) == 3
 
 
 def test_input_and_evaluation_run_over_a_data_set(
@@ -74,6 +107,7 @@ def test_input_and_evaluation_run_over_a_data_set(
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
   result = measured('--mode=evaluation', *data)
   assert result['images'] == 3 and result['images_per_second'] > 0
+  assert 'crop' not in result
 
 
 @pytest.mark.slow
@@ -105,6 +139,23 @@ def test_a_start_ends_with_the_first_step():
   assert 0.3 < seconds <= time.monotonic() - start < 30
 
 
+def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
+  commands = []
+
+  def note(command, environment):
+    commands.append(command)
+    return float(len(commands))
+
+  monkeypatch.setattr(measure, '_first_step_seconds', note)
+  measure.main(['--mode=startup', '--crop=33', '--batch=2', '--config.seed=7'])
+  result = json.loads(capsys.readouterr().out)
+  assert (result['cold_seconds'], result['warm_seconds']) == (1, 2)
+  for command in commands:
+    config, _ = options.override(get_config(), command[3:])
+    assert config.data.crop_size == (33, 33)
+    assert (config.train.batch_size, config.seed) == (2, 7)
+
+
 def test_a_start_that_fails_says_why():
   program = 'raise SystemExit("error: config.seed is wrong")'
   with pytest.raises(UserError, match=r'first step: config\.seed is wrong'):
@@ -119,6 +170,7 @@ def test_a_start_that_fails_says_why():
     (['--mode=sleep'], '--mode'),
     ([], '--mode'),
     (['--mode=train', '--batch=3'], 'batch of 3 .* 4 devices'),
+    (['--mode=compile', '--batch=3'], 'batch of 3 .* 4 devices'),
     (['--mode=train', '--config.model.depth=3'], 'model.depth'),
     (['--mode=train', 'photo.jpg'], 'photo.jpg: not an option'),
     (['--mode=train', '--config=missing.py'], 'missing.py'),

@@ -1,5 +1,6 @@
 """Runs of the trainer: resuming, what they leave behind, how they stop."""
 
+import itertools
 import json
 import logging
 import os
@@ -91,6 +92,42 @@ def test_run_stopped_after_three_steps_goes_on_as_if_it_never_stopped(
   read_state(workdir, 3)
   assert train_and_evaluate(trained.config, workdir) == trained.result
   assert_same_run(workdir, trained.workdir)
+
+
+def test_logged_speed_is_that_of_steps_after_the_first(
+  trained, tmp_path, monkeypatch
+):
+  now = 0.0
+
+  def taking(seconds, function):
+    def run(*args, **named):
+      nonlocal now
+      now += next(seconds)
+      return function(*args, **named)
+
+    return run
+
+  make, save = train.steps.pmap_train_step, Checkpoints.save
+  monkeypatch.setattr(
+    train.steps,
+    'pmap_train_step',
+    lambda **settings: taking(
+      itertools.chain([60.0], itertools.repeat(2.0)), make(**settings)
+    ),
+  )
+  monkeypatch.setattr(Checkpoints, 'save', taking(itertools.repeat(99.0), save))
+  monkeypatch.setattr(train.time, 'monotonic', lambda: now)
+  config = make_config(
+    trained.settings,
+    data__eval_split='',
+    train__log_every=2,
+    train__eval_every=3,
+    train__steps=6,
+  )
+  train_and_evaluate(config, tmp_path)
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  speeds = [json.loads(line)['images_per_second'] for line in lines]
+  assert speeds == [config.train.batch_size / 2.0] * 3
 
 
 def test_signal_during_set_up_stops_before_the_first_step(
