@@ -14,16 +14,18 @@ log = logging.getLogger(__name__)
 def replacing(path: str | os.PathLike) -> Iterator[str]:
   """Gives a temporary name; what is written there then takes `path`'s place.
 
-  If the body raises, `path` stays as it was.
+  If the body raises, `path` stays as it was, and it is what errors name.
   """
   folder, name = os.path.split(os.fspath(path))
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
   try:
     yield temporary
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException as error:
     if os.path.exists(temporary):
       os.remove(temporary)
+    if isinstance(error, OSError) and error.filename == temporary:
+      error.filename = os.fspath(path)
     raise
 
 

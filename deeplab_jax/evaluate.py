@@ -111,14 +111,16 @@ class _Extremes:
     best = sorted([*self.best, entry], key=lambda e: (-e[0], e[1]))
     self.best = best[: self._count]
 
-  def save(self, evaluator: Evaluator, workdir: Path) -> None:
-    """Writes `worst.png` and `best.png`, and prints the names."""
+  def save(self, evaluator: Evaluator, workdir: Path) -> list[str]:
+    """Writes `worst.png` and `best.png`; returns a line of names for each."""
+    lines = []
     for kind, entries in (('worst', self.worst), ('best', self.best)):
       picture = evaluator.picture({index: map_ for _, index, map_ in entries})
       if picture is not None:
         visualize.save_png(workdir / f'{kind}.png', picture)
         names = [f'{evaluator.name(i)} {100 * m:.1f}' for m, i, _ in entries]
-        print(f'{kind} images by mIoU: {", ".join(names)}', flush=True)
+        lines.append(f'{kind} images by mIoU: {", ".join(names)}')
+    return lines
 
 
 class _Archive:
@@ -134,15 +136,15 @@ class _Archive:
       scored.prediction, info.palette, info.ignore_label
     )
 
-  def save(self, path: Path) -> None:
-    """Writes the archive and prints where."""
+  def save(self, path: Path) -> str:
+    """Writes the archive; returns a line that says where."""
     name = self._evaluator.info.name
     write_archive(
       path,
       ((self._evaluator.name(i), png) for i, png in sorted(self._pngs.items())),
       'VOC2012' if name.lower().startswith('voc2012') else name,
     )
-    print(f'{len(self._pngs)} predictions in {path}', flush=True)
+    return f'{len(self._pngs)} predictions in {path}'
 
 
 def evaluate(
@@ -185,13 +187,18 @@ def evaluate(
     visit,
   )
   result = {**measures, 'step': network.step}
-  if _has_labels(dataset, split):
-    report(result, workdir)
-    if distributed.is_first_process():
+  labelled, lines = _has_labels(dataset, split), []
+  if distributed.is_first_process():
+    # All files before the first line, which nobody may be there to read.
+    if labelled:
       _save_pictures(workdir, picture, confusion, dataset.info.classes)
-      extremes.save(evaluator, workdir)
-  if saves and distributed.is_first_process():
-    archive.save(workdir / f'results_{split}.tar.gz')
+      lines += extremes.save(evaluator, workdir)
+    if saves:
+      lines.append(archive.save(workdir / f'results_{split}.tar.gz'))
+  if labelled:
+    report(result, workdir)
+  for line in lines:
+    print(line, flush=True)
   return result
 
 

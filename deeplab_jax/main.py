@@ -6,6 +6,7 @@ takes files, folders or globs behind the options.
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise UserError(f'--workdir={workdir}: {error.strerror}') from error
+      reason = 'not a folder' if workdir.exists() else error.strerror
+      raise UserError(f'--workdir={workdir}: {reason}') from error
     _driver('train').train_and_evaluate(config, workdir)
   elif not (workdir / 'checkpoints').is_dir():
     raise UserError(
@@ -111,7 +113,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     options.one_line_errors('--debug' in argv),
     options.named_options(),
   ):
-    return flags.FLAGS(argv, known_only=True)
+    try:
+      return flags.FLAGS(argv, known_only=True)
+    except SystemExit:  # help was asked for, and absl counts that as an error
+      sys.stdout.flush()
+      sys.exit(0)
 
 
 def _run(argv: Sequence[str]) -> None:

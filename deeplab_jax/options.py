@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -80,7 +81,8 @@ def named_options() -> Iterator[None]:
 def one_line_errors(debug: bool = False) -> Iterator[None]:
   """Ends the process in one line, unless `debug`.
 
-  A `UserError` exits with status 1, Ctrl-C with the shell's status for it.
+  A `UserError`, and what the system refuses, exit with status 1, Ctrl-C and a
+  reader of our output that has gone with the shell's status for them.
   """
   try:
     yield
@@ -94,6 +96,23 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
       raise
     print('interrupted', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
+  except BrokenPipeError:
+    if debug:
+      raise
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    # What is still to be flushed at exit would fail again.
+    os.dup2(nowhere, sys.stdout.fileno())
+    try:
+      print('broken pipe', file=sys.stderr, flush=True)
+    except BrokenPipeError:
+      os.dup2(nowhere, sys.stderr.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+  except OSError as error:
+    if debug:
+      raise
+    place = f'{error.filename}: ' if error.filename is not None else ''
+    print(f'error: {place}{error.strerror or error}', file=sys.stderr)
+    sys.exit(1)
 
 
 def log_to_stderr() -> None:

@@ -71,7 +71,10 @@ def predict(
       f'{paths[0]}: neither this nor another of {len(paths)} images could be'
       ' read'
     )
-  print(f'{len(written)} images segmented by step {network.step}, in {folder}')
+  of = f' of {len(paths)}' if len(written) < len(paths) else ''
+  print(
+    f'{len(written)}{of} images segmented by step {network.step}, in {folder}'
+  )
   return written
 
 

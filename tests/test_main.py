@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -138,6 +140,56 @@ def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):
   assert (status, output, errors) == (130, '', 'interrupted\n')
   with pytest.raises(KeyboardInterrupt):
     command(f'--workdir={tmp_path}', '--debug')
+
+
+@pytest.mark.parametrize(
+  ('error', 'line'),
+  [
+    (OSError(28, 'No space left on device'), 'No space left on device'),
+    (OSError(13, 'Permission denied', 'a.json'), 'a.json: Permission denied'),
+  ],
+)
+def test_what_the_system_refuses_is_one_line(
+  command, monkeypatch, tmp_path, error, line
+):
+  def refuse(name):
+    raise error
+
+  monkeypatch.setattr(main, '_driver', refuse)
+  arguments = f'--workdir={tmp_path}', '--mode=prepare'
+  assert command(*arguments) == (1, '', f'error: {line}\n')
+  with pytest.raises(OSError, match=line.split(': ')[-1]):
+    command(*arguments, '--debug')
+
+
+def test_help_is_no_error():
+  run = subprocess.run(
+    [sys.executable, '-m', 'deeplab_jax.main', '--help'],
+    capture_output=True,
+    text=True,
+  )
+  assert (run.returncode, run.stderr) == (0, '') and '--workdir' in run.stdout
+
+
+def test_a_closed_pipe_ends_in_one_line_after_all_files(trained, tmp_path):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  for name in ('eval.json', 'worst.png', 'best.png'):
+    (workdir / name).unlink(missing_ok=True)
+  reading, writing = os.pipe()
+  os.close(reading)
+  options = f'--workdir={workdir}', '--mode=eval'
+  run = subprocess.run(
+    [sys.executable, '-m', 'deeplab_jax.main', *options],
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(writing)
+  assert run.returncode == 128 + signal.SIGPIPE
+  assert run.stderr.splitlines()[-1] == 'broken pipe'
+  assert 'Traceback' not in run.stderr
+  for name in ('eval.json', 'worst.png', 'best.png'):
+    assert (workdir / name).is_file()
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'predict', 'prepare'])

@@ -129,7 +129,9 @@ def test_rotated_photo_is_segmented_as_a_viewer_shows_it(segment, tmp_path):
   assert Image.open(result).size == (40, 60)
 
 
-def test_unreadable_image_is_named_and_left_out(segment, tmp_path, caplog):
+def test_unreadable_image_is_named_and_left_out(
+  segment, tmp_path, caplog, capsys
+):
   write_image(tmp_path / 'in/a.png')
   (tmp_path / 'in/b.png').write_bytes(b'no picture')
   write_image(tmp_path / 'in/c.png')
@@ -138,6 +140,8 @@ def test_unreadable_image_is_named_and_left_out(segment, tmp_path, caplog):
   assert [path.name for path in written] == ['a.png', 'c.png']
   (message,) = caplog.messages
   assert 'b.png' in message and message.endswith('left out')
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last.startswith('2 of 3 images segmented by step ')
 
 
 def test_no_readable_image_at_all_is_an_error(segment, tmp_path):

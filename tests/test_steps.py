@@ -3,13 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import one_device_step
 from flax import linen as nn
 
-from deeplab_jax import DeepLabV3, ResNetV2, distributed, steps
+from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, distributed, steps
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.optimizers import make_optimizer
@@ -290,3 +291,24 @@ def test_initial_state_depends_on_the_seed_alone():
   kernel = a.params['backbone']['stem']['kernel']
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
   assert np.abs(kernel - c.params['backbone']['stem']['kernel']).max() > 0.01
+
+
+def test_an_update_in_bfloat16_points_where_that_in_float32_does():
+  # By the running statistics: those of a batch, at initial weights, amplify
+  # rounding until the gradients of deep layers have nothing in common.
+  optimizer = make_optimizer('sgd', 0.01, weight_decay=0.0)
+  batch = {name: value[None] for name, value in global_batch(2).items()}
+  updates = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = deeplab_v3('resnet18', num_classes=4, width=0.25, dtype=dtype)
+    state = steps.create_state(model, optimizer, 0)
+    step = one_device_step(model=model, optimizer=optimizer, freeze_bn=True)
+    after, _ = step(state, batch)
+    update = jax.tree.map(lambda a, b: a - b, after.params, state.params)
+    leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(update)]
+    updates.append(np.concatenate(leaves))
+  one, other = updates
+  assert not np.array_equal(one, other)
+  lengths = np.linalg.norm(one), np.linalg.norm(other)
+  np.testing.assert_allclose(lengths[1], lengths[0], rtol=0.02)
+  assert one @ other > 0.995 * np.prod(lengths)

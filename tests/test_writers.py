@@ -405,3 +405,10 @@ def test_disabled_progress_shows_nothing():
 )
 def test_durations_are_short(seconds, text):
   assert writers._duration(seconds) == text
+
+
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path):
+  path = tmp_path / 'missing' / 'a.json'
+  with pytest.raises(FileNotFoundError) as error:
+    writers.write_json(path, {})
+  assert error.value.filename == str(path)
