@@ -73,10 +73,10 @@ def backward(counts: dict[str, Flops]) -> dict[str, Flops]:
   return {**gradients, first: counts[first]}
 
 
-def total(counts: dict[str, Flops]) -> Flops:
-  """Sums what `count_flops` returns."""
-  padded, on_map = map(sum, zip(*counts.values(), strict=True))
-  return Flops(padded, on_map)
+def total(*counts: dict[str, Flops]) -> Flops:
+  """Sums what `count_flops` and `backward` return."""
+  convolutions = [count for part in counts for count in part.values()]
+  return Flops(*map(sum, zip(*convolutions, strict=True)))
 
 
 def conv_flops(

@@ -183,10 +183,6 @@ def startup(args: Any, settings: Sequence[str]) -> dict[str, Any]:
       *([f'--config={args.config}'] if args.config else []),
       *settings,
     ]
-    if args.crop:
-      command.append(f'--config.data.crop_size=({args.crop},{args.crop})')
-    if args.batch:
-      command.append(f'--config.train.batch_size={args.batch}')
     for name in ('cold', 'warm'):
       result[f'{name}_seconds'] = _first_step_seconds(command, environment)
   return {**result, 'seconds': result['warm_seconds']}
@@ -283,15 +279,14 @@ def _network(
   result = _timed(call, args.repeat)
   rate = matmul_rate(config.model.dtype) * devices
   backward = flops.backward(counts) if args.mode == 'train' else {}
-  total = map(flops.total, filter(None, (counts, backward)))
-  done = [sum(parts) for parts in zip(*total, strict=True)]
+  done = flops.total(counts, backward)
   result |= {
     'devices': devices,
-    'flops': done[0],
-    'flops_on_map': done[1],
+    'flops': done.padded,
+    'flops_on_map': done.on_map,
     'matmul_flops_per_second': rate,
-    'utilization': done[0] / result['seconds'] / rate,
-    'utilization_on_map': done[1] / result['seconds'] / rate,
+    'utilization': done.padded / result['seconds'] / rate,
+    'utilization_on_map': done.on_map / result['seconds'] / rate,
   }
   if args.layers:
     layers = profile.profile(call, lower().compile().as_text())
@@ -361,15 +356,12 @@ def _config(
   config, rest = options.override(config, ['measure', *argv])
   if rest:
     raise UserError(f'{rest[0]}: not an option')
-  if args.crop:
-    config.data.crop_size = (args.crop, args.crop)
-  if args.batch:
-    config.train.batch_size = config.eval.batch_size = args.batch
   validate(config)
   return config
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Own options, and settings, for some of which --crop and --batch stand."""
   parser = options.Parser('deeplab_jax.measure', __doc__)
   modes = *MODES, 'startup'
   parser.add_argument('--mode', choices=modes, required=True)
@@ -382,7 +374,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument(
     '--layers', action='store_true', help='profile the layers too'
   )
-  return parser.parse_known_args(argv)
+  args, settings = parser.parse_known_args(argv)
+  if args.crop:
+    settings.append(f'--config.data.crop_size=({args.crop},{args.crop})')
+  if args.batch:
+    for part in ('train', 'eval'):
+      settings.append(f'--config.{part}.batch_size={args.batch}')
+  return args, settings
 
 
 def main(argv: Sequence[str]) -> None:

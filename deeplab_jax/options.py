@@ -84,21 +84,18 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
   A `UserError`, and what the system refuses, exit with status 1, Ctrl-C and a
   reader of our output that has gone with the shell's status for them.
   """
+  if debug:
+    yield
+    return
   try:
     yield
   except UserError as error:
-    if debug:
-      raise
     print(f'error: {error}', file=sys.stderr)
     sys.exit(1)
   except KeyboardInterrupt:
-    if debug:
-      raise
     print('interrupted', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
   except BrokenPipeError:
-    if debug:
-      raise
     nowhere = os.open(os.devnull, os.O_WRONLY)
     # What is still to be flushed at exit would fail again.
     os.dup2(nowhere, sys.stdout.fileno())
@@ -108,8 +105,6 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
       os.dup2(nowhere, sys.stderr.fileno())
     sys.exit(128 + signal.SIGPIPE)
   except OSError as error:
-    if debug:
-      raise
     place = f'{error.filename}: ' if error.filename is not None else ''
     print(f'error: {place}{error.strerror or error}', file=sys.stderr)
     sys.exit(1)
