@@ -56,7 +56,8 @@ def make_optimizer(
     raise ValueError(f'optimizer must be sgd or adam, got {name!r}')
   # The same parts whatever the numbers, so that a run may go on with others.
   return optax.chain(
-    optax.clip_by_global_norm(clip_norm or float('inf')),
+    # Even of an infinite norm, clipping keeps all gradients for their norm.
+    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
     optax.add_decayed_weights(weight_decay, mask=_is_kernel),
     optax.trace(momentum) if name == 'sgd' else optax.scale_by_adam(),
     optax.masked(optax.scale(head_multiplier), _is_head),

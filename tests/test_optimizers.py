@@ -79,6 +79,18 @@ def test_clipping_scales_the_gradient_to_its_norm():
   np.testing.assert_allclose(params['logits']['bias'], 3.9, rtol=1e-5)
 
 
+def test_without_clipping_no_norm_is_computed():
+  def squares(clip_norm):
+    optimizer = make_optimizer('sgd', 1.0, clip_norm=clip_norm)
+    state = optimizer.init(PARAMS)
+    return str(jax.make_jaxpr(optimizer.update)(PARAMS, state, PARAMS)).count(
+      'sqrt'
+    )
+
+  assert squares(clip_norm=0.2) == 1
+  assert squares(clip_norm=0.0) == 0
+
+
 def test_an_unknown_optimizer_is_refused():
   with pytest.raises(ValueError, match="sgd or adam, got 'lamb'"):
     make_optimizer('lamb', 0.1)
