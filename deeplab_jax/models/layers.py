@@ -5,6 +5,7 @@ convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -277,17 +278,25 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
       zeros, as Keras does, which wins over negative values.
   """
   check_choice('stem_pool', padding, POOL_PADDINGS)
-  border = jnp.asarray(0 if padding == 'zero' else -jnp.inf, x.dtype)
   for axis in (1, 2):
     # How far the first window reaches out; 'same' pads even sizes at the end.
     before = 0 if padding == 'same' and x.shape[axis] % 2 == 0 else 1
-    taps = []
-    for i in range(3):
-      tap, off_map = convolutions.under_tap(x, axis, i - before, 2)
-      pads = [(0, 0, 0)] * 4
-      pads[axis] = (*off_map, 0)
-      taps.append(lax.pad(tap, border, pads))
-    x = functools.reduce(_larger, taps)
+    taps = [convolutions.under_tap(x, axis, i - before, 2) for i in range(3)]
+    out = -(-x.shape[axis] // 2)
+    ends = {end for _, (front, back) in taps for end in (front, out - back)}
+    parts = []
+    for start, stop in itertools.pairwise(sorted(ends)):
+      window: list[Any] = []
+      for tap, (front, back) in taps:
+        if front <= start and stop <= out - back:
+          window.append(
+            lax.slice_in_dim(tap, start - front, stop - front, axis=axis)
+          )
+        elif padding == 'zero':
+          window.append(jnp.zeros((), x.dtype))
+      parts.append(functools.reduce(_larger, window))
+    # Beside each other, since XLA makes copies to pad.
+    x = jnp.concatenate(parts, axis)
   return x
 
 
