@@ -8,6 +8,8 @@ from conftest import xla_conv
 from deeplab_jax.models import convolutions
 
 SIZES = ((5, 8), (12, 7))
+# At rate 4: lines of 3 pixels, of 3 and 2, of 2, and with one axis in tiles.
+LINES = ((12, 12), (9, 11), (8, 7), (12, 13))
 
 
 def value_and_gradients(conv, x, kernel, **settings):
@@ -36,6 +38,45 @@ def test_winograd_equals_xla(size, rate):
   check_equal(convolutions.by_winograd, size, rate=rate)
 
 
+@pytest.mark.parametrize('size', LINES)
+def test_winograd_of_lines_without_neighbours_equals_xla(size):
+  check_equal(convolutions.by_winograd, size, rate=4)
+
+
+@pytest.mark.parametrize('rate', [1, 12, 18])
+def test_winograd_rounds_little(rate):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(1, 36, 36, 64)), rng.normal(size=(3, 3, 64, 8))
+  with jax.enable_x64(True):
+    exact = np.asarray(xla_conv(x, kernel, rate=rate))
+  y = convolutions.by_winograd(
+    x.astype(np.float32), kernel.astype(np.float32), rate
+  )
+  assert y.dtype == np.float32
+  error = np.sqrt(np.mean(np.square(y - exact)) / np.mean(np.square(exact)))
+  assert error < (1e-6 if rate == 1 else 5e-7)
+
+
+@pytest.mark.parametrize(
+  ('size', 'shapes'),
+  [((9, 9), [(5, 5, 4)] * 5), ((6, 6), [(4, 5, 4)] * 4)],
+)
+def test_winograd_kernels_fit_the_maps_that_they_are_for(size, shapes):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, *size, 5)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 5, 4)).astype(np.float32)
+  kernels = convolutions.winograd_kernels(kernel, size, 2)
+  assert [k.shape for k in kernels] == shapes
+  assert convolutions.fit_winograd(kernels, size, 2)
+  other = {(9, 9): (6, 6), (6, 6): (9, 9)}[size]
+  assert not convolutions.fit_winograd(kernels, other, 2)
+  assert not convolutions.fit_winograd(kernels, (9, 6), 2)
+  np.testing.assert_array_equal(
+    convolutions.by_winograd_kernels(x, kernels, 2),
+    convolutions.by_winograd(x, kernel, 2),
+  )
+
+
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('form', ['by_taps', 'by_patches'])
 @pytest.mark.parametrize(
@@ -45,7 +86,7 @@ def test_form_equals_xla(form, size, k, stride, rate):
   check_equal(getattr(convolutions, form), size, k, stride=stride, rate=rate)
 
 
-@pytest.mark.parametrize('rate', [1, 2])
+@pytest.mark.parametrize('rate', [1, 2, 3, 5])
 def test_transposed_winograd_is_the_gradient_with_respect_to_x(rate):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
@@ -74,8 +115,8 @@ def test_pixels_under_a_tap_are_those_of_the_padded_map(offset, stride):
 def test_winograd_share_of_hand_counted_products():
   # 3 tiles of 5 products a line; the taps reach 8, 9 and 8 pixels of 9.
   assert convolutions.winograd_share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
-  # 12 lines of a tile each; taps reach 21, 33 and 21 pixels, and 20.
-  share = 60 / 75 * (60 / 36)
+  # 12 lines of 4 products, and of 3; taps reach 21, 33, 21 pixels and 8, 20, 8.
+  share = 48 / 75 * (36 / 36)
   assert convolutions.winograd_share(33, 20, 12) == pytest.approx(share)
 
 

@@ -6,7 +6,8 @@ ceil(W / stride), Cout], `by_winograd` at k 3 and stride 1 alone. All are linear
 in x and in the kernel, and can be transposed in either.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,19 +124,39 @@ def under_tap(
   return window, (first, out - 1 - last)
 
 
-def _toom_cook(
-  points: tuple[float, ...],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Matrices that convolve a tile of a line with a kernel of 3 taps.
+class _Winograd(NamedTuple):
+  """Convolves a tile of a line with a kernel k of 3 taps.
+
+  `output @ ((kernel @ k) * (input @ x))` is the result on `tile` pixels, x the
+  same pixels and `border` more at each end.
+  """
+
+  output: np.ndarray
+  kernel: np.ndarray
+  input: np.ndarray
+
+  @property
+  def tile(self) -> int:
+    return self.output.shape[0]
+
+  @property
+  def products(self) -> int:
+    return self.kernel.shape[0]
+
+  @property
+  def border(self) -> int:
+    return (self.input.shape[1] - self.tile) // 2
+
+  def tiles(self, size: int, rate: int) -> int:
+    return -(-size // (self.tile * rate))
+
+
+def _toom_cook(points: tuple[float, ...]) -> _Winograd:
+  """Tiles of one pixel less than there are points, for one product more.
 
   Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016):
   the product of two polynomials from their values at the points and at
   infinity.
-
-  Returns:
-    `output` [tile, p], `kernel` [p, 3] and `input` [p, tile + 2], such that
-    `output @ ((kernel @ k) * (input @ x))` is the convolution of `tile + 2`
-    pixels x; p is one more than the points, and `tile` one less.
   """
   tile = len(points) - 1
   output = np.vander(points, tile, increasing=True)
@@ -148,12 +169,30 @@ def _toom_cook(
   both = np.einsum('jp,ps->jsp', output, kernel).reshape(3 * tile, -1)
   wanted = [np.eye(tile + 2)[j + s] for j in range(tile) for s in range(3)]
   solution = np.linalg.lstsq(both, np.array(wanted))[0]
-  return output, kernel, solution.round(12)  # zeros are zeros
+  return _Winograd(output, kernel, solution.round(12))  # zeros are zeros
 
 
 # Of tiles of 3, these points have the least rounding: twice that of tiles of 2.
-_OUTPUT, _KERNEL, _INPUT = _toom_cook((0.0, 1.0, -0.5, -2.0))
-_PRODUCTS, _TILE = _KERNEL.shape[0], _OUTPUT.shape[0]
+_TILES = _toom_cook((0.0, 1.0, -0.5, -2.0))
+
+# Lines between zeros take one product less. Of two pixels, both results hold
+# k1 * (x0 + x1).
+_PAIR = _Winograd(
+  np.array([[1, 1, 0], [1, 0, 1]]),
+  np.array([[0, 1, 0], [0, -1, 1], [1, -1, 0]]),
+  np.array([[1, 1], [0, 1], [1, 0]]),
+)
+
+# Of three pixels, the sum and the difference of the ends, with the pixel in the
+# middle, are each multiplied by a matrix of 2x2 in which the taps stand; the
+# middle tap's share of the middle result, 9/8 and -1/8, is such that both
+# matrices have real eigenvalues whatever the taps, and eigenvectors that do not
+# depend on them.
+_TRIPLE = _Winograd(
+  np.array([[6, -6, 4, 4], [9, 9, 2, -2], [6, -6, -4, -4]]) / 16,
+  np.array([[2, 3, 2], [-2, 3, -2], [6, 3, -6], [-6, 3, 6]]) / 3,
+  np.array([[4, 6, 4], [-4, 6, -4], [6, -3, -6], [6, 3, -6]]) / 6,
+)
 
 
 def by_winograd(
@@ -163,44 +202,82 @@ def by_winograd(
 
   An atrous convolution is one of rate 1 on each of the `rate * rate` maps that
   take every `rate`th pixel of a row and of a column. Each is cut into tiles of
-  3x3 pixels, which take 25 products a pair of channels instead of 81.
+  3x3 pixels, which take 25 products a pair of channels instead of 81; where it
+  is no larger than one, 16 do, and 9 for one of 2x2.
 
   With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient
   of the convolution with respect to x does.
   """
+  kernels = winograd_kernels(kernel, x.shape[1:3], rate, transposed=transposed)
+  return by_winograd_kernels(x, kernels, rate, transposed=transposed)
+
+
+def winograd_kernels(
+  kernel: jax.Array,
+  size: tuple[int, int],
+  rate: int = 1,
+  *,
+  transposed: bool = False,
+) -> tuple[jax.Array, ...]:
+  """The kernel [3, 3, Cin, Cout] transformed for maps of a height and width.
+
+  Returns:
+    An array [products of a column, Cin, Cout] a product of a row.
+
+  Raises:
+    ValueError: for a kernel of another size.
+  """
   if kernel.shape[:2] != (3, 3):
     raise ValueError(f'kernel must be 3x3, got {kernel.shape[:2]}')
-  batch, height, width, channels = x.shape
-  high, wide = (_tiles(size, rate) for size in (height, width))
-  x = jnp.pad(
-    x,
-    (
-      (0, 0),
-      (rate, rate * (_TILE * high + 1) - height),
-      (rate, rate * (_TILE * wide + 1) - width),
-      (0, 0),
-    ),
-  )
-  x = x.reshape(batch, _TILE * high + 2, rate, _TILE * wide + 2, rate, channels)
-  rows = _windows(x, 1)
+  order = slice(None, None, -1 if transposed else 1)
+  down, across = (_winograd(n, rate).kernel[:, order] for n in size)
   kernel = kernel.reshape(9, *kernel.shape[2:])
-  to_products = _KERNEL[:, ::-1] if transposed else _KERNEL
+  return tuple(_transform(np.kron(row, across), kernel) for row in down)
+
+
+def fit_winograd(
+  kernels: Sequence[jax.Array], size: tuple[int, int], rate: int
+) -> bool:
+  """Whether `winograd_kernels` gives such for maps of this size."""
+  down, across = (_winograd(n, rate) for n in size)
+  return (len(kernels), len(kernels[0])) == (down.products, across.products)
+
+
+def by_winograd_kernels(
+  x: jax.Array,
+  kernels: Sequence[jax.Array],
+  rate: int = 1,
+  *,
+  transposed: bool = False,
+) -> jax.Array:
+  """`by_winograd` with a kernel that `winograd_kernels` has transformed."""
+  batch, height, width, channels = x.shape
+  down, across = (_winograd(n, rate) for n in (height, width))
+  high, wide = down.tiles(height, rate), across.tiles(width, rate)
+  pads, shape = [(0, 0)], [batch]
+  for size, form, tiles in ((height, down, high), (width, across, wide)):
+    pixels = form.tile * tiles + 2 * form.border
+    before = rate * form.border
+    pads.append((before, rate * pixels - before - size))
+    shape += [pixels, rate]
+  x = jnp.pad(x, (*pads, (0, 0))).reshape(*shape, channels)
+  rows = _windows(x, 1, down)
   parts = []
   # The products of a row at a time, while they are in the caches.
-  for to_row, to_kernel in zip(_INPUT, to_products, strict=True):
+  for to_row, kernel in zip(down.input, kernels, strict=True):
     row = lax.optimization_barrier(_weighted_sum(to_row, rows))
-    columns = _windows(row, 3)
-    columns = jnp.stack([_weighted_sum(weights, columns) for weights in _INPUT])
+    columns = _windows(row, 3, across)
+    columns = [_weighted_sum(weights, columns) for weights in across.input]
     y = lax.dot_general(
-      columns.reshape(_PRODUCTS, -1, channels),
-      _transform(np.kron(to_kernel, to_products), kernel),
+      jnp.stack(columns).reshape(across.products, -1, channels),
+      kernel,
       (((2,), (2 if transposed else 1,)), ((0,), (0,))),
     )
-    parts.append(_transform(_OUTPUT, y))
-  y = jnp.stack([_weighted_sum(weights, parts) for weights in _OUTPUT])
-  y = y.reshape(_TILE, _TILE, batch, high, rate, wide, rate, -1)
+    parts.append(_transform(across.output, y))
+  y = jnp.stack([_weighted_sum(weights, parts) for weights in down.output])
+  y = y.reshape(down.tile, across.tile, batch, high, rate, wide, rate, -1)
   y = y.transpose(2, 3, 0, 4, 5, 1, 6, 7)
-  y = y.reshape(batch, _TILE * rate * high, _TILE * rate * wide, -1)
+  y = y.reshape(batch, down.tile * rate * high, across.tile * rate * wide, -1)
   return y[:, :height, :width]
 
 
@@ -209,19 +286,22 @@ def winograd_share(height: int, width: int, rate: int) -> float:
   share = 1.0
   for size in (height, width):
     taps = sum(max(size - rate * abs(i), 0) for i in (-1, 0, 1))
-    share *= _PRODUCTS * rate * _tiles(size, rate) / taps
+    form = _winograd(size, rate)
+    share *= form.products * rate * form.tiles(size, rate) / taps
   return share
 
 
-def _tiles(size: int, rate: int) -> int:
-  return -(-size // (_TILE * rate))
+def _winograd(size: int, rate: int) -> _Winograd:
+  whole = (form for form in (_PAIR, _TRIPLE) if size <= form.tile * rate)
+  return next(whole, _TILES)
 
 
-def _windows(x: jax.Array, axis: int) -> list[jax.Array]:
+def _windows(x: jax.Array, axis: int, form: _Winograd) -> list[jax.Array]:
   """The first pixels of all tiles' windows along an axis, the second, ..."""
-  stop = x.shape[axis] - _TILE - 1
+  pixels = form.tile + 2 * form.border
+  stop = x.shape[axis] - pixels + 1
   return [
-    lax.slice_in_dim(x, i, i + stop, _TILE, axis) for i in range(_TILE + 2)
+    lax.slice_in_dim(x, i, i + stop, form.tile, axis) for i in range(pixels)
   ]
 
 
