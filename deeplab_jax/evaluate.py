@@ -63,7 +63,7 @@ def evaluate_variables(
 
   Args:
     evaluator: of the split.
-    variables: `params` and `batch_stats`, on the devices.
+    variables: `params` and `batch_stats`, prepared or not, on the devices.
     panels: how many images the picture shows.
     visit: called with each image.
 
@@ -182,7 +182,7 @@ def evaluate(
     visit.append(archive.add)
   measures, confusion, picture = evaluate_variables(
     evaluator,
-    distributed.replicate(network.variables),
+    distributed.replicate(evaluator.prepare(network.variables)),
     config.eval.panels,
     visit,
   )

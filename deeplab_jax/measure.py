@@ -41,14 +41,19 @@ from deeplab_jax.errors import UserError
 
 _WINDOW = 256  # images that the input pipeline loads for one timing
 _LAYERS = 10
+_CALLS, _SECONDS = 3, 3.0  # timed, at least
 
 
 def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Logits of full size from images that lie on one device."""
+  """Logits of full size from images that lie on one device.
+
+  By prepared variables, as `evaluate` takes them.
+  """
   model = train.make_model(config, args.classes)
   state = steps.create_state(model, optax.identity(), config.seed)
   apply = jax.jit(functools.partial(model.apply, train=False))
-  arguments = jax.device_put((state.variables, _batch(config, args)['image']))
+  variables = model.prepare(state.variables, tuple(config.data.crop_size))
+  arguments = jax.device_put((variables, _batch(config, args)['image']))
   return _network(
     lambda: apply(*arguments),
     lambda: apply.lower(*arguments),
@@ -126,8 +131,8 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   dataset = evaluate.open_dataset(config, split)
   model = train.make_model(config, dataset.info.num_classes)
   state = steps.create_state(model, optax.identity(), config.seed)
-  variables = distributed.replicate(state.variables)
   evaluator = evaluate.make_evaluator(model, dataset, config)
+  variables = distributed.replicate(evaluator.prepare(state.variables))
   result = _timed(
     lambda: evaluate.evaluate_variables(evaluator, variables, panels=0),
     args.repeat,
@@ -228,8 +233,12 @@ def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   }
 
 
-def _timed(call: Callable[[], Any], repeat: int) -> dict[str, Any]:
-  """One call to warm up, then the best of `repeat` others."""
+def _timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
+  """One call to warm up, then the best of `repeat` others.
+
+  By default of three and as many more as begin within three seconds: of short
+  calls the first dozen vary most, while memory is found for them.
+  """
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append((name, seconds))
@@ -238,13 +247,17 @@ def _timed(call: Callable[[], Any], repeat: int) -> dict[str, Any]:
   jax.block_until_ready(call())
   first = time.perf_counter() - start
   backend = [s for name, s in compiled if 'backend_compile' in name]
-  best = float('inf')
-  for _ in range(repeat):
+  best, calls, begin = float('inf'), 0, time.perf_counter()
+  while calls < (repeat or _CALLS) or (
+    not repeat and time.perf_counter() - begin < _SECONDS
+  ):
     start = time.perf_counter()
     jax.block_until_ready(call())
     best = min(best, time.perf_counter() - start)
+    calls += 1
   return {
     'seconds': best,
+    'calls': calls,
     'first_seconds': first,
     'compilations': len(backend),
     'compile_seconds': sum(backend),
@@ -370,7 +383,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument('--crop', type=count, help='height and width')
   parser.add_argument('--batch', type=count, help='images of a batch')
   parser.add_argument('--classes', type=count, default=21)
-  parser.add_argument('--repeat', type=count, default=3, help='timed calls')
+  parser.add_argument(
+    '--repeat', type=count, help='timed calls; by default for 3 seconds'
+  )
   parser.add_argument(
     '--layers', action='store_true', help='profile the layers too'
   )

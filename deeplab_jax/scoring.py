@@ -69,7 +69,7 @@ class Evaluator:
     self.info = info
     self.description = {'split': split, **protocol.describe(model)}
     self._source, self._sizes, self._transforms = source, sizes, ()
-    self._threads = threads
+    self._threads, self._model = threads, model
     if protocol.kind == 'center_crop':
       self._transforms = (CenterCrop(protocol.crop_size),)
       self._sizes = [protocol.crop_size] * len(sizes)
@@ -86,11 +86,18 @@ class Evaluator:
       ignore_label=info.ignore_label,
     )
 
+  def prepare(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables for `scored`, at the largest images; see `DeepLabV3.prepare`.
+
+    It takes a second or so, which pays from some dozens of images on.
+    """
+    return self._model.prepare(variables, self._plan[-1].size)
+
   def scored(self, variables: dict[str, Any]) -> Iterator[ScoredImage]:
     """Yields every image of all hosts once, on every host.
 
     Args:
-      variables: `params` and `batch_stats`, on the devices.
+      variables: `params` and `batch_stats`, prepared or not, on the devices.
     """
     iterator = make_eval_iterator(
       self._source,

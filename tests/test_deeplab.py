@@ -214,3 +214,60 @@ def test_the_image_is_normalised_to_minus_one_and_one():
 def test_impossible_arguments_are_named_at_construction(call, words):
   with pytest.raises(ValueError, match=words):
     deeplab_v3(**call)
+
+
+PREPARED = {'width': 0.5, 'aspp_features': 64}
+needs_cpu = pytest.mark.skipif(
+  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
+)
+
+
+@needs_cpu
+@pytest.mark.parametrize('size', [(257, 257), (400, 273), (160, 160)])
+def test_prepared_variables_give_the_same_logits(size, random_variables):
+  model = deeplab_v3('resnet18', **PREPARED)
+  variables = random_variables(model)
+  prepared = model.prepare(variables, (257, 257))
+  images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  expected = np.asarray(apply(variables, images))
+  assert np.ptp(expected) > 0.1
+  atol = 1e-5 * np.abs(expected).max()
+  np.testing.assert_allclose(apply(prepared, images), expected, atol=atol)
+
+
+@needs_cpu
+def test_prepared_kernels_are_used_where_they_fit(random_variables):
+  model = deeplab_v3('resnet18', **PREPARED)
+  prepared = model.prepare(random_variables(model), (257, 257))
+  # On 17 pixels rate 6 has lines of at most 3, on 25 pixels tiles of 3.
+  rate6 = prepared['prepared']['aspp']['atrous1']['conv']['kernel']
+  assert [k.shape for k in rate6] == [(4, 256, 64)] * 4
+  prepared['prepared'] = {
+    'aspp': {'atrous1': {'conv': {'kernel': tuple(map(jnp.zeros_like, rate6))}}}
+  }
+  for size, used in (((257, 257), True), ((400, 400), False)):
+    images = np.full((1, *size, 3), 90, np.uint8)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    with_zeros = apply(prepared, images)
+    plain = {k: v for k, v in prepared.items() if k != 'prepared'}
+    same = np.array_equal(with_zeros, apply(plain, images))
+    assert same != used
+
+
+@needs_cpu
+def test_prepared_variables_cannot_be_trained(random_variables):
+  model = deeplab_v3('resnet18', **PREPARED)
+  prepared = model.prepare(random_variables(model), (257, 257))
+  images = np.zeros((1, 257, 257, 3), np.uint8)
+  with pytest.raises(ValueError, match="'prepared' are for inference"):
+    model.apply(prepared, images, train=True, mutable=['batch_stats'])
+
+
+def test_initial_variables_are_not_prepared():
+  model = deeplab_v3('resnet18', **PREPARED)
+  shapes = jax.eval_shape(
+    lambda key: model.init(key, jnp.zeros((1, 257, 257, 3)), train=False),
+    jax.random.key(0),
+  )
+  assert set(shapes) == {'params', 'batch_stats'}

@@ -20,6 +20,7 @@ from deeplab_jax.models.layers import (
   Conv,
   aligned_size,
   check_choice,
+  on_cpu,
   resize_bilinear,
 )
 from deeplab_jax.models.resnet import (
@@ -63,6 +64,33 @@ class DeepLabV3(nn.Module):
     )
     return height, width
 
+  def prepare(
+    self, variables: dict[str, Any], size: tuple[int, int]
+  ) -> dict[str, Any]:
+    """Computes once what inference else computes from the kernels each time.
+
+    On CPUs that are the transforms of Winograd's algorithm, 0.2 GB for
+    ResNet-50; elsewhere there is nothing to gain and nothing is added.
+
+    Args:
+      variables: `params` and `batch_stats`.
+      size: (height, width) of the images. Others give the same logits, in at
+        most the time that they take without.
+
+    Returns:
+      The variables with a collection 'prepared', for `apply` with `train` False
+      until the parameters change.
+    """
+    if not on_cpu():
+      return dict(variables)
+    images = jnp.zeros((1, *size, 3), jnp.uint8)
+
+    @jax.jit
+    def prepared(variables: dict[str, Any]) -> dict[str, Any]:
+      return self.apply(variables, images, train=False, mutable=['prepared'])[1]
+
+    return {**variables, **prepared(variables)}
+
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Computes class logits.
@@ -74,7 +102,15 @@ class DeepLabV3(nn.Module):
 
     Returns:
       float32 [B, H, W, num_classes].
+
+    Raises:
+      ValueError: for training with variables that `prepare` returned.
     """
+    if train and 'prepared' in self.variables:
+      raise ValueError(
+        "variables with 'prepared' are for inference: gradients would not reach"
+        ' the kernels'
+      )
     x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(
       self.std
     )

@@ -6,7 +6,7 @@ convolution equals the dense one subsampled, at odd and even sizes alike.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ _PATCHES_TO_INPUTS = 64
 # as long as the products of few channels, that of the kernel as those of few
 # pixels.
 _WINOGRAD_UP_TO = 0.55
+_PREPARED_UP_TO = 0.8  # with the kernel transformed before
 _WINOGRAD_FROM_SIZE = 16
 _WINOGRAD_FROM_CHANNELS = 64
 
@@ -65,7 +66,11 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def conv2d(
-  x: jax.Array, kernel: jax.Array, stride: int = 1, rate: int = 1
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  rate: int = 1,
+  prepared: Sequence[jax.Array] = (),
 ) -> jax.Array:
   """Convolves with symmetric zero padding of `rate * (k - 1) / 2` pixels.
 
@@ -74,6 +79,8 @@ def conv2d(
     kernel: [k, k, Cin, Cout], k odd.
     stride: output pixel spacing in input pixels.
     rate: spacing of the kernel's taps in input pixels (atrous convolution).
+    prepared: of the same kernel, see `prepare_kernel`; not used where it does
+      not suit x. Gradients do not go through it to the kernel.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), Cout].
@@ -81,8 +88,26 @@ def conv2d(
   if kernel.shape[:2] == (1, 1):
     return convolutions.matmul(x[:, ::stride, ::stride], kernel[0, 0])
   if on_cpu():
+    if (
+      prepared
+      and _winograd_pays(x, kernel, stride, rate, _PREPARED_UP_TO)
+      and convolutions.fit_winograd(prepared, x.shape[1:3], rate)
+    ):
+      return convolutions.by_winograd_kernels(x, prepared, rate)
     return _conv2d_on_cpu(x, kernel, stride, rate)
   return convolutions.by_xla(x, kernel, stride, rate)
+
+
+def prepare_kernel(
+  x: jax.Array, kernel: jax.Array, stride: int = 1, rate: int = 1
+) -> tuple[jax.Array, ...]:
+  """What `conv2d` computes from the kernel alone; empty where that is nothing.
+
+  It suits maps of the size of x, and most others.
+  """
+  if on_cpu() and _winograd_pays(x, kernel, stride, rate, _PREPARED_UP_TO):
+    return convolutions.winograd_kernels(kernel, x.shape[1:3], rate)
+  return ()
 
 
 def _conv2d_forward(
@@ -100,7 +125,11 @@ def _taps_pay(stride: int, rate: int) -> bool:
 
 
 def _winograd_pays(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  rate: int,
+  up_to: float = _WINOGRAD_UP_TO,
 ) -> bool:
   return (
     kernel.shape[0] == 3
@@ -108,7 +137,7 @@ def _winograd_pays(
     and x.dtype == jnp.float32
     and min(x.shape[1:3]) >= _WINOGRAD_FROM_SIZE
     and min(kernel.shape[2:]) >= _WINOGRAD_FROM_CHANNELS
-    and convolutions.winograd_share(*x.shape[1:3], rate) <= _WINOGRAD_UP_TO
+    and convolutions.winograd_share(*x.shape[1:3], rate) <= up_to
   )
 
 
@@ -158,7 +187,8 @@ class Conv(nn.Module):
   """Square convolution, stride and rate in input pixels, see `conv2d`.
 
   Parameters, always float32: `kernel` [k, k, Cin, features] and, with
-  `use_bias`, `bias` [features].
+  `use_bias`, `bias` [features]. Applied with the collection 'prepared' mutable
+  it puts there what `prepare_kernel` gives, and uses it where it is given.
   """
 
   features: int
@@ -177,9 +207,13 @@ class Conv(nn.Module):
       nn.initializers.he_normal(),
       (k, k, x.shape[-1], self.features),
     )
-    x = conv2d(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.rate
-    )
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if self.is_mutable_collection('prepared') and not self.is_initializing():
+      new = prepare_kernel(x, kernel, self.stride, self.rate)
+      if new:
+        self.put_variable('prepared', 'kernel', new)
+    prepared = self.get_variable('prepared', 'kernel', ())
+    x = conv2d(x, kernel, self.stride, self.rate, prepared)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
       x = x + bias.astype(self.dtype)
