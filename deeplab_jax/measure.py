@@ -47,7 +47,7 @@ _CALLS, _SECONDS = 3, 3.0  # timed, at least
 def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   """Logits of full size from images that lie on one device.
 
-  By prepared variables, as `evaluate` takes them.
+  By prepared variables, as `--mode=eval` takes them.
   """
   model = train.make_model(config, args.classes)
   state = steps.create_state(model, optax.identity(), config.seed)
@@ -384,7 +384,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument('--batch', type=count, help='images of a batch')
   parser.add_argument('--classes', type=count, default=21)
   parser.add_argument(
-    '--repeat', type=count, help='timed calls; by default for 3 seconds'
+    '--repeat', type=count, help='timed calls; by default 3, more within 3 s'
   )
   parser.add_argument(
     '--layers', action='store_true', help='profile the layers too'

@@ -87,9 +87,10 @@ class Evaluator:
     )
 
   def prepare(self, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables for `scored`, at the largest images; see `DeepLabV3.prepare`.
+    """Variables for `scored`, see `DeepLabV3.prepare`.
 
-    It takes a second or so, which pays from some dozens of images on.
+    They suit the largest images at scale 1, and most layers at other sizes. It
+    takes a second or so, which pays from some dozens of images on.
     """
     return self._model.prepare(variables, self._plan[-1].size)
 

@@ -71,10 +71,8 @@ def test_winograd_kernels_fit_the_maps_that_they_are_for(size, shapes):
   other = {(9, 9): (6, 6), (6, 6): (9, 9)}[size]
   assert not convolutions.fit_winograd(kernels, other, 2)
   assert not convolutions.fit_winograd(kernels, (9, 6), 2)
-  np.testing.assert_array_equal(
-    convolutions.by_winograd_kernels(x, kernels, 2),
-    convolutions.by_winograd(x, kernel, 2),
-  )
+  y = convolutions.by_winograd_kernels(x, kernels, 2)
+  np.testing.assert_allclose(y, xla_conv(x, kernel, rate=2), atol=1e-4)
 
 
 @pytest.mark.parametrize('size', SIZES)

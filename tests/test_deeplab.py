@@ -264,6 +264,30 @@ def test_prepared_variables_cannot_be_trained(random_variables):
     model.apply(prepared, images, train=True, mutable=['batch_stats'])
 
 
+@needs_cpu
+def test_preparing_again_keeps_nothing_of_other_parameters(random_variables):
+  model = deeplab_v3('resnet18', **PREPARED)
+  old = model.prepare(random_variables(model), (257, 257))
+  new = {**old, **random_variables(model, seed=1)}
+  kept = model.prepare(new, (33, 33))  # where nothing is prepared
+  assert not jax.tree.leaves(kept.get('prepared', {}))
+
+
+def test_variables_that_are_all_mutable_are_not_prepared(random_variables):
+  model = deeplab_v3('resnet18', **PREPARED)
+  images = np.zeros((1, 257, 257, 3), np.uint8)
+  apply = functools.partial(model.apply, train=True, mutable=True)
+  _, updated = jax.eval_shape(apply, random_variables(model), images)
+  assert set(updated) == {'params', 'batch_stats'}
+
+
+@needs_cpu
+def test_bfloat16_has_nothing_to_prepare(random_variables):
+  model = deeplab_v3('resnet18', **PREPARED, dtype=jnp.bfloat16)
+  prepared = model.prepare(random_variables(model), (257, 257))
+  assert not jax.tree.leaves(prepared.get('prepared', {}))
+
+
 def test_initial_variables_are_not_prepared():
   model = deeplab_v3('resnet18', **PREPARED)
   shapes = jax.eval_shape(

@@ -1,7 +1,9 @@
+import itertools
 import json
 import os
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -180,3 +182,19 @@ def test_wrong_options_are_refused_in_one_line(arguments, message):
   with pytest.raises(UserError, match=message) as error:
     measure.main(arguments)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('repeat', 'tick', 'calls'), [(None, 10, 3), (None, 0.25, 5), (2, 0.25, 2)]
+)
+def test_short_calls_are_timed_for_three_seconds(
+  monkeypatch, repeat, tick, calls
+):
+  # The clock is read twice a call, and from the fourth on once before it.
+  ticks = itertools.count()
+  clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) * tick)
+  monkeypatch.setattr(measure, 'time', clock)
+  done = []
+  result = measure._timed(lambda: done.append(0), repeat)
+  assert result['calls'] == len(done) - 1 == calls
+  assert result['seconds'] == tick

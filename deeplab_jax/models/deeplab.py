@@ -74,15 +74,16 @@ class DeepLabV3(nn.Module):
 
     Args:
       variables: `params` and `batch_stats`.
-      size: (height, width) of the images. Others give the same logits, in at
-        most the time that they take without.
+      size: (height, width) of the images. At others, what does not suit them
+        is computed as without.
 
     Returns:
       The variables with a collection 'prepared', for `apply` with `train` False
-      until the parameters change.
+      until the parameters change. The logits are the same up to rounding.
     """
+    variables = {k: v for k, v in variables.items() if k != 'prepared'}
     if not on_cpu():
-      return dict(variables)
+      return variables
     images = jnp.zeros((1, *size, 3), jnp.uint8)
 
     @jax.jit

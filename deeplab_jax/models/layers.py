@@ -29,7 +29,7 @@ _PATCHES_TO_INPUTS = 64
 # as long as the products of few channels, that of the kernel as those of few
 # pixels.
 _WINOGRAD_UP_TO = 0.55
-_PREPARED_UP_TO = 0.8  # with the kernel transformed before
+_PREPARED_UP_TO = 0.8  # with the kernel transformed before: rate 18 on 33x33
 _WINOGRAD_FROM_SIZE = 16
 _WINOGRAD_FROM_CHANNELS = 64
 
@@ -187,8 +187,9 @@ class Conv(nn.Module):
   """Square convolution, stride and rate in input pixels, see `conv2d`.
 
   Parameters, always float32: `kernel` [k, k, Cin, features] and, with
-  `use_bias`, `bias` [features]. Applied with the collection 'prepared' mutable
-  it puts there what `prepare_kernel` gives, and uses it where it is given.
+  `use_bias`, `bias` [features]. Applied with the collection 'prepared' mutable,
+  and 'params' not, it puts there what `prepare_kernel` gives; it uses what it
+  finds there.
   """
 
   features: int
@@ -208,7 +209,10 @@ class Conv(nn.Module):
       (k, k, x.shape[-1], self.features),
     )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    if self.is_mutable_collection('prepared') and not self.is_initializing():
+    # Asked for by name: in `init`, for one, all collections are mutable.
+    if self.is_mutable_collection(
+      'prepared'
+    ) and not self.is_mutable_collection('params'):
       new = prepare_kernel(x, kernel, self.stride, self.rate)
       if new:
         self.put_variable('prepared', 'kernel', new)
