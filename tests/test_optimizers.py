@@ -80,15 +80,15 @@ def test_clipping_scales_the_gradient_to_its_norm():
 
 
 def test_without_clipping_no_norm_is_computed():
-  def squares(clip_norm):
+  def roots(clip_norm):
     optimizer = make_optimizer('sgd', 1.0, clip_norm=clip_norm)
     state = optimizer.init(PARAMS)
     return str(jax.make_jaxpr(optimizer.update)(PARAMS, state, PARAMS)).count(
       'sqrt'
     )
 
-  assert squares(clip_norm=0.2) == 1
-  assert squares(clip_norm=0.0) == 0
+  assert roots(clip_norm=0.2) == 1
+  assert roots(clip_norm=0.0) == 0
 
 
 def test_an_unknown_optimizer_is_refused():

@@ -210,9 +210,8 @@ class Conv(nn.Module):
     )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     # Asked for by name: in `init`, for one, all collections are mutable.
-    if self.is_mutable_collection(
-      'prepared'
-    ) and not self.is_mutable_collection('params'):
+    mutable = self.is_mutable_collection
+    if mutable('prepared') and not mutable('params'):
       new = prepare_kernel(x, kernel, self.stride, self.rate)
       if new:
         self.put_variable('prepared', 'kernel', new)
