@@ -7,12 +7,14 @@ in x and in the kernel, and can be transposed in either.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from deeplab_jax.models.winograd import Winograd, winograd
 
 
 def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
@@ -124,77 +126,6 @@ def under_tap(
   return window, (first, out - 1 - last)
 
 
-class _Winograd(NamedTuple):
-  """Convolves a tile of a line with a kernel k of 3 taps.
-
-  `output @ ((kernel @ k) * (input @ x))` is the result on `tile` pixels, x the
-  same pixels and `border` more at each end.
-  """
-
-  output: np.ndarray
-  kernel: np.ndarray
-  input: np.ndarray
-
-  @property
-  def tile(self) -> int:
-    return self.output.shape[0]
-
-  @property
-  def products(self) -> int:
-    return self.kernel.shape[0]
-
-  @property
-  def border(self) -> int:
-    return (self.input.shape[1] - self.tile) // 2
-
-  def tiles(self, size: int, rate: int) -> int:
-    return -(-size // (self.tile * rate))
-
-
-def _toom_cook(points: tuple[float, ...]) -> _Winograd:
-  """Tiles of one pixel less than there are points, for one product more.
-
-  Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016):
-  the product of two polynomials from their values at the points and at
-  infinity.
-  """
-  tile = len(points) - 1
-  output = np.vander(points, tile, increasing=True)
-  kernel = np.vander(points, 3, increasing=True)
-  for i, point in enumerate(points):
-    kernel[i] /= np.prod(point - np.delete(points, i))
-  output = np.vstack([output, np.eye(tile)[-1:]]).T
-  kernel = np.vstack([kernel, np.eye(3)[-1:]])
-  # `input` from what it has to do: output j is the sum of k[s] * x[j + s].
-  both = np.einsum('jp,ps->jsp', output, kernel).reshape(3 * tile, -1)
-  wanted = [np.eye(tile + 2)[j + s] for j in range(tile) for s in range(3)]
-  solution = np.linalg.lstsq(both, np.array(wanted))[0]
-  return _Winograd(output, kernel, solution.round(12))  # zeros are zeros
-
-
-# Of tiles of 3, these points have the least rounding: twice that of tiles of 2.
-_TILES = _toom_cook((0.0, 1.0, -0.5, -2.0))
-
-# Lines between zeros take one product less. Of two pixels, both results hold
-# k1 * (x0 + x1).
-_PAIR = _Winograd(
-  np.array([[1, 1, 0], [1, 0, 1]]),
-  np.array([[0, 1, 0], [0, -1, 1], [1, -1, 0]]),
-  np.array([[1, 1], [0, 1], [1, 0]]),
-)
-
-# Of three pixels, the sum and the difference of the ends, with the pixel in the
-# middle, are each multiplied by a matrix of 2x2 in which the taps stand; the
-# middle tap's share of the middle result, 9/8 and -1/8, is such that both
-# matrices have real eigenvalues whatever the taps, and eigenvectors that do not
-# depend on them.
-_TRIPLE = _Winograd(
-  np.array([[6, -6, 4, 4], [9, 9, 2, -2], [6, -6, -4, -4]]) / 16,
-  np.array([[2, 3, 2], [-2, 3, -2], [6, 3, -6], [-6, 3, 6]]) / 3,
-  np.array([[4, 6, 4], [-4, 6, -4], [6, -3, -6], [6, 3, -6]]) / 6,
-)
-
-
 def by_winograd(
   x: jax.Array, kernel: jax.Array, rate: int = 1, *, transposed: bool = False
 ) -> jax.Array:
@@ -203,7 +134,7 @@ def by_winograd(
   An atrous convolution is one of rate 1 on each of the `rate * rate` maps that
   take every `rate`th pixel of a row and of a column. Each is cut into tiles of
   3x3 pixels, which take 25 products a pair of channels instead of 81; where it
-  is no larger than one, 16 do, and 9 for one of 2x2.
+  is small enough to be taken whole, fewer do, see `winograd`.
 
   With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient
   of the convolution with respect to x does.
@@ -230,16 +161,17 @@ def winograd_kernels(
   if kernel.shape[:2] != (3, 3):
     raise ValueError(f'kernel must be 3x3, got {kernel.shape[:2]}')
   order = slice(None, None, -1 if transposed else 1)
-  down, across = (_winograd(n, rate).kernel[:, order] for n in size)
-  kernel = kernel.reshape(9, *kernel.shape[2:])
-  return tuple(_transform(np.kron(row, across), kernel) for row in down)
+  down, across = (winograd(n, rate).kernel[:, order] for n in size)
+  # `split`, since its transpose concatenates where that of slices would add.
+  taps = [tap[0] for tap in lax.split(kernel, [1] * 3)]
+  return tuple(_transform(across, _weighted_sum(row, taps)) for row in down)
 
 
 def fit_winograd(
   kernels: Sequence[jax.Array], size: tuple[int, int], rate: int
 ) -> bool:
   """Whether `winograd_kernels` gives such for maps of this size."""
-  down, across = (_winograd(n, rate) for n in size)
+  down, across = (winograd(n, rate) for n in size)
   return (len(kernels), len(kernels[0])) == (down.products, across.products)
 
 
@@ -252,21 +184,14 @@ def by_winograd_kernels(
 ) -> jax.Array:
   """`by_winograd` with a kernel that `winograd_kernels` has transformed."""
   batch, height, width, channels = x.shape
-  down, across = (_winograd(n, rate) for n in (height, width))
+  down, across = (winograd(n, rate) for n in (height, width))
   high, wide = down.tiles(height, rate), across.tiles(width, rate)
-  pads, shape = [(0, 0)], [batch]
-  for size, form, tiles in ((height, down, high), (width, across, wide)):
-    pixels = form.tile * tiles + 2 * form.border
-    before = rate * form.border
-    pads.append((before, rate * pixels - before - size))
-    shape += [pixels, rate]
-  x = jnp.pad(x, (*pads, (0, 0))).reshape(*shape, channels)
-  rows = _windows(x, 1, down)
+  rows = _windows(_lines(x, 1, down, rate), 1, down)
   parts = []
   # The products of a row at a time, while they are in the caches.
   for to_row, kernel in zip(down.input, kernels, strict=True):
-    row = lax.optimization_barrier(_weighted_sum(to_row, rows))
-    columns = _windows(row, 3, across)
+    row = _lines(_weighted_sum(to_row, rows), 3, across, rate)
+    columns = _windows(lax.optimization_barrier(row), 3, across)
     columns = [_weighted_sum(weights, columns) for weights in across.input]
     y = lax.dot_general(
       jnp.stack(columns).reshape(across.products, -1, channels),
@@ -286,17 +211,23 @@ def winograd_share(height: int, width: int, rate: int) -> float:
   share = 1.0
   for size in (height, width):
     taps = sum(max(size - rate * abs(i), 0) for i in (-1, 0, 1))
-    form = _winograd(size, rate)
+    form = winograd(size, rate)
     share *= form.products * rate * form.tiles(size, rate) / taps
   return share
 
 
-def _winograd(size: int, rate: int) -> _Winograd:
-  whole = (form for form in (_PAIR, _TRIPLE) if size <= form.tile * rate)
-  return next(whole, _TILES)
+def _lines(x: jax.Array, axis: int, form: Winograd, rate: int) -> jax.Array:
+  """Splits an axis in [pixels of a line, rate], with zeros around each line."""
+  size = x.shape[axis]
+  pixels = form.tile * form.tiles(size, rate) + 2 * form.border
+  before = rate * form.border
+  pads = [(0, 0)] * x.ndim
+  pads[axis] = before, rate * pixels - before - size
+  shape = *x.shape[:axis], pixels, rate, *x.shape[axis + 1 :]
+  return jnp.pad(x, pads).reshape(shape)
 
 
-def _windows(x: jax.Array, axis: int, form: _Winograd) -> list[jax.Array]:
+def _windows(x: jax.Array, axis: int, form: Winograd) -> list[jax.Array]:
   """The first pixels of all tiles' windows along an axis, the second, ..."""
   pixels = form.tile + 2 * form.border
   stop = x.shape[axis] - pixels + 1
