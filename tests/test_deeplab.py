@@ -242,7 +242,7 @@ def test_prepared_kernels_are_used_where_they_fit(random_variables):
   prepared = model.prepare(random_variables(model), (257, 257))
   # On 17 pixels rate 6 has lines of at most 3, on 25 pixels tiles of 3.
   rate6 = prepared['prepared']['aspp']['atrous1']['conv']['kernel']
-  assert [k.shape for k in rate6] == [(4, 256, 64)] * 4
+  assert [k.shape for k in rate6] == [(4, 64, 256)] * 4
   prepared['prepared'] = {
     'aspp': {'atrous1': {'conv': {'kernel': tuple(map(jnp.zeros_like, rate6))}}}
   }
