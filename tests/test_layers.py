@@ -1,6 +1,7 @@
 """Convolution against XLA's own, resizing against hand-computed values."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,29 @@ def test_the_form_that_pays_is_chosen_forward_and_backward(
 
   jax.eval_shape(run, x, kernel)
   assert used == (forms if layers.on_cpu() else ['xla'])
+
+
+@pytest.mark.skipif(not layers.on_cpu(), reason='XLA schedules otherwise there')
+@pytest.mark.parametrize(('k', 'rate'), [(1, 1), (3, 1), (3, 2), (3, 18)])
+def test_donated_kernels_are_updated_without_a_copy(k, rate):
+  """XLA copies a kernel that may be read after its update."""
+  shapes = {'a': (k, k, 64, 96), 'b': (k, k, 96, 64)}
+
+  def step(kernels, x):
+    def loss(kernels):
+      y = nn.relu(layers.conv2d(x, kernels['a'], 1, rate))
+      return jnp.square(layers.conv2d(y, kernels['b'], 1, rate)).mean()
+
+    gradients = jax.grad(loss)(kernels)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, kernels, gradients)
+
+  kernels = {n: jax.ShapeDtypeStruct(s, 'float32') for n, s in shapes.items()}
+  x = jax.ShapeDtypeStruct((1, 33, 33, 64), 'float32')
+  compiled = jax.jit(step, donate_argnums=0).lower(kernels, x).compile()
+  assert compiled.memory_analysis().alias_size_in_bytes == k * k * 64 * 96 * 8
+  assert not re.findall(
+    rf'f32\[{k},{k},\d+,\d+\]\S* copy\(', compiled.as_text()
+  )
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -85,8 +85,8 @@ def conv2d(
   Returns:
     [B, ceil(H / stride), ceil(W / stride), Cout].
   """
-  if kernel.shape[:2] == (1, 1):
-    return convolutions.matmul(x[:, ::stride, ::stride], kernel[0, 0])
+  if kernel.shape[0] == 1:
+    x, stride, rate = x[:, ::stride, ::stride], 1, 1
   if on_cpu():
     if (
       prepared
@@ -97,6 +97,8 @@ def conv2d(
         x, prepared, rate, transposed=True
       )
     return _conv2d_on_cpu(x, kernel, stride, rate)
+  if kernel.shape[0] == 1:
+    return convolutions.matmul(x, kernel[0, 0])
   return convolutions.by_xla(x, kernel, stride, rate)
 
 
@@ -121,13 +123,13 @@ def _conv2d_forward(
 ) -> jax.Array:
   if _winograd_pays(x, kernel, stride, rate):
     return convolutions.by_winograd(x, kernel, rate)
-  taps = _taps_pay(stride, rate)
+  taps = _taps_pay(kernel, stride, rate)
   form = convolutions.by_taps if taps else convolutions.by_xla
   return form(x, kernel, stride, rate)
 
 
-def _taps_pay(stride: int, rate: int) -> bool:
-  return stride == 1 and rate >= _TAPS_FROM_RATE
+def _taps_pay(kernel: jax.Array, stride: int, rate: int) -> bool:
+  return stride == 1 and (kernel.shape[0] == 1 or rate >= _TAPS_FROM_RATE)
 
 
 def _winograd_pays(
@@ -169,7 +171,8 @@ def _conv2d_backward(
     to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
     form = functools.partial(convolutions.by_winograd, rate=rate)
   else:
-    if _taps_pay(stride, rate):  # transposed by JAX it would add in x's dtype
+    if _taps_pay(kernel, stride, rate):
+      # Transposed by JAX it would add in x's dtype.
       to_x = convolutions.by_taps(gradient, kernel, rate=rate, transposed=True)
     else:
       (to_x,) = jax.linear_transpose(
@@ -181,8 +184,9 @@ def _conv2d_backward(
   (to_kernel,) = jax.linear_transpose(lambda kernel: form(x, kernel), kernel)(
     gradient
   )
-  # Added up here, lest its parts are kept for whoever reads the sum.
-  return to_x, lax.optimization_barrier(to_kernel)
+  # Added up here, lest its parts are kept for whoever reads the sum; and tied,
+  # since a kernel that is updated before its last use here has to be copied.
+  return lax.optimization_barrier((to_x, to_kernel))
 
 
 _conv2d_on_cpu = jax.custom_vjp(_conv2d_forward, nondiff_argnums=(2, 3))
