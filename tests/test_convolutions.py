@@ -44,7 +44,7 @@ def test_winograd_of_lines_without_neighbours_equals_xla(size, rate):
 
 
 @pytest.mark.parametrize(
-  ('rate', 'bound'), [(1, 1e-6), (8, 1e-6), (12, 5e-7), (18, 5e-7)]
+  ('rate', 'bound'), [(1, 1e-6), (8, 1.2e-6), (12, 5e-7), (18, 5e-7)]
 )
 def test_winograd_rounds_little(rate, bound):
   rng = np.random.default_rng(0)
@@ -61,7 +61,11 @@ def test_winograd_rounds_little(rate, bound):
 
 @pytest.mark.parametrize(
   ('size', 'shapes'),
-  [((9, 9), [(5, 5, 4)] * 5), ((6, 6), [(4, 5, 4)] * 4)],
+  [
+    ((9, 9), [(5, 5, 4)] * 5),
+    ((6, 6), [(4, 5, 4)] * 4),
+    ((9, 6), [(4, 5, 4)] * 5),
+  ],
 )
 def test_winograd_kernels_fit_the_maps_that_they_are_for(size, shapes):
   rng = np.random.default_rng(0)
@@ -70,9 +74,8 @@ def test_winograd_kernels_fit_the_maps_that_they_are_for(size, shapes):
   kernels = convolutions.winograd_kernels(kernel, size, 2)
   assert [k.shape for k in kernels] == shapes
   assert convolutions.fit_winograd(kernels, size, 2)
-  other = {(9, 9): (6, 6), (6, 6): (9, 9)}[size]
-  assert not convolutions.fit_winograd(kernels, other, 2)
-  assert not convolutions.fit_winograd(kernels, (9, 6), 2)
+  for other in {(9, 9), (6, 6), (9, 6), (6, 9)} - {size}:
+    assert not convolutions.fit_winograd(kernels, other, 2)
   y = convolutions.by_winograd_kernels(x, kernels, 2)
   np.testing.assert_allclose(y, xla_conv(x, kernel, rate=2), atol=1e-4)
 

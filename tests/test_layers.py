@@ -43,10 +43,13 @@ def test_conv2d_equals_xla_in_value_and_gradient(
   assert_equals_xla(size, k, stride, rate, channels, features)
 
 
-@pytest.mark.parametrize(('stride', 'rate'), [(1, 1), (2, 1), (1, 2), (1, 6)])
-def test_conv2d_on_accelerators_equals_xla(monkeypatch, stride, rate):
+@pytest.mark.parametrize(
+  ('k', 'stride', 'rate'),
+  [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 1, 6)],
+)
+def test_conv2d_on_accelerators_equals_xla(monkeypatch, k, stride, rate):
   monkeypatch.setattr(layers, 'on_cpu', lambda: False)
-  assert_equals_xla((9, 12), 3, stride, rate, 3, 4)
+  assert_equals_xla((9, 12), k, stride, rate, 3, 4)
 
 
 def assert_equals_xla(size, k, stride, rate, channels, features):

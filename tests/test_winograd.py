@@ -44,9 +44,11 @@ def test_line_has_small_numbers(pixels):
 
 
 def test_lines_of_pairs_and_of_five_have_many_zeros():
-  for pixels, zeros in ((2, 2), (5, 14)):
-    assert np.count_nonzero(line(pixels).input == 0) == zeros
-    assert np.count_nonzero(line(pixels).output == 0) == zeros
+  for pixels, zeros, of_kernel in ((2, 2, 4), (5, 14, 6)):
+    form = line(pixels)
+    assert np.count_nonzero(form.input == 0) == zeros
+    assert np.count_nonzero(form.output == 0) == zeros
+    assert np.count_nonzero(form.kernel == 0) == of_kernel
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,10 @@ def test_lines_of_pairs_and_of_five_have_many_zeros():
     (33, 4, 5, 3, 3),
     (17, 4, 5, 3, 2),  # lines of 5, but at a small rate
     (33, 6, 5, 3, 2),
+    (33, 7, 5, 3, 2),  # of 5 as well
     (33, 8, 7, 5, 1),
+    (65, 8, 5, 3, 3),
+    (65, 12, 5, 3, 2),  # of 6
     (32, 8, 6, 4, 1),
     (33, 12, 4, 3, 1),
     (33, 18, 3, 2, 1),
@@ -66,4 +71,4 @@ def test_lines_of_pairs_and_of_five_have_many_zeros():
 def test_choice(size, rate, products, tile, count):
   form = winograd(size, rate)
   assert (form.products, form.tile) == (products, tile)
-  assert form.tiles(size, rate) == count
+  assert form.count(size, rate) == count

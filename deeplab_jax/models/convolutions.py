@@ -153,7 +153,8 @@ def winograd_kernels(
   """The kernel [3, 3, Cin, Cout] transformed for maps of a height and width.
 
   Returns:
-    An array [products of a column, Cin, Cout] a product of a row.
+    As many arrays as a line of the height takes products, each [products of a
+    line of the width, Cin, Cout].
 
   Raises:
     ValueError: for a kernel of another size.
@@ -182,10 +183,13 @@ def by_winograd_kernels(
   *,
   transposed: bool = False,
 ) -> jax.Array:
-  """`by_winograd` with a kernel that `winograd_kernels` has transformed."""
+  """`by_winograd` with a kernel that `winograd_kernels` has transformed.
+
+  With `transposed` the kernels' last axis is that of x's channels.
+  """
   batch, height, width, channels = x.shape
   down, across = (winograd(n, rate) for n in (height, width))
-  high, wide = down.tiles(height, rate), across.tiles(width, rate)
+  high, wide = down.count(height, rate), across.count(width, rate)
   rows = _windows(_lines(x, 1, down, rate), 1, down)
   parts = []
   # The products of a row at a time, while they are in the caches.
@@ -212,14 +216,14 @@ def winograd_share(height: int, width: int, rate: int) -> float:
   for size in (height, width):
     taps = sum(max(size - rate * abs(i), 0) for i in (-1, 0, 1))
     form = winograd(size, rate)
-    share *= form.products * rate * form.tiles(size, rate) / taps
+    share *= form.products * rate * form.count(size, rate) / taps
   return share
 
 
 def _lines(x: jax.Array, axis: int, form: Winograd, rate: int) -> jax.Array:
   """Splits an axis in [pixels of a line, rate], with zeros around each line."""
   size = x.shape[axis]
-  pixels = form.tile * form.tiles(size, rate) + 2 * form.border
+  pixels = form.tile * form.count(size, rate) + 2 * form.border
   before = rate * form.border
   pads = [(0, 0)] * x.ndim
   pads[axis] = before, rate * pixels - before - size
@@ -247,6 +251,6 @@ def _weighted_sum(weights: np.ndarray, terms: list[jax.Array]) -> jax.Array:
 
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
   """[m, n] times [n, ...] -> [m, ...]."""
-  matrix = jnp.asarray(np.atleast_2d(matrix), x.dtype)
+  matrix = jnp.asarray(matrix, x.dtype)
   y = lax.dot(matrix, x.reshape(len(x), -1))
   return y.reshape(-1, *x.shape[1:])

@@ -110,10 +110,10 @@ def prepare_kernel(
   It suits maps of the size of x, and most others.
   """
   if on_cpu() and _winograd_pays(x, kernel, stride, rate, _PREPARED_UP_TO):
-    # As the gradient of another convolution: XLA's products of few rows take a
-    # matrix with the channels of the result in front in less time.
+    # `transposed` in `conv2d`: XLA's products of few rows take a matrix with
+    # the channels of the result in front in less time.
     return convolutions.winograd_kernels(
-      kernel[::-1, ::-1].swapaxes(2, 3), x.shape[1:3], rate, transposed=True
+      kernel.swapaxes(2, 3), x.shape[1:3], rate
     )
   return ()
 

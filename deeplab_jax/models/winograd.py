@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A line of more pixels takes tiles: the kernels of two dimensions grow with the
-# square of its products, and each is multiplied by `rate * rate` pixels alone.
+# A line of more pixels takes tiles: in two dimensions it has as many kernels as
+# the square of its products, and each serves `rate * rate` lines of an image.
 _LINES_UP_TO = 3
-_LONG_LINES_UP_TO = 5
-_LONG_LINES_FROM_RATE = 8
+_SHARED_FROM_RATE = 8
+_SHARED_LINES_UP_TO = 5
 
 
 class Winograd(NamedTuple):
@@ -42,16 +42,16 @@ class Winograd(NamedTuple):
     """Pixels beside the tile that have a part in its result."""
     return (self.input.shape[1] - self.tile) // 2
 
-  def tiles(self, size: int, rate: int) -> int:
-    """How many cover one of the `rate` lines that `size` pixels consist of."""
+  def count(self, size: int, rate: int) -> int:
+    """How many tiles cover one of the `rate` lines in `size` pixels."""
     return -(-size // (self.tile * rate))
 
 
 def winograd(size: int, rate: int) -> Winograd:
   """The one for an axis of `size` pixels and taps `rate` pixels apart."""
   pixels = -(-size // rate)
-  long = rate >= _LONG_LINES_FROM_RATE
-  if 1 < pixels <= (_LONG_LINES_UP_TO if long else _LINES_UP_TO):
+  shared = rate >= _SHARED_FROM_RATE
+  if 1 < pixels <= (_SHARED_LINES_UP_TO if shared else _LINES_UP_TO):
     return line(pixels)
   # Of tiles of 3, these points have the least rounding: twice that of 2.
   return tiles((0.0, 1.0, -0.5, -2.0))
@@ -83,18 +83,19 @@ def line(pixels: int) -> Winograd:
   """A whole line, 2 pixels at least, between zeros: 3 products for 2 pixels.
 
   With one of the zeros the line is periodic, and a convolution multiplies its
-  Fourier transform by that of the kernel: at the angle a, p + iq by b + ic,
-  with b = k1 + (k0 + k2) cos a and c = (k2 - k0) sin a. Two products, of b - tc
-  with p + tq and of b + tc with p - tq, t any number, give all that c has a
-  part in and leave a multiple of bp. Those of all angles take the even part of
-  the line to that of the result, by one symmetric matrix times k1 and another
-  times k0 + k2, and so a product an axis that both matrices have.
+  Fourier transform by that of the kernel: at the angle a, p + iq by b + ic, p
+  and q the sums of x[j] cos aj and x[j] sin aj, b = k1 + (k0 + k2) cos a and
+  c = (k0 - k2) sin a. Two products, of b + tc with p + tq and of b - tc with
+  p - tq, t any number, give all that c has a part in and leave a multiple of
+  bp. Those of all angles take the even part of the line to that of the result,
+  by one symmetric matrix times k1 and another times k0 + k2, and so a product
+  an axis that both matrices have.
   """
   points = pixels + 1
   places = np.arange(1, points)
   angles = 2 * np.pi / points * np.arange(1, pixels // 2 + 1)
   # Rounding is least near 1.25; at 60 and 120 degrees the other t makes a third
-  # of the numbers 0, and saves sums.
+  # of the numbers 0, or more, and saves sums.
   t = 3**-0.5 if pixels in (2, 5) else 1.25
   cosine, sine = np.cos(angles), np.sin(angles)
   p, q = (f(np.outer(angles, places)) for f in (np.cos, np.sin))
@@ -124,6 +125,6 @@ def line(pixels: int) -> Winograd:
   scales = [np.abs(rows).max(1, keepdims=True) for rows in (before, after)]
   return Winograd(
     (after / scales[1]).T.round(12),
-    np.vstack(kernel) * scales[0] * scales[1],
+    (np.vstack(kernel) * scales[0] * scales[1]).round(12),
     (before / scales[0]).round(12),
   )
