@@ -6,6 +6,7 @@ the time (experiments/PERFORMANCE.md).
 """
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -121,6 +122,7 @@ def _has_accelerator() -> bool:
   return bool(plugins) or importlib.util.find_spec('libtpu') is not None
 
 
+@functools.cache  # once in a process
 def _give_back_after_compiling() -> None:
   """Returns to the system what compiling took, which malloc would keep."""
   try:

@@ -262,6 +262,28 @@ def test_programs_are_cached_where_the_environment_says():
   assert run('-c', program, JAX_COMPILATION_CACHE_DIR='/own') == ['/own']
 
 
+GIVES_BACK = """
+import types
+import jax
+from deeplab_jax import host
+given_back, compiled = [], []
+system = types.SimpleNamespace(malloc_trim=given_back.append)
+host.ctypes = types.SimpleNamespace(CDLL=lambda _: system)
+host.prepare()
+host.prepare()
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, *_, **__: compiled.append(event)
+)
+jax.jit(lambda x: x + 1)(1.0)
+compiled = [e for e in compiled if 'backend_compile' in e]
+print(len(compiled) > 0, len(given_back) == len(compiled))
+"""
+
+
+def test_memory_is_given_back_once_a_compilation():
+  assert run('-c', GIVES_BACK) == ['True', 'True']
+
+
 REMATERIALIZED = """
 import functools
 from deeplab_jax import host
