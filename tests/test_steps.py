@@ -1,6 +1,7 @@
 """Steps over several devices against the same step on one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from deeplab_jax.optimizers import make_optimizer
 CLASSES = 4
 
 
-def make(*, sync_bn=True):
+def make(*, sync_bn=True, rematerialization='none'):
   """A DeepLab of one unit a block: steps compile in seconds."""
   norm = functools.partial(
     nn.BatchNorm,
@@ -26,7 +27,12 @@ def make(*, sync_bn=True):
     axis_name=steps.AXIS_NAME if sync_bn else None,
   )
   backbone = ResNetV2(
-    (1, 1, 1, 1), PreActBasicUnit, multi_grid=(2,), width=0.125, norm=norm
+    (1, 1, 1, 1),
+    PreActBasicUnit,
+    multi_grid=(2,),
+    width=0.125,
+    rematerialization=rematerialization,
+    norm=norm,
   )
   return DeepLabV3(backbone, ASPP((6,), 8, norm=norm), CLASSES)
 
@@ -238,6 +244,28 @@ def test_without_synchronised_bn_statistics_are_those_of_the_devices_averaged(
   )
 
 
+def test_rematerialization_changes_no_value_and_adds_no_collective(
+  random_variables,
+):
+  optimizer = make_optimizer('sgd', 0.1)
+  batch = distributed.shard(global_batch())
+  results = {}
+  for kind in ('none', 'elementwise', 'block'):
+    model = make(rematerialization=kind)
+    state = initial_state(model, optimizer, random_variables(model))
+    state = distributed.replicate(state)
+    step = steps.pmap_train_step(model=model, optimizer=optimizer)
+    program = step.lower(state, batch).compile()
+    sums = len(re.findall(r' all-reduce(?:-start)?\(', program.as_text()))
+    state, measures = step(state, batch)
+    results[kind] = sums, jax.device_get((state.variables, measures))
+  sums, expected = results.pop('none')
+  assert sums > 0
+  for other_sums, other in results.values():
+    assert other_sums == sums
+    assert_trees_close(other, expected, atol=1e-5)
+
+
 def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
   state, settings = after_one_step
   compiled = []
@@ -250,6 +278,7 @@ def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
   jax.monitoring.register_event_duration_secs_listener(listener)
   current, _ = step(current, batch)
   jax.block_until_ready(step(current, batch))
+  jax.monitoring.unregister_event_duration_listener(listener)
   assert not [name for name in compiled if 'backend_compile' in name]
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
 

@@ -232,7 +232,7 @@ class Block(nn.Module):
       return unit(x, train=train)
 
     if self.rematerialization == 'block':
-      apply = nn.remat(apply)
+      apply = rematerialize(apply)
     for i, geometry in enumerate(self.geometry, 1):
       unit = self.unit(
         self.features,
