@@ -49,6 +49,10 @@ class Protocol:
     height, width = map(max, model.padded_size(size), smallest)
     return height, width
 
+  def view_size(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that the network sees of a padded image at scale 1."""
+    return self._window(model) or size
+
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """What `steps.eval_step` takes, see `make_scores`."""
     return make_scores(

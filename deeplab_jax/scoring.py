@@ -80,6 +80,7 @@ class Evaluator:
       limit=buckets,
       batch_size=-(-batch_size // devices) * devices,
     )
+    self._view = protocol.view_size(model, self._plan[-1].size)
     self._step = steps.pmap_eval_step(
       scores=protocol.scores(model),
       num_classes=info.num_classes,
@@ -89,10 +90,11 @@ class Evaluator:
   def prepare(self, variables: dict[str, Any]) -> dict[str, Any]:
     """Variables for `scored`, see `DeepLabV3.prepare`.
 
-    They suit the largest images at scale 1, and most layers at other sizes. It
-    takes a second or so, which pays from some dozens of images on.
+    They suit the largest images, or the window, at scale 1, and most layers at
+    other sizes. It takes a second or so, which pays from some dozens of images
+    on.
     """
-    return self._model.prepare(variables, self._plan[-1].size)
+    return self._model.prepare(variables, self._view)
 
   def scored(self, variables: dict[str, Any]) -> Iterator[ScoredImage]:
     """Yields every image of all hosts once, on every host.

@@ -12,7 +12,13 @@ import pytest
 from conftest import make_config
 from PIL import Image
 
-from deeplab_jax import deeplab_v3, distributed, evaluate, metrics
+from deeplab_jax import (
+  DeepLabV3,
+  deeplab_v3,
+  distributed,
+  evaluate,
+  metrics,
+)
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.data import images
 from deeplab_jax.data.transforms import CenterCrop, pad_to
@@ -155,8 +161,15 @@ def test_center_crop_counts_the_crops_alone(trained, run):
 
 
 def test_windows_and_scales_are_named_beside_the_measures(
-  trained, tmp_path, capsys
+  trained, tmp_path, capsys, monkeypatch
 ):
+  prepared = []
+  prepare = DeepLabV3.prepare
+  monkeypatch.setattr(
+    DeepLabV3,
+    'prepare',
+    lambda *arguments: prepared.append(arguments[2]) or prepare(*arguments),
+  )
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   config = make_config(
     trained.settings,
@@ -167,6 +180,7 @@ def test_windows_and_scales_are_named_beside_the_measures(
   )
   result = evaluate.evaluate(config, workdir)
   assert result['crop_size'] == [33, 49]  # 40 is not exact at stride 16
+  assert prepared == [(33, 49)]  # the window, not the image
   assert result['scales'] == [0.5, 1.0] and result['flip'] is True
   assert json.loads((workdir / 'eval.json').read_text()) == result
   assert (

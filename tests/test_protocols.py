@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from deeplab_jax import DeepLabV3, ResNetV2, protocols
+from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, protocols
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 
@@ -189,6 +189,29 @@ def test_windows_of_a_mirrored_image_give_the_mirrored_result(images):
     np.testing.assert_allclose(
       mirrored(one, size[1])[:height], other[:height], atol=1e-6
     )
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
+)
+@pytest.mark.parametrize('kind', ['whole', 'sliding_window'])
+def test_prepared_variables_give_the_same_scores(kind, random_variables):
+  model = deeplab_v3('resnet18', width=0.5, aspp_features=64)
+  variables = random_variables(model)
+  size = (273, 321)
+  protocol = protocols.Protocol(kind, (257, 257), flip=True)
+  seen = protocol.view_size(model, size)
+  assert seen == (size if kind == 'whole' else (257, 257))
+  prepared = model.prepare(variables, seen)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (1, *size, 3), np.uint8)
+  scores = jax.jit(protocol.scores(model))
+  expected, ours = (
+    np.asarray(scores(v, images, np.array([size])))
+    for v in (variables, prepared)
+  )
+  assert not np.array_equal(ours, expected)  # they were used
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_one_look_gives_the_logits(network, images):
