@@ -52,6 +52,12 @@ def test_conv2d_on_accelerators_equals_xla(monkeypatch, k, stride, rate):
   assert_equals_xla((9, 12), k, stride, rate, 3, 4)
 
 
+@pytest.mark.parametrize('shape', [(2, 2, 3, 4), (4, 4, 3, 4), (1, 3, 3, 4)])
+def test_kernels_that_are_not_odd_and_square_are_refused(shape):
+  with pytest.raises(ValueError, match=f'odd and square, got .{shape[0]}, '):
+    layers.conv2d(jnp.ones((1, 9, 9, 3)), jnp.ones(shape))
+
+
 def assert_equals_xla(size, k, stride, rate, channels, features):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, *size, channels)).astype(np.float32)
@@ -167,21 +173,44 @@ def test_max_pool_equals_flax_in_value_and_gradient(size, padding):
     pads = {'same': 'SAME', 'zero': 'VALID', 'symmetric': [(1, 1)] * 2}
     return nn.max_pool(x, (3, 3), (2, 2), pads[padding])
 
-  y, to_x = jax.vjp(lambda x: layers.max_pool(x, padding), x)
-  expected, expected_to_x = jax.vjp(flax_pool, x)
-  np.testing.assert_array_equal(y, expected)
-  weights = rng.normal(size=y.shape).astype(np.float32)
-  (gradient,), (expected,) = to_x(weights), expected_to_x(weights)
+  def value_and_gradient(pool):
+    def run(x, weights):
+      y, to_x = jax.vjp(pool, x)
+      return y, to_x(weights)[0]
+
+    return jax.jit(run)
+
+  ours = value_and_gradient(lambda x: layers.max_pool(x, padding))
+  theirs = value_and_gradient(flax_pool)
+  weights = rng.normal(size=flax_pool(x).shape).astype(np.float32)
+  (y, gradient), (expected_y, expected) = ours(x, weights), theirs(x, weights)
+  np.testing.assert_array_equal(y, expected_y)
   # Which of several largest values gets it may differ, but not how much.
   np.testing.assert_allclose(gradient.sum(), expected.sum(), rtol=1e-5)
   x = rng.normal(size=x.shape).astype(np.float32)
-  (gradient,) = jax.vjp(lambda x: layers.max_pool(x, padding), x)[1](weights)
-  (expected,) = jax.vjp(flax_pool, x)[1](weights)
-  np.testing.assert_allclose(gradient, expected, atol=1e-6)
+  np.testing.assert_allclose(
+    ours(x, weights)[1], theirs(x, weights)[1], atol=1e-6
+  )
   x[0, 0, 0], x[1, 2, 4] = np.nan, np.nan
-  expected = np.isnan(flax_pool(x))
+  expected = np.isnan(theirs(x, weights)[0])
   assert expected.any() and not expected.all()
-  np.testing.assert_array_equal(np.isnan(layers.max_pool(x, padding)), expected)
+  np.testing.assert_array_equal(np.isnan(ours(x, weights)[0]), expected)
+
+
+@pytest.mark.parametrize('size', [(9, 12), (1, 2)])
+@pytest.mark.parametrize('padding', layers.POOL_PADDINGS)
+def test_max_pool_is_the_same_on_accelerators(monkeypatch, size, padding):
+  x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+
+  def value_and_gradient(x):
+    y, to_x = jax.vjp(lambda x: layers.max_pool(x, padding), x)
+    return y, to_x(jnp.cos(y))[0]
+
+  expected = jax.jit(value_and_gradient)(x)
+  monkeypatch.setattr(layers, 'on_cpu', lambda: False)
+  ours = jax.jit(lambda x: value_and_gradient(x))(x)
+  for one, other in zip(ours, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize('train', [True, False])
