@@ -25,6 +25,7 @@ from deeplab_jax import options
 from deeplab_jax.errors import UserError
 
 MODES = ('forward', 'train', 'input', 'evaluation', 'compile', 'startup')
+_PAIRS = 5  # fewer say little: single times swing by a fifth
 
 
 def benchmark(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -39,6 +40,8 @@ def benchmark(args: argparse.Namespace, rest: Sequence[str]) -> None:
       raise UserError(f'--mode={mode}: must be among {",".join(MODES)}')
   if args.peer and len(modes) != 1:
     raise UserError('--peer needs a single --mode to compare')
+  if args.pairs < _PAIRS:
+    raise UserError(f'--pairs={args.pairs}: must be at least {_PAIRS}')
   with _lines(args.json) as lines:
     for mode in modes:
       ours = [*(sys.executable, '-m', 'deeplab_jax.measure'), *rest]
@@ -170,8 +173,10 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
       row = f'{value:.1%} of a matrix product'
     elif name.startswith('peak'):
       row = f'{value / 2**20:.0f} MiB'
-    elif name in ('images_per_second', 'compilations', 'images', 'devices'):
-      row = f'{value:.4g}'
+    elif name == 'images_per_second':
+      row = f'{value:.2f}'
+    elif name in ('compilations', 'images', 'devices'):
+      row = f'{value}'
     if row:
       yield f'  {name.replace("_", " "):<26}{row}'
 
@@ -193,7 +198,10 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--json', help='file for the JSON lines, appended to')
   parser.add_argument('--peer', help='command to compare with')
   parser.add_argument(
-    '--pairs', type=options.positive_int, default=5, help='of ours and peer'
+    '--pairs',
+    type=options.positive_int,
+    default=_PAIRS,
+    help=f'of ours and peer, at least {_PAIRS}',
   )
   benchmark(*parser.parse_known_args(argv))
 

@@ -143,7 +143,10 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 
 
 def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Tracing (to StableHLO) and compiling both steps, without the cache."""
+  """Tracing (to StableHLO) and compiling both steps, without the cache.
+
+  The forward pass is that of `forward`, by variables that are prepared first.
+  """
   jax.config.update('jax_enable_compilation_cache', False)
   model, optimizer, step = _training(config, args)
   batch = _batch(config, args)
@@ -157,9 +160,13 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
 
   with timing('create'):
     state = steps.create_state(model, optimizer, config.seed)
+    jax.block_until_ready(state)
+  with timing('prepare'):
+    variables = model.prepare(state.variables, tuple(config.data.crop_size))
+    jax.block_until_ready(variables)
   apply = jax.jit(functools.partial(model.apply, train=False))
   with timing('forward_trace'):
-    lowered = apply.lower(state.variables, batch['image'])
+    lowered = apply.lower(variables, batch['image'])
   with timing('forward_compile'):
     lowered.compile()
   with timing('train_trace'):
@@ -213,12 +220,14 @@ def _first_step_seconds(
     text=True,
     start_new_session=True,
   ) as process:
-    for line in process.stderr:
-      lines.append(line)
-      if line.startswith('step '):
-        seconds = time.perf_counter() - start
+    try:
+      for line in process.stderr:
+        lines.append(line)
+        if line.startswith('step '):
+          return time.perf_counter() - start
+    finally:
+      with contextlib.suppress(OSError):  # it may have ended by itself
         os.killpg(process.pid, signal.SIGKILL)
-        return seconds
   said = ''.join(lines[-1:]).strip().removeprefix('error: ')
   raise UserError(f'training ended before its first step: {said}')
 
@@ -239,30 +248,42 @@ def _timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
   By default of three and as many more as begin within three seconds: of short
   calls the first dozen vary most, while memory is found for them.
   """
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: compiled.append((name, seconds))
-  )
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  first = time.perf_counter() - start
-  backend = [s for name, s in compiled if 'backend_compile' in name]
-  best, calls, begin = float('inf'), 0, time.perf_counter()
-  while calls < (repeat or _CALLS) or (
-    not repeat and time.perf_counter() - begin < _SECONDS
-  ):
+  with _compilations() as compiled:
     start = time.perf_counter()
     jax.block_until_ready(call())
-    best = min(best, time.perf_counter() - start)
-    calls += 1
+    first = time.perf_counter() - start
+    best, calls, begin = float('inf'), 0, time.perf_counter()
+    while calls < (repeat or _CALLS) or (
+      not repeat and time.perf_counter() - begin < _SECONDS
+    ):
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      best = min(best, time.perf_counter() - start)
+      calls += 1
   return {
     'seconds': best,
     'calls': calls,
     'first_seconds': first,
-    'compilations': len(backend),
-    'compile_seconds': sum(backend),
+    'compilations': len(compiled),
+    'compile_seconds': sum(compiled),
     **_memory(),
   }
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[float]]:
+  """The seconds of each compilation within."""
+  seconds = []
+
+  def listen(event: str, duration: float, **_: Any) -> None:
+    if 'backend_compile' in event:
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seconds
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _memory() -> dict[str, int]:

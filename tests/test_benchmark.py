@@ -45,6 +45,26 @@ def test_a_peer_runs_in_turn_with_ours(tmp_path):
   assert '1.500' in benchmark.format_pairs(result)
 
 
+def test_a_peer_is_compared_by_its_command(monkeypatch, capsys):
+  commands = []
+
+  def run(command):
+    commands.append(list(command))
+    return {'seconds': 1.0 if 'deeplab_jax.measure' in command else 2.0}
+
+  monkeypatch.setattr(benchmark, 'run', run)
+  benchmark.main(
+    ['--mode=train', "--peer=python 'a b.py' --c=1", '--pairs=6', '--crop=65']
+  )
+  ours, peer = commands[:2]
+  assert commands == [ours, peer] * 6
+  assert peer == ['python', 'a b.py', '--c=1']
+  assert {'--mode=train', '--crop=65'} <= set(ours)
+  table, line = capsys.readouterr().out.splitlines()
+  assert '0.500, median of 6 pairs' in table
+  assert json.loads(line)['pairs'] == [[1.0, 2.0]] * 6
+
+
 def test_one_pair_is_its_own_spread():
   assert set(benchmark.spread([0.7]).values()) == {0.7}
 
@@ -77,6 +97,7 @@ def test_a_program_that_is_not_there_is_named():
     (['--mode=forward,sleep'], '--mode=sleep'),
     (['--peer=true'], 'single --mode'),
     (['--mode=train', '--peer=true', '--pairs=0'], '--pairs'),
+    (['--mode=train', '--peer=true', '--pairs=4'], '--pairs=4: .* least 5'),
     (['--mode=forward', '--json=/no/such/folder'], '/no/such/folder'),
   ],
 )
@@ -117,7 +138,7 @@ def test_the_table_shows_what_was_measured(monkeypatch, capsys, tmp_path):
   benchmark.main(['--mode=train', f'--json={lines}'])
   assert [json.loads(line) for line in lines.open()] == [measured] * 2
   assert commands[0][1:3] == ['-m', 'deeplab_jax.measure']
-  assert {'--batch=2', '--mode=train'} <= set(commands[0])
+  assert {'--batch=2', '--mode=train', '--layers'} <= set(commands[0])
   table = capsys.readouterr().out
   for text in (
     '513x257',

@@ -1,11 +1,14 @@
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from deeplab_jax import deeplab_v3, flops, measure, options, steps
@@ -75,6 +78,13 @@ def test_a_forward_pass_computes_the_logits_once(measured):
   assert result['flops_on_map'] == flops.total(counts).on_map
 
 
+def test_later_compilations_are_counted():
+  sizes = itertools.count(1)
+  twice = jax.jit(lambda x: 2 * x)
+  result = measure._timed(lambda: twice(np.ones(next(sizes))), 3)
+  assert result['calls'] == 3 and result['compilations'] == 4
+
+
 def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
   used = {}
   make = steps.pmap_train_step
@@ -120,6 +130,7 @@ def test_compiling_is_timed_in_parts(measured):
     for step in ('forward', 'train')
     for part in ('trace', 'compile')
   ]
+  parts.append('prepare_seconds')
   assert all(result[part] > 0 for part in parts)
   assert result['seconds'] == pytest.approx(
     sum(result[part] for part in [*parts, 'create_seconds'])
@@ -139,6 +150,29 @@ def test_a_start_ends_with_the_first_step():
     [sys.executable, '-c', program], dict(os.environ)
   )
   assert 0.3 < seconds <= time.monotonic() - start < 30
+
+
+def test_an_interrupted_start_leaves_nothing_running(tmp_path):
+  place = tmp_path / 'process'
+  program = (
+    'import os, pathlib, sys, time\n'
+    'pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n'
+    "print('loading', file=sys.stderr, flush=True)\n"
+    'time.sleep(60)\n'
+  )
+
+  def interrupt():
+    while not (place.exists() and place.read_text()):
+      time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
+  with pytest.raises(KeyboardInterrupt):
+    measure._first_step_seconds(
+      [sys.executable, '-c', program, str(place)], dict(os.environ)
+    )
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(place.read_text()), 0)
 
 
 def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
