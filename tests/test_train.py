@@ -264,6 +264,42 @@ def test_without_a_split_to_evaluate_a_run_saves_and_measures_nothing(
   assert train_and_evaluate(config, tmp_path) == {'step': 6}
 
 
+def test_steps_follow_each_other_without_waiting(
+  trained, tmp_path, monkeypatch
+):
+  events = []
+
+  def note(owner, name, event):
+    function = getattr(owner, name)
+
+    def noting(*arguments, **options):
+      events.append(event)
+      return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noting)
+
+  run = train._Training.run
+
+  def noted_run(training, stop):
+    note(training, 'train_step', 'step')
+    note(train.distributed, 'put', 'put')
+    note(jax, 'device_get', 'fetch')
+    note(jax, 'block_until_ready', 'fetch')
+    run(training, stop)
+
+  monkeypatch.setattr(train._Training, 'run', noted_run)
+  config = make_config(
+    trained.settings,
+    data__eval_split='',
+    train__steps=3,
+    train__log_every=3,
+    train__eval_every=3,
+  )
+  train_and_evaluate(config, tmp_path)
+  # The next batch goes to the devices after the step was handed to them.
+  assert events[:7] == ['put', *['step', 'put'] * 2, 'step', 'fetch']
+
+
 def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
   received = {}
   monkeypatch.setattr(
