@@ -222,6 +222,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     if not holds(value):
       raise UserError(f'config.{key} must be {what}, got {value!r}')
+  if config.data.dir and config.data.name == 'shapes':
+    raise UserError(
+      f'config.data.dir={config.data.dir} is not used by generated data,'
+      ' config.data.name=shapes; set config.data.name=folder'
+    )
   crop_size, stride = config.data.crop_size, config.model.output_stride
   if min(crop_size) < stride:
     raise UserError(

@@ -139,6 +139,14 @@ def test_crop_must_hold_a_cell_of_the_feature_map():
     default_config.validate(config)
 
 
+def test_a_folder_is_not_ignored_for_generated_data():
+  config = changed('data.dir', '/images')
+  with pytest.raises(UserError, match=r'dir=/images is not used .*folder'):
+    default_config.validate(config)
+  config.data.name = 'folder'
+  default_config.validate(config)
+
+
 @pytest.mark.parametrize(
   'section, words',
   [
