@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from deeplab_jax import (
   checkpoints,
@@ -22,6 +23,7 @@ from deeplab_jax import (
 )
 from deeplab_jax.config import (
   MEDIAN_FREQUENCY,
+  from_json,
   parse_numbers,
   to_json,
   with_preset,
@@ -84,7 +86,11 @@ def train_and_evaluate(
       log.info(
         '%s is trained: step %d of %d', workdir, latest, config.train.steps
       )
+      if changes := _changes(config, workdir):
+        log.warning('not used, since no step is left: %s', changes)
     else:
+      if latest and (changes := _changes(config, workdir)):
+        log.info('changed: %s', changes)
       # Noted from here on: JAX crashes when it is interrupted in compiling.
       with StopSignal() as stop:
         training = _Training(
@@ -154,6 +160,20 @@ def _class_weights(
   shown = ', '.join(f'{name} {weight:.4g}' for name, weight in pairs)
   log.info('class weights: %s', shown)
   return tuple(weights)
+
+
+def _changes(config: ml_collections.ConfigDict, workdir: Path) -> str:
+  """The settings that are not those the workdir was last trained with."""
+  try:
+    before = from_json(workdir / 'config.json')
+  except (UserError, OSError):  # there is nothing to compare with
+    return ''
+  was, now = (flatten_dict(to_json(c), sep='.') for c in (before, config))
+  return ', '.join(
+    f'config.{key}={value} (was {was[key]})'
+    for key, value in now.items()
+    if value != was[key]
+  )
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """Runs of the trainer: resuming, what they leave behind, how they stop."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -193,6 +194,30 @@ def test_finished_workdir_is_reported_without_training(
   assert train_and_evaluate(trained.config, workdir) == trained.result
   assert (workdir / 'eval.json').read_text() == before
   assert 'pixel accuracy' in capsys.readouterr().out
+
+
+def test_settings_that_change_are_named(trained, tmp_path, monkeypatch, caplog):
+  caplog.set_level(logging.INFO)
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  monkeypatch.setattr(train._Training, 'run', lambda *_: sys.exit())
+
+  def said(**changes):
+    caplog.clear()
+    config = make_config(trained.settings, **changes)
+    with contextlib.suppress(SystemExit):
+      train_and_evaluate(config, workdir)
+    return [m for m in caplog.messages if '(was ' in m]
+
+  rate = 'config.optimizer.learning_rate=0.1 (was 0.05)'
+  assert said() == []
+  assert said(optimizer__learning_rate=0.1) == [
+    f'not used, since no step is left: {rate}'
+  ]
+  (changed,) = said(optimizer__learning_rate=0.1, train__steps=8)
+  assert changed.startswith('changed: ')
+  assert rate in changed and 'config.train.steps=8 (was 6)' in changed
+  (workdir / 'config.json').write_text('{')
+  assert said(optimizer__learning_rate=0.1) == []
 
 
 def test_workdir_whose_only_checkpoint_is_unevaluated_is_evaluated(
