@@ -194,15 +194,13 @@ def test_windows_of_a_mirrored_image_give_the_mirrored_result(images):
 @pytest.mark.skipif(
   jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
 )
-@pytest.mark.parametrize('kind', ['whole', 'sliding_window'])
-def test_prepared_variables_give_the_same_scores(kind, random_variables):
+def test_windows_by_prepared_variables_give_the_same_scores(random_variables):
   model = deeplab_v3('resnet18', width=0.5, aspp_features=64)
   variables = random_variables(model)
   size = (273, 321)
-  protocol = protocols.Protocol(kind, (257, 257), flip=True)
-  seen = protocol.view_size(model, size)
-  assert seen == (size if kind == 'whole' else (257, 257))
-  prepared = model.prepare(variables, seen)
+  assert protocols.Protocol().view_size(model, size) == size
+  protocol = protocols.Protocol('sliding_window', (257, 257), flip=True)
+  prepared = model.prepare(variables, protocol.view_size(model, size))
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (1, *size, 3), np.uint8)
   scores = jax.jit(protocol.scores(model))
