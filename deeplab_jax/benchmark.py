@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--peer', help='command to compare with')
   parser.add_argument(
     '--pairs',
-    type=options.positive_int,
+    type=int,
     default=_PAIRS,
     help=f'of ours and peer, at least {_PAIRS}',
   )

@@ -8,18 +8,12 @@ import argparse
 import contextlib
 import functools
 import json
-import os
-import resource
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -32,7 +26,9 @@ from deeplab_jax import (
   host,
   options,
   profile,
+  startup,
   steps,
+  timing,
   train,
 )
 from deeplab_jax.config import from_recipe, get_config, validate
@@ -41,7 +37,6 @@ from deeplab_jax.errors import UserError
 
 _WINDOW = 256  # images that the input pipeline loads for one timing
 _LAYERS = 10
-_CALLS, _SECONDS = 3, 3.0  # timed, at least
 
 
 def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
@@ -118,7 +113,7 @@ def input_pipeline(
       next(iterator)
 
   try:
-    result = _timed(window, args.repeat)
+    result = timing.timed(window, args.repeat)
   finally:
     iterator.close()
   result['seconds'] /= batches
@@ -133,7 +128,7 @@ def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   state = steps.create_state(model, optax.identity(), config.seed)
   evaluator = evaluate.make_evaluator(model, dataset, config)
   variables = distributed.replicate(evaluator.prepare(state.variables))
-  result = _timed(
+  result = timing.timed(
     lambda: evaluate.evaluate_variables(evaluator, variables, panels=0),
     args.repeat,
   )
@@ -176,62 +171,6 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   return {**seconds, 'seconds': sum(seconds.values())}
 
 
-def startup(args: Any, settings: Sequence[str]) -> dict[str, Any]:
-  """From the command of training to its first finished step.
-
-  Without a recipe that of the default run, not of `default_network`.
-  Cold in a new workdir, with data still to be prepared and nothing compiled;
-  warm once more in the same workdir.
-  """
-  result = {'import_seconds': _import_seconds()}
-  environment = dict(os.environ)
-  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
-  with tempfile.TemporaryDirectory() as folder:
-    command = [
-      *(sys.executable, '-m', 'deeplab_jax.main'),
-      f'--workdir={folder}/workdir',
-      f'--config.data.prepared_dir={folder}/prepared',
-      '--config.train.log_every=1',
-      *([f'--config={args.config}'] if args.config else []),
-      *settings,
-    ]
-    for name in ('cold', 'warm'):
-      result[f'{name}_seconds'] = _first_step_seconds(command, environment)
-  return {**result, 'seconds': result['warm_seconds']}
-
-
-def _import_seconds() -> float:
-  start = time.perf_counter()
-  program = 'import deeplab_jax.train'
-  subprocess.run([sys.executable, '-c', program], check=True)
-  return time.perf_counter() - start
-
-
-def _first_step_seconds(
-  command: Sequence[str], environment: dict[str, str]
-) -> float:
-  start = time.perf_counter()
-  lines = []
-  with subprocess.Popen(
-    command,
-    env=environment,
-    stderr=subprocess.PIPE,
-    stdout=subprocess.DEVNULL,
-    text=True,
-    start_new_session=True,
-  ) as process:
-    try:
-      for line in process.stderr:
-        lines.append(line)
-        if line.startswith('step '):
-          return time.perf_counter() - start
-    finally:
-      with contextlib.suppress(OSError):  # it may have ended by itself
-        os.killpg(process.pid, signal.SIGKILL)
-  said = ''.join(lines[-1:]).strip().removeprefix('error: ')
-  raise UserError(f'training ended before its first step: {said}')
-
-
 def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   """Random images and labels of the size and number of training."""
   rng = np.random.default_rng(config.seed)
@@ -240,61 +179,6 @@ def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     'image': rng.integers(0, 256, (*shape, 3), np.uint8),
     'label': rng.integers(0, args.classes, shape, np.uint8),
   }
-
-
-def _timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
-  """One call to warm up, then the best of `repeat` others.
-
-  By default of three and as many more as begin within three seconds: of short
-  calls the first dozen vary most, while memory is found for them.
-  """
-  with _compilations() as compiled:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    first = time.perf_counter() - start
-    best, calls, begin = float('inf'), 0, time.perf_counter()
-    while calls < (repeat or _CALLS) or (
-      not repeat and time.perf_counter() - begin < _SECONDS
-    ):
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      best = min(best, time.perf_counter() - start)
-      calls += 1
-  return {
-    'seconds': best,
-    'calls': calls,
-    'first_seconds': first,
-    'compilations': len(compiled),
-    'compile_seconds': sum(compiled),
-    **_memory(),
-  }
-
-
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[float]]:
-  """The seconds of each compilation within."""
-  seconds = []
-
-  def listen(event: str, duration: float, **_: Any) -> None:
-    if 'backend_compile' in event:
-      seconds.append(duration)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield seconds
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _memory() -> dict[str, int]:
-  """The most that this process has used so far, in bytes."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-  memory = {'peak_memory': peak}
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if 'peak_bytes_in_use' in stats:
-    memory['peak_device_memory'] = stats['peak_bytes_in_use']
-  return memory
 
 
 def _network(
@@ -310,8 +194,8 @@ def _network(
 
   Operations are those of direct convolutions; others may need fewer.
   """
-  result = _timed(call, args.repeat)
-  rate = matmul_rate(config.model.dtype) * devices
+  result = timing.timed(call, args.repeat)
+  rate = timing.matmul_rate(config.model.dtype) * devices
   backward = flops.backward(counts) if args.mode == 'train' else {}
   done = flops.total(counts, backward)
   result |= {
@@ -328,20 +212,6 @@ def _network(
       backward = {}  # these layers compute their forward pass again
     result['layers'] = _layers(layers, counts, backward)
   return result
-
-
-def matmul_rate(dtype: str) -> float:
-  """Operations a second of a large matrix product on one device."""
-  size = 2048 if jax.default_backend() == 'cpu' else 8192
-  a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-  product = jax.jit(jnp.dot)
-  jax.block_until_ready(product(a, b))
-  best = float('inf')
-  for _ in range(10):
-    start = time.perf_counter()
-    jax.block_until_ready(product(a, b))
-    best = min(best, time.perf_counter() - start)
-  return 2 * size**3 / best
 
 
 def _layers(
@@ -426,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
   host.prepare()
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':
-    result = startup(args, settings)
+    result = startup.startup(args.config, settings)
   else:
     config = _config(args, settings)
     result = MODES[args.mode](config, args)

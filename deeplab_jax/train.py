@@ -82,14 +82,15 @@ def train_and_evaluate(
       checkpoints.check_same_architecture(
         saved.metadata(latest), description, workdir
       )
+    changes = _changes(config, workdir) if latest else ''
     if latest is not None and latest >= config.train.steps:
       log.info(
         '%s is trained: step %d of %d', workdir, latest, config.train.steps
       )
-      if changes := _changes(config, workdir):
+      if changes:
         log.warning('not used, since no step is left: %s', changes)
     else:
-      if latest and (changes := _changes(config, workdir)):
+      if changes:
         log.info('changed: %s', changes)
       # Noted from here on: JAX crashes when it is interrupted in compiling.
       with StopSignal() as stop:

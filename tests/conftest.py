@@ -21,6 +21,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 )
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 # What reads the environment comes after it is set.
 import jax  # noqa: E402
@@ -48,6 +49,10 @@ SETTINGS = {
   'optimizer.warmup_steps': 2,
   'eval.batch_size': 4,
 }
+
+needs_cpu = pytest.mark.skipif(
+  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
+)
 
 
 def xla_conv(x, kernel, stride=1, rate=1):

@@ -15,7 +15,7 @@ FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
     'checkpoints', 'distributed', 'writers', 'visualize', 'config',
-    'profile', 'models.layers',
+    'profile', 'startup', 'timing', 'models.layers',
     'data.datasets', 'data.transforms', 'data.images', 'data.records',
     'weights.mapping', 'weights.files', 'confusion_picture', 'submission',
     'data.buckets', 'data.archives', 'data.voc_lists', 'data.voc_places',
@@ -26,9 +26,7 @@ FLOORS = [
     'weights.keras', 'weights.timm', 'flops',
   },
   {'models.deeplab', 'data.load', 'data.survey', 'weights.load', 'scoring'},
-  {
-    'prepare', 'evaluate', 'predict', 'export', 'import_weights', 'options',
-  },
+  {'prepare', 'evaluate', 'predict', 'import_weights', 'options'},
   {'train'},
   {'main', 'benchmark', 'measure'},
 ]  # fmt: skip

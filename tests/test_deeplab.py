@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_cpu
 
 import deeplab_jax
 from deeplab_jax import PRESETS, deeplab_v3
@@ -217,9 +218,6 @@ def test_impossible_arguments_are_named_at_construction(call, words):
 
 
 PREPARED = {'width': 0.5, 'aspp_features': 64}
-needs_cpu = pytest.mark.skipif(
-  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
-)
 
 
 @needs_cpu

@@ -24,6 +24,7 @@ from deeplab_jax.data import images
 from deeplab_jax.data.transforms import CenterCrop, pad_to
 from deeplab_jax.errors import UserError
 from deeplab_jax.scoring import ScoredImage
+from deeplab_jax.timing import compilations
 
 
 def padded_size(size, stride=16):
@@ -198,15 +199,10 @@ def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
   assert len({padded_size(size) for size in dataset.sizes('train')}) > 2
   evaluator = evaluate.make_evaluator(model, dataset, config)
   variables = distributed.replicate(read_variables(trained.workdir))
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: compiled.append(name)
-  )
   for expected in (2, 0):  # later evaluations compile nothing
-    compiled.clear()
-    evaluate.evaluate_variables(evaluator, variables, 1)
-    programs = [name for name in compiled if 'backend_compile' in name]
-    assert len(programs) == expected
+    with compilations() as compiled:
+      evaluate.evaluate_variables(evaluator, variables, 1)
+    assert len(compiled) == expected
 
 
 @pytest.mark.parametrize('panels', [0, 2])

@@ -1,17 +1,9 @@
-import contextlib
-import itertools
 import json
-import os
-import signal
-import sys
-import time
-import types
 
 import jax
-import numpy as np
 import pytest
 
-from deeplab_jax import deeplab_v3, flops, measure, options, steps
+from deeplab_jax import deeplab_v3, flops, measure, options, startup, steps
 from deeplab_jax.config import get_config
 from deeplab_jax.errors import UserError
 
@@ -78,30 +70,23 @@ def test_a_forward_pass_computes_the_logits_once(measured):
   assert result['flops_on_map'] == flops.total(counts).on_map
 
 
-def test_later_compilations_are_counted():
-  sizes = itertools.count(1)
-  twice = jax.jit(lambda x: 2 * x)
-  result = measure._timed(lambda: twice(np.ones(next(sizes))), 3)
-  assert result['calls'] == 3 and result['compilations'] == 4
-
-
 def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
   used = {}
-  make = steps.pmap_train_step
 
   def noting(**settings):
     used.update(settings)
-    return make(**settings)
+    raise UserError('noted')
 
   monkeypatch.setattr(steps, 'pmap_train_step', noting)
-  measured(
-    '--mode=train',
-    '--classes=3',
-    '--config.loss.hardest=0.5',
-    '--config.loss.label_smoothing=0.1',
-    '--config.loss.class_weights=median_frequency',
-    '--config.train.freeze_bn=True',
-  )
+  with pytest.raises(UserError, match='noted'):
+    measured(
+      '--mode=train',
+      '--classes=3',
+      '--config.loss.hardest=0.5',
+      '--config.loss.label_smoothing=0.1',
+      '--config.loss.class_weights=median_frequency',
+      '--config.train.freeze_bn=True',
+    )
   assert (used['hardest'], used['label_smoothing']) == (0.5, 0.1)
   assert used['freeze_bn'] and len(used['class_weights']) == 3
 
@@ -137,47 +122,6 @@ def test_compiling_is_timed_in_parts(measured):
   )
 
 
-def test_a_start_ends_with_the_first_step():
-  program = (
-    'import sys, time\n'
-    "print('resnet', file=sys.stderr)\n"
-    'time.sleep(0.3)\n'
-    "print('step 1/9  loss 1', file=sys.stderr, flush=True)\n"
-    'time.sleep(60)\n'
-  )
-  start = time.monotonic()
-  seconds = measure._first_step_seconds(
-    [sys.executable, '-c', program], dict(os.environ)
-  )
-  assert 0.3 < seconds <= time.monotonic() - start < 30
-
-
-def test_an_interrupted_start_leaves_nothing_running(tmp_path, monkeypatch):
-  place = tmp_path / 'process'
-  program = (
-    'import os, pathlib, sys, time\n'
-    'pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n'
-    "print('step 1/9  loss 1', file=sys.stderr, flush=True)\n"
-    'time.sleep(60)\n'
-  )
-  clock = iter([0.0])
-
-  def interrupted():
-    for now in clock:
-      return now
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(
-    measure, 'time', types.SimpleNamespace(perf_counter=interrupted)
-  )
-  with pytest.raises(KeyboardInterrupt):
-    measure._first_step_seconds(
-      [sys.executable, '-c', program, str(place)], dict(os.environ)
-    )
-  with contextlib.suppress(ChildProcessError):  # its end was seen already
-    assert os.waitpid(int(place.read_text()), 0)[1] == signal.SIGKILL
-
-
 def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
   commands = []
 
@@ -185,7 +129,7 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
     commands.append(command)
     return float(len(commands))
 
-  monkeypatch.setattr(measure, '_first_step_seconds', note)
+  monkeypatch.setattr(startup, 'first_step_seconds', note)
   measure.main(['--mode=startup', '--crop=33', '--batch=2', '--config.seed=7'])
   result = json.loads(capsys.readouterr().out)
   assert (result['cold_seconds'], result['warm_seconds']) == (1, 2)
@@ -193,12 +137,6 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
     config, _ = options.override(get_config(), command[3:])
     assert config.data.crop_size == (33, 33)
     assert (config.train.batch_size, config.seed) == (2, 7)
-
-
-def test_a_start_that_fails_says_why():
-  program = 'raise SystemExit("error: config.seed is wrong")'
-  with pytest.raises(UserError, match=r'first step: config\.seed is wrong'):
-    measure._first_step_seconds([sys.executable, '-c', program], {})
 
 
 @pytest.mark.parametrize(
@@ -219,19 +157,3 @@ def test_wrong_options_are_refused_in_one_line(arguments, message):
   with pytest.raises(UserError, match=message) as error:
     measure.main(arguments)
   assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize(
-  ('repeat', 'tick', 'calls'), [(None, 10, 3), (None, 0.25, 5), (2, 0.25, 2)]
-)
-def test_short_calls_are_timed_for_three_seconds(
-  monkeypatch, repeat, tick, calls
-):
-  # The clock is read twice a call, and from the fourth on once before it.
-  ticks = itertools.count()
-  clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) * tick)
-  monkeypatch.setattr(measure, 'time', clock)
-  done = []
-  result = measure._timed(lambda: done.append(0), repeat)
-  assert result['calls'] == len(done) - 1 == calls
-  assert result['seconds'] == tick

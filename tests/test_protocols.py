@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_cpu
 from flax import linen as nn
 
 from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, protocols
@@ -191,9 +192,7 @@ def test_windows_of_a_mirrored_image_give_the_mirrored_result(images):
     )
 
 
-@pytest.mark.skipif(
-  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
-)
+@needs_cpu
 def test_windows_by_prepared_variables_give_the_same_scores(random_variables):
   model = deeplab_v3('resnet18', width=0.5, aspp_features=64)
   variables = random_variables(model)

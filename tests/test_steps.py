@@ -15,6 +15,7 @@ from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, distributed, steps
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.optimizers import make_optimizer
+from deeplab_jax.timing import compilations
 
 CLASSES = 4
 
@@ -268,18 +269,15 @@ def test_rematerialization_changes_no_value_and_adds_no_collective(
 
 def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
   state, settings = after_one_step
-  compiled = []
-  listener = lambda name, *_, **__: compiled.append(name)  # noqa: E731
   step = steps.pmap_train_step(**settings)
   current = distributed.replicate(state)
   batch = distributed.shard(global_batch())
   first = current
   current, _ = step(current, batch)
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  current, _ = step(current, batch)
-  jax.block_until_ready(step(current, batch))
-  jax.monitoring.unregister_event_duration_listener(listener)
-  assert not [name for name in compiled if 'backend_compile' in name]
+  with compilations() as later:
+    current, _ = step(current, batch)
+    jax.block_until_ready(step(current, batch))
+  assert not later
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
 
 
