@@ -32,6 +32,15 @@ def check_equal(conv, size, k=3, **settings):
       np.testing.assert_allclose(a, b, atol=1e-9)
 
 
+def gradients(size, k=3, **settings):
+  """A map, a kernel, a gradient of the result, and XLA's of x and kernel."""
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(k, k, 5, 4))
+  y, pull = jax.vjp(lambda x, k: xla_conv(x, k, **settings), x, kernel)
+  gradient = rng.normal(size=y.shape)
+  return x, kernel, gradient, pull(gradient)
+
+
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('rate', [1, 2, 18])
 def test_winograd_equals_xla(size, rate):
@@ -90,14 +99,28 @@ def test_form_equals_xla(form, size, k, stride, rate):
 
 
 @pytest.mark.parametrize('rate', [1, 2, 3, 5])
-def test_transposed_winograd_is_the_gradient_with_respect_to_x(rate):
-  rng = np.random.default_rng(0)
+def test_gradients_of_winograd_are_those_of_xla(rate):
   with jax.enable_x64(True):
-    x, kernel = rng.normal(size=(2, 7, 9, 5)), rng.normal(size=(3, 3, 5, 4))
-    y, pull = jax.vjp(lambda x: xla_conv(x, kernel, rate=rate), x)
-    gradient = rng.normal(size=y.shape)
-    ours = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
-    np.testing.assert_allclose(ours, pull(gradient)[0], atol=1e-9)
+    x, kernel, gradient, expected = gradients((7, 9), rate=rate)
+    to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
+    np.testing.assert_allclose(to_x, expected[0], atol=1e-9)
+    to_kernel = convolutions.winograd_kernel_gradient(x, gradient, rate)
+    np.testing.assert_allclose(to_kernel, expected[1], atol=1e-9)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(
+  ('k', 'stride', 'rate'),
+  [(1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (5, 2, 1), (3, 1, 18)],
+)
+def test_gradients_by_taps_are_those_of_xla(size, k, stride, rate):
+  with jax.enable_x64(True):
+    x, kernel, gradient, expected = gradients(size, k, stride=stride, rate=rate)
+    ours = convolutions.taps_kernel_gradient(x, gradient, k, stride, rate)
+    np.testing.assert_allclose(ours, expected[1], atol=1e-9)
+    if stride == 1:
+      ours = convolutions.by_taps(gradient, kernel, rate=rate, transposed=True)
+      np.testing.assert_allclose(ours, expected[0], atol=1e-9)
 
 
 @pytest.mark.parametrize('stride', [1, 2])

@@ -290,12 +290,9 @@ from deeplab_jax import host
 host.prepare()
 import jax, jax.numpy as jnp
 from deeplab_jax import deeplab_v3
-for kind in ('none', 'elementwise', 'block'):
-  model = deeplab_v3(
-    'resnet18', width=0.5, output_stride=8, aspp_rates=(1,), aspp_features=16,
-    rematerialization=kind,
-  )
-  x = jnp.zeros((1, 65, 65, 3))
+for kind in KINDS:
+  model = deeplab_v3(**NETWORK, output_stride=8, rematerialization=kind)
+  x = jnp.zeros((BATCH, CROP, CROP, 3))
   v = jax.eval_shape(functools.partial(model.init, train=False),
                      jax.random.key(0), x)
   def loss(params, stats, x):
@@ -308,9 +305,28 @@ for kind in ('none', 'elementwise', 'block'):
 """
 
 
+def gradient_memory(*kinds, batch, crop, **network):
+  """Bytes that the gradient takes beside parameters and results."""
+  names = f'KINDS, BATCH, CROP, NETWORK = {kinds}, {batch}, {crop}, {network}'
+  program = f'{names}\n{REMATERIALIZED}'
+  flags = '--xla_backend_optimization_level=0'  # makes no difference to it
+  return map(int, run('-c', program, XLA_FLAGS=flags))
+
+
 def test_rematerialization_saves_memory():
-  none, elementwise, block = map(
-    int,
-    run('-c', REMATERIALIZED, XLA_FLAGS='--xla_backend_optimization_level=0'),
+  none, elementwise, block = gradient_memory(
+    *('none', 'elementwise', 'block'),
+    batch=1,
+    crop=65,
+    backbone='resnet18',
+    width=0.5,
+    aspp_rates=(1,),
+    aspp_features=16,
   )
   assert block < elementwise < none
+
+
+@pytest.mark.slow
+def test_rematerialized_blocks_take_half_the_memory_at_stride_8():
+  none, block = gradient_memory('none', 'block', batch=2, crop=513)
+  assert block < none / 2

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from deeplab_jax.models.layers import BatchNorm, ConvNormRelu
+from deeplab_jax.models.layers import BatchNorm, ConvNormRelu, on_cpu
 
 
 class ImagePooling(nn.Module):
@@ -72,5 +73,12 @@ class ASPP(nn.Module):
       ConvNormRelu(self.features, 3, rate, **shared, name=f'atrous{i}')
       for i, rate in enumerate(self.rates, 1)
     ]
-    y = jnp.concatenate([branch(x, train=train) for branch in branches], -1)
+    maps = []
+    for branch in branches:
+      if on_cpu() and maps:
+        # One after another, in the backward pass too, lest what they need
+        # beside their results is kept for all at once.
+        x, maps[-1] = lax.optimization_barrier((x, maps[-1]))
+      maps.append(branch(x, train=train))
+    y = jnp.concatenate(maps, -1)
     return ConvNormRelu(self.features, **shared, name='project')(y, train=train)

@@ -3,7 +3,8 @@
 They take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad
 symmetrically with `rate * (k - 1) / 2` zeros and return [B, ceil(H / stride),
 ceil(W / stride), Cout], `by_winograd` at k 3 and stride 1 alone. All are linear
-in x and in the kernel, and can be transposed in either.
+in x and in the kernel. `..._kernel_gradient` are their gradients, for less
+memory than those that JAX derives.
 """
 
 from collections.abc import Sequence
@@ -89,15 +90,60 @@ def by_taps(
     features = channels
   total = jnp.zeros((x.shape[0], *out, features), dtype)
   for i, tap in enumerate(taps):
-    window, pads = x, [(0, 0)]
-    for axis, offset in ((1, i // size), (2, i % size)):
-      window, off_map = under_tap(
-        window, axis, rate * (offset - size // 2), stride
-      )
-      pads.append(off_map)
+    if transposed and i and i % size == 0:  # a row of taps at a time
+      x, total = lax.optimization_barrier((x, total))
+    window, pads = _tap_window(x, i, size, stride, rate)
     if window.size:
-      total += jnp.pad(matmul(window, tap, dtype), (*pads, (0, 0)))
+      total += jnp.pad(matmul(window, tap, dtype), ((0, 0), *pads, (0, 0)))
   return total.astype(x.dtype)
+
+
+def taps_kernel_gradient(
+  x: jax.Array, gradient: jax.Array, size: int, stride: int = 1, rate: int = 1
+) -> jax.Array:
+  """Gradient of `by_taps` with respect to the kernel.
+
+  Args:
+    x: [B, H, W, Cin], of the convolution.
+    gradient: [B, ceil(H / stride), ceil(W / stride), Cout], with respect to
+      its result.
+    size: k of the kernel.
+    stride: of the convolution.
+    rate: of the convolution.
+
+  Returns:
+    [k, k, Cin, Cout].
+  """
+  _, height, width, features = gradient.shape
+  channels = x.shape[-1]
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  taps = []
+  for i in range(size**2):
+    window, pads = _tap_window(x, i, size, stride, rate)
+    (top, bottom), (left, right) = pads
+    part = gradient[:, top : height - bottom, left : width - right]
+    tap = lax.dot_general(
+      window.reshape(-1, channels),
+      part.reshape(-1, features),
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=dtype,
+    )
+    # One after another, lest the windows of all are copied at once.
+    x, tap = lax.optimization_barrier((x, tap))
+    taps.append(tap)
+  kernel = jnp.concatenate(taps).reshape(size, size, channels, features)
+  return kernel.astype(x.dtype)
+
+
+def _tap_window(
+  x: jax.Array, tap: int, size: int, stride: int, rate: int
+) -> tuple[jax.Array, list[tuple[int, int]]]:
+  """Pixels under a tap, and how many places are off the map, by axis."""
+  pads = []
+  for axis, offset in ((1, tap // size), (2, tap % size)):
+    x, off_map = under_tap(x, axis, rate * (offset - size // 2), stride)
+    pads.append(off_map)
+  return x, pads
 
 
 def under_tap(
@@ -187,22 +233,79 @@ def by_winograd_kernels(
 
   With `transposed` the kernels' last axis is that of x's channels.
   """
-  batch, height, width, channels = x.shape
-  down, across = (winograd(n, rate) for n in (height, width))
-  high, wide = down.count(height, rate), across.count(width, rate)
-  rows = _windows(_lines(x, 1, down, rate), 1, down)
-  parts = []
+  down, across = (winograd(n, rate) for n in x.shape[1:3])
+  contract = 2 if transposed else 1
+  lines, parts = _lines(x, 1, down, rate), []
   # The products of a row at a time, while they are in the caches.
   for to_row, kernel in zip(down.input, kernels, strict=True):
-    row = _lines(_weighted_sum(to_row, rows), 3, across, rate)
-    columns = _windows(lax.optimization_barrier(row), 3, across)
-    columns = [_weighted_sum(weights, columns) for weights in across.input]
-    y = lax.dot_general(
-      jnp.stack(columns).reshape(across.products, -1, channels),
-      kernel,
-      (((2,), (2 if transposed else 1,)), ((0,), (0,))),
+    columns = _columns(lines, to_row, down, across, rate)
+    products = lax.dot_general(
+      columns, kernel, (((2,), (contract,)), ((0,), (0,)))
     )
-    parts.append(_transform(across.output, y))
+    parts.append(_transform(across.output, products))
+  return _assembled(parts, x.shape[:3], rate)
+
+
+def winograd_kernel_gradient(
+  x: jax.Array, gradient: jax.Array, rate: int = 1
+) -> jax.Array:
+  """Gradient of `by_winograd` with respect to the kernel.
+
+  Args:
+    x: [B, H, W, Cin], of the convolution.
+    gradient: [B, H, W, Cout], with respect to its result.
+    rate: of the convolution.
+
+  Returns:
+    [3, 3, Cin, Cout].
+  """
+  down, across = (winograd(n, rate) for n in x.shape[1:3])
+  batch, height, width, channels = x.shape
+  count = batch * rate**2 * down.count(height, rate) * across.count(width, rate)
+  features = gradient.shape[-1]
+  part = jax.ShapeDtypeStruct((across.tile, count, features), x.dtype)
+  (to_parts,) = jax.linear_transpose(
+    lambda parts: _assembled(parts, x.shape[:3], rate), [part] * down.products
+  )(gradient)
+  lines, kernels = _lines(x, 1, down, rate), []
+  for to_row, to_part in zip(down.input, to_parts, strict=True):
+    columns = _columns(lines, to_row, down, across, rate)
+    to_products = _transform(across.output.T, to_part)
+    to_kernel = lax.dot_general(
+      columns, to_products, (((1,), (1,)), ((0,), (0,)))
+    )
+    # One after another, lest the columns of all are kept at once.
+    lines, to_kernel = lax.optimization_barrier((lines, to_kernel))
+    kernels.append(to_kernel)
+  kernel = jax.ShapeDtypeStruct((3, 3, channels, features), x.dtype)
+  (to_kernel,) = jax.linear_transpose(
+    lambda kernel: winograd_kernels(kernel, x.shape[1:3], rate), kernel
+  )(tuple(kernels))
+  return to_kernel
+
+
+def _columns(
+  lines: jax.Array,
+  to_row: np.ndarray,
+  down: Winograd,
+  across: Winograd,
+  rate: int,
+) -> jax.Array:
+  """What a row of kernels is multiplied by: [products, tiles, C]."""
+  row = _weighted_sum(to_row, _windows(lines, 1, down))
+  row = lax.optimization_barrier(_lines(row, 3, across, rate))
+  columns = _windows(row, 3, across)
+  columns = [_weighted_sum(weights, columns) for weights in across.input]
+  return jnp.stack(columns).reshape(across.products, -1, lines.shape[-1])
+
+
+def _assembled(
+  parts: Sequence[jax.Array], shape: tuple[int, int, int], rate: int
+) -> jax.Array:
+  """The map [*shape, C] of the rows' products, [tile, tiles, C] each."""
+  batch, height, width = shape
+  down, across = (winograd(n, rate) for n in (height, width))
+  high, wide = down.count(height, rate), across.count(width, rate)
   y = jnp.stack([_weighted_sum(weights, parts) for weights in down.output])
   y = y.reshape(down.tile, across.tile, batch, high, rate, wide, rate, -1)
   y = y.transpose(2, 3, 0, 4, 5, 1, 6, 7)

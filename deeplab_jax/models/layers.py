@@ -175,7 +175,7 @@ def _conv2d_backward(
   x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
   if _winograd_pays(x, kernel, stride, rate):
     to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
-    form = functools.partial(convolutions.by_winograd, rate=rate)
+    to_kernel = convolutions.winograd_kernel_gradient(x, gradient, rate)
   else:
     if _taps_pay(kernel, stride, rate):
       # Transposed by JAX it would add in x's dtype.
@@ -184,12 +184,14 @@ def _conv2d_backward(
       (to_x,) = jax.linear_transpose(
         lambda x: convolutions.by_xla(x, kernel, stride, rate), x
       )(gradient)
-    few_inputs = kernel.shape[2] <= _PATCHES_TO_INPUTS
-    form = convolutions.by_patches if few_inputs else convolutions.by_taps
-    form = functools.partial(form, stride=stride, rate=rate)
-  (to_kernel,) = jax.linear_transpose(lambda kernel: form(x, kernel), kernel)(
-    gradient
-  )
+    if kernel.shape[2] <= _PATCHES_TO_INPUTS:
+      (to_kernel,) = jax.linear_transpose(
+        lambda kernel: convolutions.by_patches(x, kernel, stride, rate), kernel
+      )(gradient)
+    else:
+      to_kernel = convolutions.taps_kernel_gradient(
+        x, gradient, kernel.shape[0], stride, rate
+      )
   # Added up here, lest its parts are kept for whoever reads the sum; and tied,
   # since a kernel that is updated before its last use here has to be copied.
   return lax.optimization_barrier((to_x, to_kernel))
