@@ -20,8 +20,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
     os.environ.get('XLA_FLAGS', ''),  # the last of two settings counts
   ]
 )
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 # What reads the environment comes after it is set.
 import jax  # noqa: E402
@@ -152,7 +153,7 @@ def write_voc_folder(root, counts, seed=0):
   return root
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def random_variables():
   """Function (model, seed=0) -> its variables, filled at random by numpy.
 

@@ -1,5 +1,7 @@
 """Every way to convolve against XLA's, in float64, where little is rounded."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -98,10 +100,12 @@ def test_form_equals_xla(form, size, k, stride, rate):
   check_equal(getattr(convolutions, form), size, k, stride=stride, rate=rate)
 
 
-@pytest.mark.parametrize('rate', [1, 2, 3, 5])
-def test_gradients_of_winograd_are_those_of_xla(rate):
+@pytest.mark.parametrize(
+  ('size', 'rate'), [*LINES, *itertools.product([(7, 9)], [1, 2, 3, 5, 18])]
+)
+def test_gradients_of_winograd_are_those_of_xla(size, rate):
   with jax.enable_x64(True):
-    x, kernel, gradient, expected = gradients((7, 9), rate=rate)
+    x, kernel, gradient, expected = gradients(size, rate=rate)
     to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
     np.testing.assert_allclose(to_x, expected[0], atol=1e-9)
     to_kernel = convolutions.winograd_kernel_gradient(x, gradient, rate)

@@ -10,6 +10,7 @@ from conftest import needs_cpu
 
 import deeplab_jax
 from deeplab_jax import PRESETS, deeplab_v3
+from deeplab_jax.models import aspp
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.weights.mapping import flatten
 
@@ -63,6 +64,27 @@ def test_aspp_equals_its_numpy_transcription(random_variables):
   expected = numpy_branch(joined, w['project'], s['project'])
   ours = jax.jit(functools.partial(model.apply, train=False))(variables, x)
   np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpu
+def test_branches_in_turn_take_less_memory(monkeypatch):
+  x = jnp.zeros((1, 33, 33, 128))
+  variables = jax.eval_shape(
+    functools.partial(ASPP(features=64).init, train=False),
+    jax.random.key(0),
+    x,
+  )
+
+  def memory():
+    def loss(variables, x):
+      return ASPP(features=64).apply(variables, x, train=False).sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, x)
+    return program.compile().memory_analysis().temp_size_in_bytes
+
+  in_turn = memory()
+  monkeypatch.setattr(aspp, 'on_cpu', lambda: False)
+  assert in_turn < 0.8 * memory()
 
 
 @pytest.mark.parametrize(
@@ -220,12 +242,18 @@ def test_impossible_arguments_are_named_at_construction(call, words):
 PREPARED = {'width': 0.5, 'aspp_features': 64}
 
 
-@needs_cpu
-@pytest.mark.parametrize('size', [(257, 257), (400, 273), (160, 160)])
-def test_prepared_variables_give_the_same_logits(size, random_variables):
+@pytest.fixture(scope='module')
+def prepared_for_257(random_variables):
+  """Model, its variables, and these as prepared for 257x257."""
   model = deeplab_v3('resnet18', **PREPARED)
   variables = random_variables(model)
-  prepared = model.prepare(variables, (257, 257))
+  return model, variables, model.prepare(variables, (257, 257))
+
+
+@needs_cpu
+@pytest.mark.parametrize('size', [(257, 257), (400, 273), (160, 160)])
+def test_prepared_variables_give_the_same_logits(size, prepared_for_257):
+  model, variables, prepared = prepared_for_257
   images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
   apply = jax.jit(functools.partial(model.apply, train=False))
   expected = np.asarray(apply(variables, images))
@@ -235,16 +263,13 @@ def test_prepared_variables_give_the_same_logits(size, random_variables):
 
 
 @needs_cpu
-def test_prepared_kernels_are_used_where_they_fit(random_variables):
-  model = deeplab_v3('resnet18', **PREPARED)
-  prepared = model.prepare(random_variables(model), (257, 257))
+def test_prepared_kernels_are_used_where_they_fit(prepared_for_257):
+  model, plain, prepared = prepared_for_257
   # On 17 pixels rate 6 has lines of at most 3, on 25 pixels tiles of 3.
   rate6 = prepared['prepared']['aspp']['atrous1']['conv']['kernel']
   assert [k.shape for k in rate6] == [(4, 64, 256)] * 4
-  prepared['prepared'] = {
-    'aspp': {'atrous1': {'conv': {'kernel': tuple(map(jnp.zeros_like, rate6))}}}
-  }
-  plain = {k: v for k, v in prepared.items() if k != 'prepared'}
+  zeros = {'conv': {'kernel': tuple(map(jnp.zeros_like, rate6))}}
+  prepared = {**plain, 'prepared': {'aspp': {'atrous1': zeros}}}
   apply = jax.jit(functools.partial(model.apply, train=False))
   for size, used in (((257, 257), True), ((400, 400), False)):
     images = np.full((1, *size, 3), 90, np.uint8)
@@ -253,18 +278,18 @@ def test_prepared_kernels_are_used_where_they_fit(random_variables):
 
 
 @needs_cpu
-def test_prepared_variables_cannot_be_trained(random_variables):
-  model = deeplab_v3('resnet18', **PREPARED)
-  prepared = model.prepare(random_variables(model), (257, 257))
+def test_prepared_variables_cannot_be_trained(prepared_for_257):
+  model, _, prepared = prepared_for_257
   images = np.zeros((1, 257, 257, 3), np.uint8)
   with pytest.raises(ValueError, match="'prepared' are for inference"):
     model.apply(prepared, images, train=True, mutable=['batch_stats'])
 
 
 @needs_cpu
-def test_preparing_again_keeps_nothing_of_other_parameters(random_variables):
-  model = deeplab_v3('resnet18', **PREPARED)
-  old = model.prepare(random_variables(model), (257, 257))
+def test_preparing_again_keeps_nothing_of_other_parameters(
+  prepared_for_257, random_variables
+):
+  model, _, old = prepared_for_257
   new = {**old, **random_variables(model, seed=1)}
   kept = model.prepare(new, (33, 33))  # where nothing is prepared
   assert not jax.tree.leaves(kept.get('prepared', {}))

@@ -79,11 +79,14 @@ def assert_equals_xla(size, k, stride, rate, channels, features):
     np.testing.assert_allclose(a, b, atol=max(1e-4, 5e-5 * b.std()))
 
 
-@pytest.mark.parametrize('rate', [1, 2, 4, 6, 12])
-def test_conv2d_in_bfloat16_is_as_exact_as_xla(rate):
+@pytest.mark.parametrize(
+  ('rate', 'channels'),
+  [(1, 64), (2, 64), (4, 64), (6, 64), (12, 64), (1, 80), (6, 80)],
+)
+def test_conv2d_in_bfloat16_is_as_exact_as_xla(rate, channels):
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 17, 17, 64)).astype(np.float32)
-  kernel = rng.normal(size=(3, 3, 64, 64)).astype(np.float32)
+  x = rng.normal(size=(2, 17, 17, channels)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, channels, channels)).astype(np.float32)
   weights = rng.normal(size=x.shape).astype(np.float32)
 
   def results(conv, dtype):

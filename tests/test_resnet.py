@@ -121,7 +121,7 @@ def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
   norm = functools.partial(nn.BatchNorm, dtype=jnp.float64)
   images = np.random.default_rng(3).normal(size=(1, *size, 3))
   with jax.enable_x64(True):
-    outputs = {}
+    outputs, variables = {}, None
     for stride in (8, 16, 32):
       model = make(
         name,
@@ -131,7 +131,7 @@ def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
         dtype=jnp.float64,
         **settings,
       )
-      variables = random_variables(model)
+      variables = variables or random_variables(model)
       outputs[stride] = jax.jit(functools.partial(model.apply, train=False))(
         variables, images
       )

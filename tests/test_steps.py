@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import one_device_step
-from flax import linen as nn
 
-from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, distributed, steps
+from deeplab_jax import DeepLabV3, ResNetV2, distributed, steps
 from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.layers import BatchNorm
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.optimizers import make_optimizer
 from deeplab_jax.timing import compilations
@@ -20,12 +20,13 @@ from deeplab_jax.timing import compilations
 CLASSES = 4
 
 
-def make(*, sync_bn=True, rematerialization='none'):
+def make(*, sync_bn=True, rematerialization='none', dtype=jnp.float32):
   """A DeepLab of one unit a block: steps compile in seconds."""
   norm = functools.partial(
-    nn.BatchNorm,
+    BatchNorm,
     momentum=0.9,
     axis_name=steps.AXIS_NAME if sync_bn else None,
+    dtype=dtype,
   )
   backbone = ResNetV2(
     (1, 1, 1, 1),
@@ -34,8 +35,10 @@ def make(*, sync_bn=True, rematerialization='none'):
     width=0.125,
     rematerialization=rematerialization,
     norm=norm,
+    dtype=dtype,
   )
-  return DeepLabV3(backbone, ASPP((6,), 8, norm=norm), CLASSES)
+  aspp = ASPP((6,), 8, norm=norm, dtype=dtype)
+  return DeepLabV3(backbone, aspp, CLASSES, dtype=dtype)
 
 
 def global_batch(count=8, seed=0):
@@ -327,7 +330,7 @@ def test_an_update_in_bfloat16_points_where_that_in_float32_does():
   batch = {name: value[None] for name, value in global_batch(2).items()}
   updates = []
   for dtype in (jnp.float32, jnp.bfloat16):
-    model = deeplab_v3('resnet18', num_classes=4, width=0.25, dtype=dtype)
+    model = make(dtype=dtype)
     state = steps.create_state(model, optimizer, 0)
     step = one_device_step(model=model, optimizer=optimizer, freeze_bn=True)
     after, _ = step(state, batch)
