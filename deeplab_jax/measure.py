@@ -148,25 +148,25 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
   seconds = {}
 
   @contextlib.contextmanager
-  def timing(name: str) -> Iterator[None]:
+  def part(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[f'{name}_seconds'] = time.perf_counter() - start
 
-  with timing('create'):
+  with part('create'):
     state = steps.create_state(model, optimizer, config.seed)
     jax.block_until_ready(state)
-  with timing('prepare'):
+  with part('prepare'):
     variables = model.prepare(state.variables, tuple(config.data.crop_size))
     jax.block_until_ready(variables)
   apply = jax.jit(functools.partial(model.apply, train=False))
-  with timing('forward_trace'):
+  with part('forward_trace'):
     lowered = apply.lower(variables, batch['image'])
-  with timing('forward_compile'):
+  with part('forward_compile'):
     lowered.compile()
-  with timing('train_trace'):
+  with part('train_trace'):
     lowered = step.lower(distributed.replicate(state), distributed.shard(batch))
-  with timing('train_compile'):
+  with part('train_compile'):
     lowered.compile()
   return {**seconds, 'seconds': sum(seconds.values())}
 
@@ -296,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
   host.prepare()
   about: dict[str, Any] = {'mode': args.mode}
   if args.mode == 'startup':
-    result = startup.startup(args.config, settings)
+    result = startup.cold_and_warm(args.config, settings)
   else:
     config = _config(args, settings)
     result = MODES[args.mode](config, args)

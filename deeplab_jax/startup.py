@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from deeplab_jax.errors import UserError
 
 
-def startup(recipe: str | None, settings: Sequence[str]) -> dict[str, float]:
-  """Starts training with a recipe, else the default, and settings, twice.
+def cold_and_warm(
+  recipe: str | None, settings: Sequence[str]
+) -> dict[str, float]:
+  """Starts training twice, by a recipe, else as by default, with settings.
 
   Returns:
     `cold_seconds` in a new workdir, with data still to be prepared and nothing

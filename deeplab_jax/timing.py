@@ -20,9 +20,9 @@ def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
   calls the first dozen vary most, while memory is found for them.
 
   Returns:
-    `seconds` of the best call and `first_seconds`, `calls` timed; their
-    `compilations` and `compile_seconds`; `peak_memory` of the process so far
-    and, where the device tells, its `peak_device_memory`, in bytes.
+    `first_seconds`, `seconds` of the best other and their number, `calls`;
+    `compilations` and `compile_seconds` of all; `peak_memory` of the process
+    so far and, where the device tells, its `peak_device_memory`, in bytes.
   """
   with compilations() as compiled:
     start = time.perf_counter()

@@ -3,8 +3,8 @@
 They take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad
 symmetrically with `rate * (k - 1) / 2` zeros and return [B, ceil(H / stride),
 ceil(W / stride), Cout], `by_winograd` at k 3 and stride 1 alone. All are linear
-in x and in the kernel. `..._kernel_gradient` are their gradients, for less
-memory than those that JAX derives.
+in x and in the kernel. The gradients of `by_taps` and `by_winograd` with
+respect to the kernel are written out, for less memory than those JAX derives.
 """
 
 from collections.abc import Sequence
@@ -83,14 +83,15 @@ def by_taps(
   size, _, channels, features = kernel.shape
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   out = [-(-n // stride) for n in x.shape[1:3]]
-  # `split`, since its transpose concatenates where that of slices would add.
   taps = lax.split(kernel.reshape(-1, features), [channels] * size**2)
   if transposed:
     taps = [tap.T for tap in reversed(taps)]
     features = channels
   total = jnp.zeros((x.shape[0], *out, features), dtype)
   for i, tap in enumerate(taps):
-    if transposed and i and i % size == 0:  # a row of taps at a time
+    if transposed and i and i % size == 0:
+      # A row of taps after the other, lest the backward pass, when memory is
+      # short, keeps the parts of all.
       x, total = lax.optimization_barrier((x, total))
     window, pads = _tap_window(x, i, size, stride, rate)
     if window.size:
@@ -128,7 +129,7 @@ def taps_kernel_gradient(
       (((0,), (0,)), ((), ())),
       preferred_element_type=dtype,
     )
-    # One after another, lest the windows of all are copied at once.
+    # One after another, lest the windows of x are kept for all at once.
     x, tap = lax.optimization_barrier((x, tap))
     taps.append(tap)
   kernel = jnp.concatenate(taps).reshape(size, size, channels, features)
@@ -274,7 +275,7 @@ def winograd_kernel_gradient(
     to_kernel = lax.dot_general(
       columns, to_products, (((1,), (1,)), ((0,), (0,)))
     )
-    # One after another, lest the columns of all are kept at once.
+    # One after another, lest the columns are kept for all at once.
     lines, to_kernel = lax.optimization_barrier((lines, to_kernel))
     kernels.append(to_kernel)
   kernel = jax.ShapeDtypeStruct((3, 3, channels, features), x.dtype)
