@@ -78,10 +78,4 @@ def matmul_rate(dtype: str) -> float:
   size = 2048 if jax.default_backend() == 'cpu' else 8192
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
   product = jax.jit(jnp.dot)
-  jax.block_until_ready(product(a, b))
-  best = float('inf')
-  for _ in range(10):
-    start = time.perf_counter()
-    jax.block_until_ready(product(a, b))
-    best = min(best, time.perf_counter() - start)
-  return 2 * size**3 / best
+  return 2 * size**3 / timed(lambda: product(a, b), 10)['seconds']

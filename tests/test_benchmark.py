@@ -97,6 +97,7 @@ def test_a_program_that_is_not_there_is_named():
     (['--mode=forward,sleep'], '--mode=sleep'),
     (['--peer=true'], 'single --mode'),
     (['--mode=train', '--peer=true', '--pairs=x'], '--pairs'),
+    (['--mode=train', '--peer=true', '--pairs=0'], '--pairs'),
     (['--mode=train', '--peer=true', '--pairs=4'], '--pairs=4: .* least 5'),
     (['--mode=forward', '--json=/no/such/folder'], '/no/such/folder'),
   ],

@@ -266,16 +266,14 @@ GIVES_BACK = """
 import types
 import jax
 from deeplab_jax import host
-given_back, compiled = [], []
+from deeplab_jax.timing import compilations
+given_back = []
 system = types.SimpleNamespace(malloc_trim=given_back.append)
 host.ctypes = types.SimpleNamespace(CDLL=lambda _: system)
 host.prepare()
 host.prepare()
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: compiled.append(event)
-)
-jax.jit(lambda x: x + 1)(1.0)
-compiled = [e for e in compiled if 'backend_compile' in e]
+with compilations() as compiled:
+  jax.jit(lambda x: x + 1)(1.0)
 print(len(compiled) > 0, len(given_back) == len(compiled))
 """
 
