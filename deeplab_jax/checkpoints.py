@@ -177,12 +177,14 @@ class Network:
     model: the arguments of `deeplab_v3` but for the number of classes.
     dataset: `DatasetInfo.to_json()`.
     variables: what `model.apply` takes, numpy arrays.
+    trained_stride: the output stride of training.
   """
 
   step: int
   model: dict[str, Any]
   dataset: dict[str, Any]
   variables: dict[str, Any]
+  trained_stride: int
 
 
 def open_network(
@@ -208,7 +210,13 @@ def open_network(
     model = {**model, 'preset': model['preset'] or preset_of(metadata)}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
-    return Network(step, model, dataset, saved.restore_variables(step))
+    return Network(
+      step,
+      model,
+      dataset,
+      saved.restore_variables(step),
+      metadata['model']['output_stride'],
+    )
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:

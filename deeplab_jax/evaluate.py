@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint over a whole split."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,13 +112,13 @@ class _Extremes:
     best = sorted([*self.best, entry], key=lambda e: (-e[0], e[1]))
     self.best = best[: self._count]
 
-  def save(self, evaluator: Evaluator, workdir: Path) -> list[str]:
-    """Writes `worst.png` and `best.png`; returns a line of names for each."""
+  def save(self, evaluator: Evaluator, path: Path) -> list[str]:
+    """Writes PATH_worst.png and PATH_best.png; returns a line for each."""
     lines = []
     for kind, entries in (('worst', self.worst), ('best', self.best)):
       picture = evaluator.picture({index: map_ for _, index, map_ in entries})
       if picture is not None:
-        visualize.save_png(workdir / f'{kind}.png', picture)
+        visualize.save_png(_beside(path, f'_{kind}.png'), picture)
         names = [f'{evaluator.name(i)} {100 * m:.1f}' for m, i, _ in entries]
         lines.append(f'{kind} images by mIoU: {", ".join(names)}')
     return lines
@@ -152,13 +153,15 @@ def evaluate(
 ) -> dict[str, Any]:
   """Evaluates a checkpoint of `workdir`.
 
-  It prints the measures, and writes `eval.json`, the pictures `eval.png`,
-  `confusion.png`, `worst.png` and `best.png`, and with
-  `config.eval.save_predictions` the archive `results_SPLIT.tar.gz`, which for a
+  It prints the measures, and writes them into the folder `eval` with pictures:
+  NAME.json, NAME.png (the first images), NAME_confusion.png, NAME_worst.png and
+  NAME_best.png. NAME is made of the split, the protocol and what else differs
+  from the usual, as `val_whole` or `val_whole_flip_step300`. With
+  `config.eval.save_predictions` there is the archive NAME.tar.gz, which for a
   split without labels is all.
 
   Returns:
-    What `eval.json` holds: what `evaluate_variables` gives, and `step`.
+    What NAME.json holds: what `evaluate_variables` gives, and `step`.
 
   Raises:
     UserError: if the checkpoint or the data cannot be used.
@@ -187,19 +190,80 @@ def evaluate(
     visit,
   )
   result = {**measures, 'step': network.step}
+  if not distributed.is_first_process():
+    return result
+  folder = workdir / 'eval'
+  folder.mkdir(exist_ok=True)
+  path = folder / result_name(
+    evaluator.description,
+    trained_stride=network.trained_stride,
+    step=None if config.eval.step == 'best' else network.step,
+  )
+  _warn_of_replaced(_beside(path, '.json'), network.step)
   labelled, lines = _has_labels(dataset, split), []
-  if distributed.is_first_process():
-    # All files before the first line, which nobody may be there to read.
-    if labelled:
-      _save_pictures(workdir, picture, confusion, dataset.info.classes)
-      lines += extremes.save(evaluator, workdir)
-    if saves:
-      lines.append(archive.save(workdir / f'results_{split}.tar.gz'))
+  # All files before the first line, which nobody may be there to read.
   if labelled:
-    report(result, workdir)
+    write_json(_beside(path, '.json'), result)
+    if picture is not None:
+      visualize.save_png(_beside(path, '.png'), picture)
+    classes = dataset.info.classes
+    visualize.save_png(
+      _beside(path, '_confusion.png'), confusion_picture(confusion, classes)
+    )
+    lines += extremes.save(evaluator, path)
+  if saves:
+    lines.append(archive.save(_beside(path, '.tar.gz')))
+  if labelled:
+    print_report(result)
+    lines.insert(0, f'measures and pictures: {path}*')
   for line in lines:
     print(line, flush=True)
   return result
+
+
+def result_name(
+  description: dict[str, Any], *, trained_stride: int, step: int | None = None
+) -> str:
+  """Names an evaluation so that another one has another name.
+
+  Args:
+    description: of split and protocol, see `Evaluator`.
+    trained_stride: the output stride of training.
+    step: of the checkpoint, None for the best one.
+
+  Returns:
+    The split, the protocol, and what differs from the usual.
+  """
+  parts = [description['split'], description['protocol']]
+  if 'crop_size' in description:
+    parts.append('x'.join(map(str, description['crop_size'])))
+  overlap = description.get('overlap', Protocol.overlap)
+  if overlap != Protocol.overlap:
+    parts.append(f'overlap{overlap:g}')
+  if description['output_stride'] != trained_stride:
+    parts.append(f'stride{description["output_stride"]}')
+  if description['scales'] != [1.0]:
+    parts.append('scales' + '-'.join(f'{s:g}' for s in description['scales']))
+  if description['flip']:
+    parts.append('flip')
+  if step is not None:
+    parts.append(f'step{step}')
+  return '_'.join(parts)
+
+
+def _warn_of_replaced(path: Path, step: int) -> None:
+  """Tells of an evaluation that may not be repeatable any more."""
+  try:
+    before = json.loads(path.read_text())['step']
+  except (OSError, ValueError, KeyError, TypeError):
+    return
+  if before != step:
+    log.warning('%s: replaces the evaluation of step %s', path, before)
+
+
+def _beside(path: Path, ending: str) -> Path:
+  # Not `with_suffix`: a name may have dots.
+  return path.with_name(path.name + ending)
 
 
 def _has_labels(dataset: Dataset, split: str) -> bool:
@@ -242,24 +306,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _save_pictures(
-  workdir: Path,
-  picture: np.ndarray | None,
-  confusion: np.ndarray,
-  classes: Sequence[str],
-) -> None:
-  if picture is not None:
-    visualize.save_png(workdir / 'eval.png', picture)
-  visualize.save_png(
-    workdir / 'confusion.png', confusion_picture(confusion, classes)
-  )
-
-
-def report(result: dict[str, Any], workdir: Path) -> None:
-  """Prints the measures as a table and writes them to `eval.json`."""
+def print_report(result: dict[str, Any]) -> None:
+  """Prints the measures as a table, on the first process alone."""
   if not distributed.is_first_process():
     return
-  write_json(workdir / 'eval.json', result)
   print(f'step {result["step"]}, {result["images"]} images')
   if 'protocol' in result:  # not where an older version evaluated
     print(f'{result["split"]}: {in_words(result)}')

@@ -1,22 +1,24 @@
 """Predictions for images that have no labels."""
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_collections
 import numpy as np
 
 from deeplab_jax import checkpoints, distributed, steps, visualize
-from deeplab_jax.data import images
+from deeplab_jax.data import buckets, images
 from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.data.transforms import pad_to
 from deeplab_jax.errors import UserError, naming
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar('_T')
 
 
 def predict(
@@ -37,7 +39,8 @@ def predict(
     The palette PNGs, in the order of the images.
 
   Raises:
-    UserError: if there is no checkpoint or no readable image.
+    UserError: if there is no checkpoint; and at the end, with all others done,
+      if an image could not be read.
   """
   if not inputs:
     raise UserError(
@@ -62,19 +65,24 @@ def predict(
       f'config.predict.output_dir={folder}: {error.strerror}'
     ) from error
   targets = _targets(paths, folder)
+  earlier = sum(target.exists() for target in targets.values())
+  if earlier:
+    log.warning('%d earlier predictions in %s are replaced', earlier, folder)
+  limit = config.eval.buckets if model.pads_freely else len(paths)
   written = []
-  for path, image, label in _segment(model, variables, paths):
+  for path, image, label in _segment(model, variables, paths, limit):
     _write(targets[path], path, image, label, info)
     written.append(targets[path])
-  if not written:
-    raise UserError(
-      f'{paths[0]}: neither this nor another of {len(paths)} images could be'
-      ' read'
+  if written:
+    print(
+      f'{len(written)} images segmented by step {network.step}, in {folder}'
     )
-  of = f' of {len(paths)}' if len(written) < len(paths) else ''
-  print(
-    f'{len(written)}{of} images segmented by step {network.step}, in {folder}'
-  )
+  unread = [path for path in paths if targets[path] not in written]
+  if unread:
+    raise UserError(
+      f'{len(unread)} of {len(paths)} images could not be read, first'
+      f' {unread[0]}; see above'
+    )
   return written
 
 
@@ -94,40 +102,56 @@ def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _segment(
-  model: DeepLabV3, variables: dict[str, Any], paths: Sequence[Path]
+  model: DeepLabV3,
+  variables: dict[str, Any],
+  paths: Sequence[Path],
+  limit: int,
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-  """Yields path, image [H, W, 3] and classes [H, W], a device group a time."""
+  """Yields path, image [H, W, 3] and classes [H, W], in the order of the paths.
+
+  The images are padded to at most `limit` sizes; those that cannot be read are
+  named and left out.
+  """
   predict_step = steps.pmap_predict_step(model=model)
+  sizes = {
+    path: size for path in paths if (size := _read(path, images.read_size))
+  }
+  fitting = buckets.fitting(list(sizes.values()), limit)
+  padded = dict(zip(sizes, fitting, strict=True))
+  read = (
+    (path, image)
+    for path in sizes
+    if (image := _read(path, images.read_image)) is not None
+  )
   devices = jax.local_device_count()
-  group: list[tuple[Path, np.ndarray]] = []
-  size = None
-  for path in [*paths, None]:
-    image = None
-    if path is not None:
-      try:
-        image = images.read_image(path)
-      except UserError as error:
-        log.warning('%s; left out', error)
-        continue
-    own = None if image is None else model.padded_size(image.shape[:2])
-    if group and (own != size or len(group) == devices):
+  # Images in a row that are padded to one size go to the devices together.
+  for size, run in itertools.groupby(read, lambda pair: padded[pair[0]]):
+    while group := list(itertools.islice(run, devices)):
       yield from _segment_group(predict_step, variables, group, size)
-      group = []
-    size = own
-    if image is not None:
-      group.append((path, image))
+
+
+def _read(path: Path, function: Callable[[Path], _T]) -> _T | None:
+  try:
+    return function(path)
+  except UserError as error:
+    log.warning('%s; left out', error)
+    return None
 
 
 def _segment_group(
   predict_step: Any,
   variables: dict[str, Any],
-  group: list[tuple[Path, np.ndarray]],
+  group: Sequence[tuple[Path, np.ndarray]],
   size: tuple[int, int],
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-  batch = np.zeros((jax.local_device_count(), 1, *size, 3), np.uint8)
+  devices = jax.local_device_count()
+  batch = {
+    'image': np.zeros((devices, 1, *size, 3), np.uint8),
+    'size': np.full((devices, 1, 2), size, np.int32),
+  }
   for row, (_, image) in enumerate(group):
-    label = np.zeros(image.shape[:2], np.uint8)
-    batch[row, 0] = pad_to(image, label, size)[0]
+    height, width = batch['size'][row, 0] = image.shape[:2]
+    batch['image'][row, 0, :height, :width] = image
   labels = distributed.unshard(predict_step(variables, batch))
   for (path, image), label in zip(group, labels, strict=False):
     yield path, image, label[: image.shape[0], : image.shape[1]]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deeplab_jax.models.layers import resize_bilinear
+from deeplab_jax.models.layers import resample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +38,13 @@ class Protocol:
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
 
-  def _window(self, model: Any) -> tuple[int, int] | None:
-    # Larger than was asked for where upsampling to that would be inexact.
-    slides = self.kind == 'sliding_window'
-    return model.padded_size(self.crop_size) if slides else None
+  def view_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that the network sees of such an image at scale 1."""
+    return self._window or size
 
-  def padded_size(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) to pad an image to."""
-    smallest = self._window(model) or (0, 0)
-    height, width = map(max, model.padded_size(size), smallest)
-    return height, width
-
-  def view_size(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) that the network sees of a padded image at scale 1."""
-    return self._window(model) or size
+  @property
+  def _window(self) -> tuple[int, int] | None:
+    return self.crop_size if self.kind == 'sliding_window' else None
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """What `steps.eval_step` takes, see `make_scores`."""
@@ -59,7 +52,7 @@ class Protocol:
       model,
       scales=self.scales,
       flip=self.flip,
-      window=self._window(model),
+      window=self._window,
       overlap=self.overlap,
     )
 
@@ -72,7 +65,7 @@ class Protocol:
       'flip': self.flip,
     }
     if self.kind != 'whole':
-      description['crop_size'] = list(self._window(model) or self.crop_size)
+      description['crop_size'] = list(self.crop_size)
     if self.kind == 'sliding_window':
       description['overlap'] = self.overlap
     return description
@@ -120,7 +113,7 @@ def make_scores(
   """
   if window is None and tuple(scales) == (1.0,) and not flip:
     return lambda variables, images, sizes: model.apply(
-      variables, images, train=False
+      variables, images, train=False, sizes=sizes
     )
 
   def scores(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -128,7 +121,7 @@ def make_scores(
       probabilities, model, variables, scales=scales, flip=flip
     )
     if window is None:
-      return view(images, sizes[:, 1])
+      return view(images, sizes)
     return sliding_window(view, images, sizes, window=window, overlap=overlap)
 
   return scores
@@ -138,20 +131,22 @@ def probabilities(
   model: Any,
   variables: Any,
   images: jax.Array,
-  widths: jax.Array,
+  sizes: jax.Array,
   *,
   scales: Sequence[float] = (1.0,),
   flip: bool = False,
 ) -> jax.Array:
   """Averages softmax probabilities over scales and the mirrored image.
 
+  Pixel p of an image stands at p * scale in the scaled one, so that 513 becomes
+  385 and 769 at scales 0.75 and 1.5, as in the DeepLab code.
+
   Args:
     model: a `DeepLabV3`.
     variables: of the model.
     images: [B, H, W, 3], padded at the bottom and the right.
-    widths: int [B], of each image without its padding.
-    scales: factors on the size; the images are resized from H, W to
-      `model.padded_size((H, W), scale)`, and the logits back.
+    sizes: int [B, 2], height and width without padding.
+    scales: factors on the size.
     flip: also look at the left-right mirrored image, its padding left in place.
 
   Returns:
@@ -162,20 +157,29 @@ def probabilities(
   def look(
     scale: float, total: jax.Array, mirrored: jax.Array
   ) -> tuple[jax.Array, None]:
-    view, scaled = _mirror(images, mirrored), model.padded_size(size, scale)
-    if scaled != size:
-      view = resize_bilinear(view.astype(jnp.float32), scaled, model.upsampling)
-    logits = model.apply(variables, view, train=False)
-    seen = jax.nn.softmax(resize_bilinear(logits, size, model.upsampling))
+    view, own = _mirror(images, mirrored), sizes
+    if scale != 1:
+      scaled = tuple(int(_scaled(n, scale)) for n in size)
+      own = _scaled(sizes, scale).astype(jnp.int32)
+      view = resample(view.astype(jnp.float32), scaled, (1 / scale,) * 2)
+    logits = model.apply(variables, view, train=False, sizes=own)
+    seen = jax.nn.softmax(resample(logits, size, (scale,) * 2))
     return total + _mirror(seen, mirrored), None
 
   # Mirroring no column leaves an image as it is. The loop over both compiles
   # the network once for a scale, and holds one result at a time.
+  widths = sizes[:, 1]
   views = jnp.stack([jnp.zeros_like(widths), widths][: 2 if flip else 1])
   total = jnp.zeros((*images.shape[:3], model.num_classes))
   for scale in scales:
     total, _ = lax.scan(functools.partial(look, scale), total, views)
   return total / (len(scales) * len(views))
+
+
+def _scaled(sizes: Any, scale: float) -> Any:
+  """Whole numbers: the pixels of a scaled side that lie on the side itself."""
+  # Rounding must not take the last one.
+  return ((sizes - 1) * scale + 1e-3) // 1 + 1
 
 
 def sliding_window(
@@ -189,13 +193,12 @@ def sliding_window(
   """Averages what each of several overlapping windows of an image shows.
 
   Windows stand on a grid, and at the far edges shift back into the image's own
-  area; an image that is smaller than a window has one at its upper left.
+  area; an image that is smaller than a window is padded to it.
 
   Args:
-    view: maps windows [B, *window, 3] and the widths [B] of their unpadded part
-      to probabilities [B, *window, C].
-    images: [B, H, W, 3], padded at the bottom and the right, no smaller than a
-      window.
+    view: maps windows [B, *window, 3] and the sizes [B, 2] of their unpadded
+      part to probabilities [B, *window, C].
+    images: [B, H, W, 3], padded at the bottom and the right.
     sizes: int [B, 2], height and width without padding.
     window: (height, width).
     overlap: share of a window, in [0, 1), that the next one covers again.
@@ -203,12 +206,17 @@ def sliding_window(
   Returns:
     float32 [B, H, W, C]; 0 in padding that no window reached.
   """
+  height, width = images.shape[1:3]
+  bottom, right = (
+    max(0, w - n) for w, n in zip(window, (height, width), strict=True)
+  )
+  images = jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)))
   room = np.subtract(images.shape[1:3], window)
   stride = [max(1, round(n * (1 - overlap))) for n in window]
   steps = [math.ceil(r / s) + 1 for r, s in zip(room, stride, strict=True)]
   grid = np.stack(np.indices(steps), -1).reshape(-1, 2)
   last = jnp.maximum(sizes - jnp.asarray(window), 0)
-  widths = jnp.minimum(sizes[:, 1], window[1])
+  own = jnp.minimum(sizes, jnp.asarray(window))
 
   def look(sums: tuple, place: jax.Array) -> tuple[tuple, None]:
     total, count = sums
@@ -216,15 +224,15 @@ def sliding_window(
     # Beyond the one that reaches the edge, windows would repeat it.
     needed = ((place - 1) * jnp.asarray(stride) < last) | (place == 0)
     weight = needed.all(-1).astype(jnp.float32)[:, None, None, None]
-    seen = weight * view(_cut(images, corner, window), widths)
+    seen = weight * view(_cut(images, corner, window), own)
     weight = jnp.broadcast_to(weight, (*seen.shape[:3], 1))
     return (_add(total, seen, corner), _add(count, weight, corner)), None
 
-  classes = jax.eval_shape(view, images[:, : window[0], : window[1]], widths)
+  classes = jax.eval_shape(view, images[:, : window[0], : window[1]], own)
   total = jnp.zeros((*images.shape[:3], classes.shape[-1]))
   count = jnp.zeros((*images.shape[:3], 1))
   (total, count), _ = lax.scan(look, (total, count), jnp.asarray(grid))
-  return total / jnp.maximum(count, 1)
+  return (total / jnp.maximum(count, 1))[:, :height, :width]
 
 
 def _mirror(maps: jax.Array, widths: jax.Array) -> jax.Array:

@@ -63,7 +63,8 @@ class Evaluator:
       protocol: how to look at images.
       split: its name, for the description.
       batch_size: over all devices; rounded up to a multiple of their number.
-      buckets: of how many sizes batches may be; each is compiled.
+      buckets: of how many sizes batches may be, each compiled; where padding
+        would move the logits (`DeepLabV3.pads_freely`), of any number.
       threads: that load.
     """
     self.info = info
@@ -76,11 +77,11 @@ class Evaluator:
     devices = jax.device_count()
     self._plan = plan_batches(
       self._sizes,
-      padded=lambda size: protocol.padded_size(model, size),
-      limit=buckets,
+      padded=lambda size: size,
+      limit=buckets if model.pads_freely else len(self._sizes),
       batch_size=-(-batch_size // devices) * devices,
     )
-    self._view = protocol.view_size(model, self._plan[-1].size)
+    self._view = protocol.view_size(self._plan[-1].size)
     self._step = steps.pmap_eval_step(
       scores=protocol.scores(model),
       num_classes=info.num_classes,

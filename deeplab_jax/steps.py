@@ -202,10 +202,16 @@ def eval_step(
 
 
 def predict_step(
-  variables: dict[str, Any], images: jax.Array, *, model: nn.Module
+  variables: dict[str, Any], batch: dict[str, jax.Array], *, model: nn.Module
 ) -> jax.Array:
-  """Most likely class of each pixel: [b, H, W, 3] -> uint8 [b, H, W]."""
-  return _likeliest(model.apply(variables, images, train=False))
+  """Most likely class of each pixel of `image`, padded from `size` [b, 2].
+
+  Returns:
+    uint8 [b, H, W].
+  """
+  return _likeliest(
+    model.apply(variables, batch['image'], train=False, sizes=batch['size'])
+  )
 
 
 def _likeliest(scores: jax.Array) -> jax.Array:
@@ -238,7 +244,7 @@ def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
 
 
 def pmap_predict_step(**settings: Any) -> Callable[..., Any]:
-  """`predict_step` over the local devices: [D, b, H, W, 3] -> [D, b, H, W]."""
+  """`predict_step` over the local devices; batch and result have their axis."""
   return jax.pmap(
     functools.partial(predict_step, **settings),
     axis_name=AXIS_NAME,

@@ -104,9 +104,12 @@ def train_and_evaluate(
     best = saved.step_named('best')
     measures = saved.metadata(best).get('measures')
   if measures is None:  # stopped by a signal, before its evaluation
-    return evaluate.evaluate(config, workdir)
-  result = {**measures, 'step': best}
-  evaluate.report(result, workdir)
+    result = evaluate.evaluate(config, workdir)
+  else:
+    result = {**measures, 'step': best}
+    evaluate.print_report(result)
+  if distributed.is_first_process():
+    write_json(workdir / 'eval.json', result)
   return result
 
 

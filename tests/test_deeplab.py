@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.interpolate
 from conftest import needs_cpu
+from flax import linen as nn
 
 import deeplab_jax
-from deeplab_jax import PRESETS, deeplab_v3
-from deeplab_jax.models import aspp
+from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3
+from deeplab_jax.models import aspp, deeplab, layers, resnet
 from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.resnet import PreActBasicUnit, PreActBottleneckUnit
 from deeplab_jax.weights.mapping import flatten
 
 
@@ -174,6 +177,92 @@ def test_logits_have_the_size_of_the_images_in_float32(
   )
   assert logits.shape == (2, *size, 5)
   assert logits.dtype == jnp.float32
+
+
+def one_unit_network(unit, output_stride, rate=1, upsampling='align_corners'):
+  """A network of one unit a block, all of whose parts any size passes."""
+  norm = functools.partial(nn.BatchNorm, momentum=0.9)
+  backbone = ResNetV2(
+    (1, 1, 1, 1),
+    unit,
+    output_stride=output_stride,
+    multi_grid=(1,),
+    width=0.125,
+    norm=norm,
+  )
+  return DeepLabV3(
+    backbone, ASPP((rate,), 8, norm=norm), 4, upsampling=upsampling
+  )
+
+
+def interpolated(features, size, stride):
+  """What a map of pixels (i, j) * stride is at pixels (i, j), by scipy."""
+  for axis, length in zip((1, 2), size, strict=True):
+    known = np.arange(features.shape[axis]) * stride
+    features = scipy.interpolate.interp1d(known, features, axis=axis)(
+      np.arange(length)
+    )
+  return features
+
+
+@pytest.mark.parametrize('cpu', [True, False])
+@pytest.mark.parametrize('unit', [PreActBasicUnit, PreActBottleneckUnit])
+@pytest.mark.parametrize('stride', [8, 16, 32])
+def test_feature_i_j_stands_at_pixel_i_j_times_the_stride(
+  monkeypatch, random_variables, stride, unit, cpu
+):
+  for module in (aspp, deeplab, layers, resnet):
+    monkeypatch.setattr(module, 'on_cpu', lambda: cpu)
+  model = one_unit_network(unit, stride, rate=2)
+  variables = random_variables(model)
+  apply = functools.partial(
+    model.apply,
+    train=False,
+    capture_intermediates=lambda module, _: module.name == 'logits',
+  )
+  sizes = [(512, 512), (375, 500), (97, 129), (96, 128), (65, 50)]
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, (1, *size, 3), np.uint8) for size in sizes]
+  # One program for all sizes compiles in less time than one each.
+  results = jax.jit(lambda images: [apply(variables, x) for x in images])(
+    images
+  )
+  for size, (logits, captured) in zip(sizes, results, strict=True):
+    (features,) = captured['intermediates']['logits']['__call__']
+    features = np.asarray(features)
+    assert logits.shape == (1, *size, 4)
+    inside = np.asarray(logits)[:, ::stride, ::stride]
+    own = features[:, : inside.shape[1], : inside.shape[2]]
+    tolerance = 1e-5 * features.std()
+    np.testing.assert_allclose(inside, own, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(
+      logits, interpolated(features, size, stride), atol=tolerance, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+  ('preset', 'stride'),
+  [('paper', 8), ('keras', 16), ('slim', 16), ('timm', 32)],
+)
+def test_an_image_has_its_own_logits_in_a_padded_batch(
+  random_variables, stride, preset
+):
+  model = deeplab_v3(
+    'resnet18', width=0.125, preset=preset, output_stride=stride
+  )
+  variables = random_variables(model)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  rng = np.random.default_rng(0)
+  sizes = np.array([[50, 65], [81, 40]])
+  # What the padding shows does not matter.
+  batch = rng.integers(0, 256, (2, 97, 110, 3), np.uint8)
+  padded = np.asarray(apply(variables, batch, sizes=sizes))
+  for (height, width), image, found in zip(sizes, batch, padded, strict=True):
+    own = np.s_[:height, :width]
+    alone = np.asarray(apply(variables, image[own][None]))[0]
+    np.testing.assert_allclose(found[own], alone, atol=2e-5 * alone.std())
+  unaware = np.asarray(apply(variables, batch))[:, :40, :40]
+  assert np.abs(unaware - padded[:, :40, :40]).max() > 0.01 * padded.std()
 
 
 def test_bfloat16_stays_near_float32_with_float32_parameters(random_variables):

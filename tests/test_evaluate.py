@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import logging
 import shutil
 import tarfile
 
@@ -21,15 +22,12 @@ from deeplab_jax import (
 )
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.data import images
+from deeplab_jax.data.buckets import FILLER
 from deeplab_jax.data.transforms import CenterCrop, pad_to
 from deeplab_jax.errors import UserError
+from deeplab_jax.protocols import Protocol
 from deeplab_jax.scoring import ScoredImage
 from deeplab_jax.timing import compilations
-
-
-def padded_size(size, stride=16):
-  """Whole strides and one pixel, as 513: where aligned corners are exact."""
-  return tuple(1 + stride * ((n + stride - 2) // stride) for n in size)
 
 
 def read_variables(workdir):
@@ -38,21 +36,23 @@ def read_variables(workdir):
 
 
 def plain_predictions(config, dataset, variables, size=None, transform=None):
-  """Name, label and prediction of one image at a time.
-
-  Each is padded to `size`, or to the smallest one that is exact.
-  """
+  """Name, label and prediction of one image at a time, padded to `size`."""
   model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
-  apply = jax.jit(lambda x: model.apply(variables, x, train=False))
+  apply = jax.jit(
+    lambda x, sizes: model.apply(variables, x, train=False, sizes=sizes)
+  )
   for record in dataset.source(config.data.eval_split):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
     if transform:
       image, label = transform(image, label, None)
     height, width = label.shape
-    own = padded_size((height, width), config.model.output_stride)
-    padded = pad_to(image, label, size or own)[0]
-    logits = np.asarray(apply(padded[None]))[0, :height, :width]
+    if size:
+      padded = pad_to(image, label, size)[0]
+      logits = apply(padded[None], np.array([[height, width]]))
+    else:
+      logits = apply(image[None], None)
+    logits = np.asarray(logits)[0, :height, :width]
     yield record['name'].decode(), label, logits.argmax(-1)
 
 
@@ -107,7 +107,7 @@ def test_evaluation_equals_a_loop_over_the_images(
   config, dataset, measures, picture = run(
     data__eval_split=split, eval__batch_size=batch_size, eval__buckets=1
   )
-  size = padded_size(dataset.tally(split).max_size)
+  size = dataset.tally(split).max_size
   expected = plain_measures(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
@@ -133,7 +133,7 @@ def test_each_image_may_have_its_own_size(trained, run):
 def test_weights_of_output_stride_16_are_evaluated_at_8(trained, run):
   assert trained.config.model.output_stride == 16
   config, dataset, measures, _ = run(eval__buckets=1, model__output_stride=8)
-  size = padded_size(dataset.tally('val').max_size, 8)
+  size = dataset.tally('val').max_size
   expected = plain_measures(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
@@ -180,14 +180,62 @@ def test_windows_and_scales_are_named_beside_the_measures(
     eval__flip=True,
   )
   result = evaluate.evaluate(config, workdir)
-  assert result['crop_size'] == [33, 49]  # 40 is not exact at stride 16
-  assert prepared == [(33, 49)]  # the window, not the image
+  assert result['crop_size'] == [33, 40]
+  assert prepared == [(33, 40)]  # the window, not the image
   assert result['scales'] == [0.5, 1.0] and result['flip'] is True
-  assert json.loads((workdir / 'eval.json').read_text()) == result
+  name = 'val_sliding_window_33x40_scales0.5-1_flip.json'
+  assert json.loads((workdir / 'eval' / name).read_text()) == result
   assert (
-    'val: sliding window 33x49, output stride 16, scales 0.5 1.0, mirrored as'
+    'val: sliding window 33x40, output stride 16, scales 0.5 1.0, mirrored as'
     ' well'
   ) in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+  'protocol, stride, step, name',
+  [
+    (Protocol(), 16, None, 'val_whole'),
+    (Protocol(flip=True), 8, None, 'val_whole_stride16_flip'),
+    (Protocol(scales=(0.75, 1.0)), 16, 40, 'val_whole_scales0.75-1_step40'),
+    (Protocol('center_crop'), 16, None, 'val_center_crop_513x513'),
+    (
+      Protocol('sliding_window', (65, 33), 0.5),
+      16,
+      None,
+      'val_sliding_window_65x33_overlap0.5',
+    ),
+  ],
+)
+def test_each_evaluation_has_a_name_of_its_own(protocol, stride, step, name):
+  description = {'split': 'val', **protocol.describe(deeplab_v3())}
+  found = evaluate.result_name(description, trained_stride=stride, step=step)
+  assert found == name
+
+
+def test_an_evaluation_of_another_step_is_not_replaced_silently(
+  trained, tmp_path, caplog
+):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  path = workdir / 'eval' / 'val_whole.json'
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('{"step": 3}')
+  with caplog.at_level(logging.WARNING, 'deeplab_jax'):
+    evaluate.evaluate(trained.config, workdir)
+    evaluate.evaluate(trained.config, workdir)
+  assert caplog.messages == [f'{path}: replaces the evaluation of step 3']
+
+
+def test_the_seeds_geometry_allows_no_padding(trained):
+  config = make_config(
+    trained.settings, data__eval_split='train', eval__buckets=2
+  )
+  dataset = evaluate.open_dataset(config, 'train')
+  model = deeplab_v3(num_classes=4, preset='seed')
+  plan = evaluate.make_evaluator(model, dataset, config)._plan
+  sizes = dataset.sizes('train')
+  assert {batch.size for batch in plan} == set(sizes)
+  for batch in plan:
+    assert {sizes[i] for i in batch.indices if i != FILLER} == {batch.size}
 
 
 def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
@@ -196,7 +244,7 @@ def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
   )
   dataset = evaluate.open_dataset(config, 'train')
   model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
-  assert len({padded_size(size) for size in dataset.sizes('train')}) > 2
+  assert len(set(dataset.sizes('train'))) > 2
   evaluator = evaluate.make_evaluator(model, dataset, config)
   variables = distributed.replicate(read_variables(trained.workdir))
   for expected in (2, 0):  # later evaluations compile nothing
@@ -242,9 +290,9 @@ def test_worst_and_best_are_drawn_and_named(trained, tmp_path, capsys):
     entries = [e.split() for e in line.partition(': ')[2].split(', ')]
     values = [sign * float(value) for _, value in entries]
     assert len(values) == 2 and values == sorted(values)
-    with Image.open(workdir / f'{kind}.png') as picture:
+    with Image.open(workdir / f'eval/val_whole_{kind}.png') as picture:
       assert picture.height == sum(heights[name] for name, _ in entries) + 4
-  with Image.open(workdir / 'confusion.png') as picture:
+  with Image.open(workdir / 'eval/val_whole_confusion.png') as picture:
     assert picture.mode == 'RGB' and picture.width == picture.height
 
 
@@ -253,7 +301,7 @@ def test_no_worst_and_best_when_none_are_asked_for(trained, tmp_path, capsys):
   evaluate.evaluate(
     make_config(trained.settings, eval__worst_and_best=0), workdir
   )
-  assert not (workdir / 'worst.png').exists()
+  assert not list(workdir.rglob('*worst.png'))
   assert 'worst' not in capsys.readouterr().out
 
 
@@ -273,7 +321,7 @@ def test_archive_holds_the_predictions_at_the_original_sizes(trained, tmp_path):
     trained.settings, eval__save_predictions=True, eval__buckets=9
   )
   evaluate.evaluate(config, workdir)
-  path = workdir / 'results_val.tar.gz'
+  path = workdir / 'eval/val_whole.tar.gz'
   maps = read_archive(path)
   dataset = evaluate.open_dataset(config, 'val')
   variables = read_variables(trained.workdir)
@@ -314,7 +362,7 @@ def test_split_without_labels_gives_its_archive_and_no_measures(
   ):
     evaluate.evaluate(config(), workdir)
   evaluate.evaluate(config(eval__save_predictions=True), workdir)
-  assert len(read_archive(workdir / 'results_test.tar.gz')) == 2
+  assert len(read_archive(workdir / 'eval/test_whole.tar.gz')) == 2
   assert 'mIoU' not in capsys.readouterr().out
   assert (workdir / 'eval.json').read_bytes() == before
 
@@ -334,13 +382,16 @@ def test_evaluating_a_checkpoint_repeats_its_measures(
   trained, tmp_path, capsys, name
 ):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
-  (workdir / 'eval.json').unlink()
+  of_training = (workdir / 'eval.json').read_bytes()
   config = make_config(trained.settings, eval__step=name)
   result = evaluate.evaluate(config, workdir)
-  assert json.loads((workdir / 'eval.json').read_text()) == result
-  assert (workdir / 'eval.png').exists()
   with Checkpoints(workdir) as saved:
     step = saved.step_named(name)
+  file = 'val_whole' if name == 'best' else f'val_whole_step{step}'
+  assert json.loads((workdir / f'eval/{file}.json').read_text()) == result
+  assert (workdir / f'eval/{file}.png').exists()
+  assert (workdir / 'eval.json').read_bytes() == of_training
+  with Checkpoints(workdir) as saved:
     assert result == {**saved.metadata(step)['measures'], 'step': step}
   table = capsys.readouterr().out
   assert table.startswith(f'step {step}, 3 images\n')

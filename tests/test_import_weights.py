@@ -82,7 +82,8 @@ def test_import_reports_and_remembers_the_network(imported, trained):
 def check_eval_and_predict(workdir, trained):
   evaluated = run(f'--workdir={workdir}', '--mode=eval')
   assert 'step 0, 3 images' in evaluated.stdout
-  assert json.loads((workdir / 'eval.json').read_text())['step'] == 0
+  result = json.loads((workdir / 'eval/val_whole.json').read_text())
+  assert result['step'] == 0
   image = next((trained.folder / 'JPEGImages').iterdir())
   run(f'--workdir={workdir}', '--mode=predict', image)
   assert (workdir / 'predictions' / f'{image.stem}.png').exists()

@@ -173,8 +173,6 @@ def test_help_is_no_error():
 
 def test_a_closed_pipe_ends_in_one_line_after_all_files(trained, tmp_path):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
-  for name in ('eval.json', 'worst.png', 'best.png'):
-    (workdir / name).unlink(missing_ok=True)
   reading, writing = os.pipe()
   os.close(reading)
   options = f'--workdir={workdir}', '--mode=eval'
@@ -188,8 +186,8 @@ def test_a_closed_pipe_ends_in_one_line_after_all_files(trained, tmp_path):
   assert run.returncode == 128 + signal.SIGPIPE
   assert run.stderr.splitlines()[-1] == 'broken pipe'
   assert 'Traceback' not in run.stderr
-  for name in ('eval.json', 'worst.png', 'best.png'):
-    assert (workdir / name).is_file()
+  for ending in ('.json', '_worst.png', '_best.png'):
+    assert (workdir / f'eval/val_whole{ending}').is_file()
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'predict', 'prepare'])
@@ -363,11 +361,11 @@ def test_workdir_alone_is_enough_to_evaluate_and_predict(
 ):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   before = json.loads((workdir / 'eval.json').read_text())
-  (workdir / 'eval.json').unlink()
   status, output, errors = command(f'--workdir={workdir}', '--mode=eval')
   assert (status, errors) == (0, '')
   assert 'frequency weighted IoU' in output
-  assert json.loads((workdir / 'eval.json').read_text()) == before
+  found = json.loads((workdir / 'eval/val_whole.json').read_text())
+  assert found == before
   pictures = trained.folder / 'JPEGImages' / 'val_*'
   status, output, errors = command(
     f'--workdir={workdir}', '--mode=predict', pictures

@@ -12,23 +12,20 @@ from PIL import Image
 from deeplab_jax import deeplab_v3
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.data import images
-from deeplab_jax.data.transforms import pad_to
 from deeplab_jax.errors import UserError
 from deeplab_jax.predict import predict
-
-
-def padded_size(size, stride=16):
-  """Whole strides and one pixel, as 513: where aligned corners are exact."""
-  return tuple(1 + stride * ((n + stride - 2) // stride) for n in size)
+from deeplab_jax.timing import compilations
 
 
 @pytest.fixture
 def segment(trained, tmp_path):
   """Function (*inputs) -> what `predict` returns, into tmp_path / 'out'."""
 
-  def run(*inputs):
+  def run(*inputs, buckets=4):
     config = make_config(
-      trained.settings, predict__output_dir=str(tmp_path / 'out' / 'deep')
+      trained.settings,
+      predict__output_dir=str(tmp_path / 'out' / 'deep'),
+      eval__buckets=buckets,
     )
     return predict(config, trained.workdir, [str(text) for text in inputs])
 
@@ -49,7 +46,7 @@ def test_results_are_the_most_likely_classes_at_the_original_size(
   paths = [
     write_image(tmp_path / f'in/{i}.png', 30 + i, 64 - i) for i in range(5)
   ]
-  written = segment(tmp_path / 'in')
+  written = segment(tmp_path / 'in', buckets=9)
   assert [path.name for path in written] == [path.name for path in paths]
   model = deeplab_v3(num_classes=4, **trained.config.model)
   with Checkpoints(trained.workdir) as saved:
@@ -58,9 +55,7 @@ def test_results_are_the_most_likely_classes_at_the_original_size(
   for path, result in zip(paths, written, strict=True):
     image = images.read_image(path)
     height, width = image.shape[:2]
-    empty = np.zeros((height, width), np.uint8)
-    padded = pad_to(image, empty, padded_size((height, width)))[0]
-    expected = np.asarray(apply(padded[None]))[0, :height, :width].argmax(-1)
+    expected = np.asarray(apply(image[None]))[0].argmax(-1)
     with Image.open(result) as picture:
       assert picture.mode == 'P'
       assert picture.getpalette()[:9] == [10, 20, 30, 200, 0, 0, 0, 200, 0]
@@ -129,26 +124,59 @@ def test_rotated_photo_is_segmented_as_a_viewer_shows_it(segment, tmp_path):
   assert Image.open(result).size == (40, 60)
 
 
-def test_unreadable_image_is_named_and_left_out(
-  segment, tmp_path, caplog, capsys
+def test_many_sizes_are_compiled_as_few_times_as_asked(segment, tmp_path):
+  for i in range(6):
+    write_image(tmp_path / f'in/{i}.png', 40 + 9 * i, 40 + 20 * (i % 3))
+  with compilations() as compiled:
+    written = segment(tmp_path / 'in', buckets=2)
+  assert len(written) == 6
+  assert len(compiled) == 2
+
+
+@pytest.mark.parametrize('broken', ['b', 'bc'])
+def test_unreadable_images_are_named_and_the_rest_is_done(
+  segment, tmp_path, caplog, capsys, broken
 ):
-  write_image(tmp_path / 'in/a.png')
-  (tmp_path / 'in/b.png').write_bytes(b'no picture')
-  write_image(tmp_path / 'in/c.png')
-  with caplog.at_level(logging.WARNING, 'deeplab_jax'):
-    written = segment(tmp_path / 'in')
-  assert [path.name for path in written] == ['a.png', 'c.png']
-  (message,) = caplog.messages
-  assert 'b.png' in message and message.endswith('left out')
+  folder = tmp_path / 'in'
+  for name in 'abcd':
+    write_image(folder / f'{name}.png')
+  # One says at once that it is no picture, one only when it is decoded.
+  folder.joinpath('b.png').write_bytes(b'no picture')
+  if 'c' in broken:
+    data = folder.joinpath('c.png').read_bytes()
+    folder.joinpath('c.png').write_bytes(data[:-2000])
+  of = f'{len(broken)} of 4 images could not be read, first .*b.png'
+  with (
+    caplog.at_level(logging.WARNING, 'deeplab_jax'),
+    pytest.raises(UserError, match=of),
+  ):
+    segment(folder)
+  done = sorted(p.name for p in (tmp_path / 'out' / 'deep').glob('?.png'))
+  assert done == [f'{name}.png' for name in 'abcd' if name not in broken]
+  assert len(caplog.messages) == len(broken)
+  for name, message in zip(broken, caplog.messages, strict=True):
+    assert f'{name}.png' in message and message.endswith('left out')
   last = capsys.readouterr().out.splitlines()[-1]
-  assert last.startswith('2 of 3 images segmented by step ')
+  assert last.startswith(f'{4 - len(broken)} images segmented by step ')
 
 
 def test_no_readable_image_at_all_is_an_error(segment, tmp_path):
   path = tmp_path / 'a.png'
   path.write_bytes(b'no picture')
-  with pytest.raises(UserError, match=r'a\.png: neither this nor another of 1'):
+  with pytest.raises(UserError, match=r'1 of 1 images could not be .*a\.png'):
     segment(path)
+
+
+def test_earlier_predictions_are_not_replaced_silently(
+  segment, tmp_path, caplog
+):
+  first, second = (write_image(tmp_path / f'{n}.png') for n in 'ab')
+  with caplog.at_level(logging.WARNING, 'deeplab_jax'):
+    segment(first)
+    assert not caplog.messages
+    segment(first, second)
+  folder = tmp_path / 'out' / 'deep'
+  assert caplog.messages == [f'1 earlier predictions in {folder} are replaced']
 
 
 def test_missing_inputs_are_named(segment, tmp_path):

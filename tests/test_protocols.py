@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 
 CLASSES = 4
-STRIDE = 16
 
 
 @pytest.fixture(scope='module')
@@ -40,20 +38,20 @@ def network(random_variables):
   model = DeepLabV3(backbone, ASPP((6,), 8, norm=norm), CLASSES)
   variables = random_variables(model)
   apply = jax.jit(functools.partial(model.apply, train=False))
-  return model, variables, lambda images: np.asarray(apply(variables, images))
+
+  def logits(images, sizes=None):
+    return np.asarray(apply(variables, images, sizes=sizes))
+
+  return model, variables, logits
 
 
 class Patterned:
   """Not a network, but as blind to nothing: cheap, and unlike its mirror."""
 
-  upsampling = 'align_corners'
   num_classes = CLASSES
 
-  def padded_size(self, size, scale=1.0):
-    del self, scale
-    return size
-
-  def apply(self, variables, images, *, train):
+  def apply(self, variables, images, *, train, sizes=None):
+    del sizes
     assert not train
     x = images.astype(jnp.float32) / 64
     row, column = jnp.indices(x.shape[1:3])
@@ -70,11 +68,11 @@ def softmax(x):
   return powers / powers.sum(-1, keepdims=True)
 
 
-def resize(x, size):
-  """Linear interpolation with aligned corners, an axis after the other."""
+def resample(x, size, step):
+  """Linear interpolation at multiples of `step`, an axis after the other."""
   x = np.asarray(x, np.float64)
   for axis, out in enumerate(size):
-    places = np.linspace(0, x.shape[axis] - 1, out)
+    places = np.arange(out) * step
     old = np.arange(x.shape[axis])
     x = np.apply_along_axis(
       lambda line, places=places, old=old: np.interp(places, old, line), axis, x
@@ -83,10 +81,8 @@ def resize(x, size):
 
 
 def scaled_size(size, scale):
-  """Sides of whole strides and one pixel, as the DeepLab code scales 513."""
-  return tuple(
-    1 + STRIDE * math.ceil(round((n - 1) * scale) / STRIDE) for n in size
-  )
+  """The pixels of the scaled image that lie within the image."""
+  return tuple(sum(i <= (n - 1) * scale for i in range(2 * n)) for n in size)
 
 
 def mirrored(image, width):
@@ -103,16 +99,24 @@ def test_scales_and_mirror_images_equal_a_loop_of_one_at_a_time(
   scales = (0.5, 0.75, 1.0, 1.75)
   ours = jax.jit(
     functools.partial(protocols.probabilities, model, scales=scales, flip=True)
-  )(variables, images, sizes[:, 1])
-  for image, (_, width), found in zip(images, sizes, ours, strict=True):
+  )(variables, images, sizes)
+  for image, size, found in zip(images, sizes, ours, strict=True):
     views = []
     for scale, flip in itertools.product(scales, (False, True)):
-      view = mirrored(image, width) if flip else image
-      view = resize(view, scaled_size(image.shape[:2], scale))
-      seen = logits(view[None].astype(np.float32))[0]
-      seen = softmax(resize(seen, image.shape[:2]))
-      views.append(mirrored(seen, width) if flip else seen)
+      view = mirrored(image, size[1]) if flip else image
+      view = resample(view, scaled_size(image.shape[:2], scale), 1 / scale)
+      own = np.array([scaled_size(size, scale)])
+      seen = logits(view[None].astype(np.float32), own)[0]
+      seen = softmax(resample(seen, image.shape[:2], scale))
+      views.append(mirrored(seen, size[1]) if flip else seen)
     np.testing.assert_allclose(found, np.mean(views, 0), atol=1e-5)
+
+
+def test_scales_of_513_are_those_of_the_deeplab_code():
+  scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+  expected = [257, 385, 513, 641, 769, 897]
+  assert [protocols._scaled(513, scale) for scale in scales] == expected
+  assert protocols._scaled(9, 0.01) == 1  # no scale leaves nothing
 
 
 @pytest.mark.parametrize('scales', [(1.0,), (0.5, 1.0, 1.5)])
@@ -126,7 +130,7 @@ def test_mirrored_image_gives_the_mirrored_result(network, images, scales):
     functools.partial(protocols.probabilities, model, scales=scales, flip=True)
   )
   ours, theirs = (
-    np.asarray(look(variables, x, sizes[:, 1])) for x in (images, mirror)
+    np.asarray(look(variables, x, sizes)) for x in (images, mirror)
   )
   for one, other, (_, width) in zip(ours, theirs, sizes, strict=True):
     np.testing.assert_allclose(mirrored(one, width), other, atol=1e-6)
@@ -146,7 +150,11 @@ def loop_of_windows(image, size, window, overlap):
     places.append(starts)
   for top, left in itertools.product(*places):
     part = np.s_[top : top + window[0], left : left + window[1]]
-    seen = Patterned().apply(PROJECTION, image[part][None], train=False)
+    cut = image[part]
+    missing = [(0, w - n) for w, n in zip(window, cut.shape[:2], strict=True)]
+    cut = np.pad(cut, (*missing, (0, 0)))
+    seen = Patterned().apply(PROJECTION, cut[None], train=False)
+    seen = seen[:, : image[part].shape[0], : image[part].shape[1]]
     total[part] += softmax(np.asarray(seen[0], np.float64))
     count[part] += 1
   return total / np.maximum(count, 1)
@@ -160,6 +168,7 @@ def loop_of_windows(image, size, window, overlap):
     ((20, 31), 0.75),
     ((49, 65), 0.5),
     ((49, 1), 0.0),
+    ((60, 33), 0.5),  # higher than the images
   ],
 )
 def test_windows_equal_a_loop_over_each_image(images, window, overlap):
@@ -197,9 +206,9 @@ def test_windows_by_prepared_variables_give_the_same_scores(random_variables):
   model = deeplab_v3('resnet18', width=0.5, aspp_features=64)
   variables = random_variables(model)
   size = (273, 321)
-  assert protocols.Protocol().view_size(model, size) == size
+  assert protocols.Protocol().view_size(size) == size
   protocol = protocols.Protocol('sliding_window', (257, 257), flip=True)
-  prepared = model.prepare(variables, protocol.view_size(model, size))
+  prepared = model.prepare(variables, protocol.view_size(size))
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (1, *size, 3), np.uint8)
   scores = jax.jit(protocol.scores(model))
@@ -215,4 +224,5 @@ def test_one_look_gives_the_logits(network, images):
   model, variables, logits = network
   images, sizes = images
   ours = jax.jit(protocols.make_scores(model))(variables, images, sizes)
-  np.testing.assert_allclose(ours, logits(images), atol=1e-5)
+  np.testing.assert_allclose(ours, logits(images, sizes), atol=1e-5)
+  assert np.abs(logits(images) - logits(images, sizes)).max() > 1e-3

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from deeplab_jax import errors
 
@@ -33,6 +33,8 @@ _BROKEN = (
   zlib.error,
   Image.DecompressionBombError,
 )
+
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 
 # PIL spreads gray PNGs of 2 and 4 bits over 0..255; indices need them as stored
 _GRAY_SCALE = {'L;2': 85, 'L;4': 17}
@@ -54,6 +56,23 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     UserError: if the file is missing, truncated or no image.
   """
   return _decode_any(_read_bytes(path), path)
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+  """Returns the (height, width) of `read_image`'s picture; decodes nothing.
+
+  Raises:
+    UserError: if the file is missing or no image.
+  """
+  try:
+    with Image.open(io.BytesIO(_read_bytes(path))) as image:
+      width, height = image.size
+      turned = (
+        image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS
+      )
+  except _BROKEN as error:
+    raise _unreadable(path, error) from error
+  return (width, height) if turned else (height, width)
 
 
 def read_label(

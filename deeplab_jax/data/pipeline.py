@@ -118,8 +118,8 @@ def make_eval_iterator(
   Returns:
     An iterator of image uint8 [B / hosts, *size, 3], label uint8
     [B / hosts, *size], size int32 [B / hosts, 2] (height and width before
-    padding) and index int32 [B / hosts] (`buckets.FILLER` in filler rows); its
-    `close()` ends the background work.
+    padding; `size` itself in filler rows) and index int32 [B / hosts]
+    (`buckets.FILLER` in filler rows); its `close()` ends the background work.
 
   Raises:
     UserError: on `next`, if a record does not decode.
@@ -207,7 +207,7 @@ class _LoadPadded:
     images = np.empty((len(indices), *size, 3), np.uint8)
     images[:] = self.fill
     labels = np.full((len(indices), *size), self.ignore_label, np.uint8)
-    sizes = np.zeros((len(indices), 2), np.int32)
+    sizes = np.full((len(indices), 2), size, np.int32)
     for row, index in enumerate(indices):
       if index == buckets.FILLER:
         continue

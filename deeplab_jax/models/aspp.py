@@ -4,6 +4,7 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 (2017), section 3.3.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,14 @@ class ImagePooling(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features], constant over H and W."""
-    mean = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
+  def __call__(
+    self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H, W, features], constant over H and W.
+
+    `mask`, bool [B, H, W, 1], says which places have a part in the mean.
+    """
+    mean = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
     y = ConvNormRelu(
       self.features,
       activation=self.activation,
@@ -58,15 +64,22 @@ class ASPP(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features]."""
+  def __call__(
+    self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H, W, features].
+
+    `mask`, bool [B, H, W, 1], says which places are image and not padding: the
+    pooling's mean is over them.
+    """
     shared = {
       'activation': self.activation,
       'norm': self.norm,
       'dtype': self.dtype,
     }
+    pooling = ImagePooling(self.features, **shared, name='pooling')
     branches = [
-      ImagePooling(self.features, **shared, name='pooling'),
+      functools.partial(pooling, mask=mask),
       ConvNormRelu(self.features, **shared, name='conv'),
     ]
     branches += [

@@ -1,9 +1,13 @@
 """DeepLab v3: images in, class logits of the same size out.
 
+At any size of the image, feature (i, j) stands at pixel (i, j) times the output
+stride: the logits there are those of the feature map, and lie linearly between.
+
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 (2017).
 """
 
+import contextlib
 import functools
 from typing import Any
 
@@ -18,11 +22,11 @@ from deeplab_jax.models.layers import (
   UPSAMPLINGS,
   BatchNorm,
   Conv,
-  aligned_size,
   check_choice,
   on_cpu,
-  resize_bilinear,
+  resample,
 )
+from deeplab_jax.models.padding import blanked, within
 from deeplab_jax.models.resnet import (
   BACKBONES,
   STRIDE_UNITS,
@@ -39,7 +43,10 @@ class DeepLabV3(nn.Module):
     aspp: maps those features to the ones the class layer reads.
     num_classes: channels of the logits.
     features: which of the backbone's the head reads, 'postnorm' or 'block4'.
-    upsampling: of the logits, see `resize_bilinear`.
+    upsampling: 'align_corners' holds to the geometry above, at every size. With
+      'asymmetric' the logits of a map of h rows are stretched over all H rows
+      of the image, row i reading `i * h / H`: TensorFlow 1's default, with
+      which the seed was trained.
     mean: subtracted from the RGB values (0..255) of the images.
     std: they are divided by this.
     dtype: of the computation; parameters and logits are float32.
@@ -54,15 +61,14 @@ class DeepLabV3(nn.Module):
   std: tuple[float, float, float] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
 
-  def padded_size(
-    self, size: tuple[int, int], scale: float = 1.0
-  ) -> tuple[int, int]:
-    """The (height, width) to pad images, scaled, to for exact upsampling."""
-    stride = self.backbone.output_stride
-    height, width = (
-      aligned_size(n, stride, self.upsampling, scale) for n in size
-    )
-    return height, width
+  @property
+  def pads_freely(self) -> bool:
+    """Whether images of several sizes may be padded to one, see `__call__`.
+
+    With 'asymmetric' upsampling padding moves the logits: images of each size
+    need a batch of their own.
+    """
+    return self.upsampling == 'align_corners'
 
   def prepare(
     self, variables: dict[str, Any], size: tuple[int, int]
@@ -93,13 +99,19 @@ class DeepLabV3(nn.Module):
     return {**variables, **prepared(variables)}
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(
+    self, images: jax.Array, *, train: bool, sizes: jax.Array | None = None
+  ) -> jax.Array:
     """Computes class logits.
 
     Args:
       images: [B, H, W, 3] RGB in 0..255, uint8 or float, any size.
       train: use the statistics of this batch in batch normalisation, and update
         the running ones in the 'batch_stats' collection.
+      sizes: int [B, 2], the height and width that each image had before it was
+        padded at the bottom and the right to the size of the batch. Its logits
+        are then those that it has alone, to rounding, whatever the padding
+        shows. None if all of H, W is image. Not used unless `pads_freely`.
 
     Returns:
       float32 [B, H, W, num_classes].
@@ -112,13 +124,34 @@ class DeepLabV3(nn.Module):
         "variables with 'prepared' are for inference: gradients would not reach"
         ' the kernels'
       )
+    size = images.shape[1:3]
     x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(
       self.std
     )
-    x = self.backbone(x.astype(self.dtype), train=train)[self.features]
-    x = self.aspp(x, train=train)
+    extended = tuple(map(self._extended, size))
+    bottom, right = (n - own for n, own in zip(extended, size, strict=True))
+    x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+    mask, blanking = None, contextlib.nullcontext()
+    if sizes is not None and self.pads_freely:
+      x = jnp.where(within(sizes, extended), x, 0)
+      sizes = self._extended(sizes)
+      blanking = blanked(sizes, extended)
+    with blanking:
+      x = self.backbone(x.astype(self.dtype), train=train)[self.features]
+      if sizes is not None:
+        mask = within(-(-sizes // self.backbone.output_stride), x.shape[1:3])
+      x = self.aspp(x, train=train, mask=mask)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
-    return resize_bilinear(x, images.shape[1:3], self.upsampling)
+    if self.pads_freely:
+      step = (1 / self.backbone.output_stride,) * 2
+    else:
+      step = x.shape[1] / size[0], x.shape[2] / size[1]
+    return resample(x, size, step)
+
+  def _extended(self, size: Any) -> Any:
+    """The sides that the backbone sees: with the last feature's pixel in it."""
+    stride = self.backbone.output_stride
+    return -(-(size - 1) // stride) * stride + 1 if self.pads_freely else size
 
 
 _PAPER = {
@@ -214,7 +247,7 @@ def deeplab_v3(
     aspp_activation: whether a ReLU follows each BN of the head.
     scale_aspp_rates: whether the rates cover the same input pixels at every
       output stride: doubled at 8 (section 4.1), halved at 32.
-    upsampling: 'align_corners' or 'asymmetric', see `layers.resize_bilinear`.
+    upsampling: 'align_corners' or 'asymmetric', see `DeepLabV3`.
     mean: subtracted from the RGB values (0..255) of the images.
     std: they are divided by this.
     bn_epsilon: added to the variance; 0 is taken for None.

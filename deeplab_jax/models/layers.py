@@ -358,6 +358,16 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
   return x
 
 
+class MaxPool(nn.Module):
+  """`max_pool` as a module: [B, H, W, C] -> half, rounded up."""
+
+  padding: str = 'symmetric'
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Pools; it has no variables."""
+    return max_pool(x, self.padding)
+
+
 def _max_pool_by_xla(x: jax.Array, padding: str) -> jax.Array:
   """The same; on CPUs its gradient takes ten times as long."""
   if padding == 'zero':
@@ -378,36 +388,34 @@ def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
 UPSAMPLINGS = ('align_corners', 'asymmetric')
 
 
-def resize_bilinear(
-  x: jax.Array, size: tuple[int, int], upsampling: str = 'align_corners'
+def resample(
+  x: jax.Array, size: tuple[int, int], step: tuple[float, float]
 ) -> jax.Array:
-  """Resizes by linear interpolation along both axes.
+  """Reads a map on another grid of the same origin, by linear interpolation.
 
   Args:
     x: [B, H, W, C] float.
     size: (height, width) of the result.
-    upsampling: with 'align_corners' the outermost pixel centres coincide: the
-      source coordinate of output i is `i * (in - 1) / (out - 1)`, the
-      convention of the DeepLab code, which makes 513 = 16 * 32 + 1 exact. With
-      'asymmetric' it is `i * in / out`, clamped, TensorFlow 1's default.
+    step: (vertical, horizontal) distance of its pixels, in pixels of x.
 
   Returns:
-    [B, height, width, C].
+    [B, height, width, C], whose (i, j) is x at (i * step[0], j * step[1]); past
+    the last row or column of x it is that row or column.
   """
   batch, height, width, channels = x.shape
-  if size[1] != width:
-    matrix = _interpolation_matrix(width, size[1], upsampling)
+  if (size[1], step[1]) != (width, 1):
     x = jnp.einsum(
       'ow,bhwc->bhoc',
-      jnp.asarray(matrix, x.dtype),
+      jnp.asarray(_interpolation(width, size[1], step[1]), x.dtype),
       x,
       precision=lax.Precision.HIGHEST,
     )
-  if size[0] != height:
-    # Last, and with the batch in front, lest the large result is transposed.
-    matrix = _interpolation_matrix(height, size[0], upsampling)
+  if (size[0], step[0]) != (height, 1):
+    # Last, and with the batch in front, so that the large result is not
+    # transposed.
+    matrix = jnp.asarray(_interpolation(height, size[0], step[0]), x.dtype)
     x = lax.dot_general(
-      jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (batch, *matrix.shape)),
+      jnp.broadcast_to(matrix, (batch, *matrix.shape)),
       x.reshape(batch, height, size[1] * channels),
       (((2,), (1,)), ((0,), (0,))),
       precision=lax.Precision.HIGHEST,
@@ -415,31 +423,7 @@ def resize_bilinear(
   return x.reshape(batch, *size, channels)
 
 
-def aligned_size(
-  size: int, output_stride: int, upsampling: str, scale: float = 1.0
-) -> int:
-  """Smallest size from `scale * size` on whose upsampling is exact.
-
-  There every feature pixel comes back to the image pixel that it was computed
-  at: multiples of the output stride, and one more with aligned corners. At
-  other sizes the logits are stretched, by up to a stride at the far edge.
-  `scale` changes the distance of the outermost pixels with aligned corners,
-  as the DeepLab code does: 1.5 * 513 is 769 there.
-  """
-  extra = 1 if upsampling == 'align_corners' else 0
-  pixels = max(round((size - extra) * scale), 1 - extra)
-  return -(-pixels // output_stride) * output_stride + extra
-
-
-def _interpolation_matrix(size: int, out: int, upsampling: str) -> np.ndarray:
-  """Weights [out, size] of linear interpolation, see `resize_bilinear`."""
-  if upsampling == 'asymmetric':
-    position = np.minimum(np.arange(out) * (size / out), size - 1)
-  else:
-    position = np.linspace(0, size - 1, out) if out > 1 else np.zeros(1)
-  low = np.minimum(position.astype(int), max(size - 2, 0))
-  fraction = position - low
-  matrix = np.zeros((out, size))
-  matrix[np.arange(out), low] = 1 - fraction
-  matrix[np.arange(out), np.minimum(low + 1, size - 1)] += fraction
-  return matrix
+def _interpolation(size: int, out: int, step: float) -> np.ndarray:
+  """Weights [out, size] of linear interpolation, see `resample`."""
+  position = np.minimum(np.arange(out) * step, size - 1)
+  return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size)))

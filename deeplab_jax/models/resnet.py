@@ -16,8 +16,8 @@ from flax import linen as nn
 from deeplab_jax.models.layers import (
   BatchNorm,
   Conv,
+  MaxPool,
   check_choice,
-  max_pool,
   on_cpu,
   rematerialize,
 )
@@ -310,7 +310,7 @@ class ResNetV2(nn.Module):
     x = Conv(
       base, 7, 2, use_bias=self.conv_bias, dtype=self.dtype, name='stem'
     )(x)
-    x = max_pool(x, self.stem_pool)
+    x = MaxPool(self.stem_pool, name='pool')(x)
     outputs = {'stem': x}
     for i, geometry in enumerate(blocks):
       name = f'block{i + 1}'
