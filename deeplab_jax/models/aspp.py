@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from deeplab_jax.models.layers import BatchNorm, ConvNormRelu, on_cpu
+from deeplab_jax.models.layers import (
+  BatchNorm,
+  ConvNormRelu,
+  check_map,
+  on_cpu,
+)
 
 
 class ImagePooling(nn.Module):
@@ -60,6 +65,7 @@ class ASPP(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps [B, H, W, C] to [B, H, W, features]."""
+    check_map('x', x)
     shared = {
       'activation': self.activation,
       'norm': self.norm,

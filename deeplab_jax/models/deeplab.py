@@ -20,6 +20,7 @@ from deeplab_jax.models.layers import (
   Conv,
   aligned_size,
   check_choice,
+  check_map,
   on_cpu,
   resize_bilinear,
 )
@@ -105,8 +106,10 @@ class DeepLabV3(nn.Module):
       float32 [B, H, W, num_classes].
 
     Raises:
-      ValueError: for training with variables that `prepare` returned.
+      ValueError: for images of another shape, and for training with variables
+        that `prepare` returned.
     """
+    check_map('images', images, 3)
     if train and 'prepared' in self.variables:
       raise ValueError(
         "variables with 'prepared' are for inference: gradients would not reach"

@@ -66,6 +66,38 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     )
 
 
+def check_map(name: str, x: jax.Array, channels: int | None = None) -> None:
+  """Raises `ValueError` unless x is a map [B, H, W, C] of at least a pixel.
+
+  Args:
+    name: of x, for the message.
+    x: anything with a shape, also a tracer: it costs nothing at run time.
+    channels: C; None for any number.
+  """
+  shape = jnp.shape(x)
+  right = len(shape) == 4 and 0 not in shape[1:]
+  if right and channels in (None, shape[-1]):
+    return
+  raise ValueError(
+    f'{name} must be [B, H, W, {channels or "C"}], got'
+    f' {list(shape)}{_shape_hint(name, shape, channels)}'
+  )
+
+
+def _shape_hint(name: str, shape: tuple[int, ...], channels: int | None) -> str:
+  """What makes the shape right, where that is evident."""
+  if len(shape) == 4 and channels in shape[1:2]:
+    return f'; the channels are second: {name}.transpose(0, 2, 3, 1)'
+  if len(shape) == 3 and channels in (None, shape[2]):
+    return f'; the batch axis is missing: {name}[None]'
+  if len(shape) == 3 and channels == shape[0]:
+    return (
+      '; the batch axis is missing and the channels are first:'
+      f' {name}.transpose(1, 2, 0)[None]'
+    )
+  return ''
+
+
 def conv2d(
   x: jax.Array,
   kernel: jax.Array,
