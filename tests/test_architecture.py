@@ -10,7 +10,12 @@ import pytest
 import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
-BASE = {'errors', 'disk', 'models.convolutions'}  # below the floors
+BASE = {
+  'errors',
+  'disk',
+  'models.convolutions',
+  'models.linear',
+}  # below the floors
 FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',

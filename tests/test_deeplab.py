@@ -10,9 +10,10 @@ import pytest
 from conftest import needs_cpu
 
 import deeplab_jax
-from deeplab_jax import PRESETS, deeplab_v3
+from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3
 from deeplab_jax.models import aspp
 from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.weights.mapping import flatten
 
 
@@ -192,6 +193,58 @@ def test_bfloat16_stays_near_float32_with_float32_parameters(random_variables):
     )
   exact, rounded = logits[jnp.float32], logits[jnp.bfloat16]
   assert 0 < np.abs(exact - rounded).mean() < 0.05 * exact.std()
+
+
+def dot(ours, theirs):
+  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+  return sum(np.vdot(np.float64(a), np.float64(b)) for a, b in pairs)
+
+
+def test_forward_mode_reverse_mode_and_second_order_agree(random_variables):
+  backbone = ResNetV2((1, 1, 1, 1), PreActBasicUnit, 16, (2,), width=0.125)
+  model = DeepLabV3(backbone, ASPP((6,), 8), 4)
+  variables = random_variables(model)
+  rng = np.random.default_rng(0)
+
+  def draw(_):
+    images = rng.normal(0, 10, (2, 33, 49, 3)).astype(np.float32)
+    return images, jax.tree.map(
+      lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32),
+      variables['params'],
+    )
+
+  (images, _), *directions = map(draw, range(3))
+  at = images + 127, variables['params']
+
+  def logits(images, params):
+    variables_now = {**variables, 'params': params}
+    return model.apply(
+      variables_now, images, train=True, mutable=['batch_stats']
+    )[0]
+
+  def loss(values):
+    return jnp.square(logits(*values)).mean()
+
+  @jax.jit
+  def run(values, direction, cotangent):
+    _, forward = jax.jvp(logits, values, direction)
+    _, pull = jax.vjp(logits, *values)
+    _, curvature = jax.jvp(jax.grad(loss), (values,), (direction,))
+    return forward, pull(cotangent), curvature
+
+  cotangent = rng.normal(size=(2, 33, 49, 4)).astype(np.float32)
+  curvatures = []
+  for direction in directions:
+    forward, backward, curvature = run(at, direction, cotangent)
+    assert abs(dot(cotangent, forward)) > 1
+    np.testing.assert_allclose(
+      dot(cotangent, forward), dot(backward, direction), rtol=1e-3
+    )
+    curvatures.append(curvature)
+  # The Hessian is symmetric.
+  crossed = list(map(dot, curvatures, directions[::-1]))
+  np.testing.assert_allclose(*crossed, rtol=1e-3)
+  assert abs(crossed[0]) > 1e-3
 
 
 @pytest.mark.parametrize(
