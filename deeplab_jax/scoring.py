@@ -75,8 +75,7 @@ class Evaluator:
       self._sizes = [protocol.crop_size] * len(sizes)
     devices = jax.device_count()
     self._plan = plan_batches(
-      self._sizes,
-      padded=lambda size: protocol.padded_size(model, size),
+      [protocol.padded_size(model, size) for size in self._sizes],
       limit=buckets,
       batch_size=-(-batch_size // devices) * devices,
     )
