@@ -394,6 +394,22 @@ def test_eval_step_gives_the_same_under_jit_shard_map_and_pmap(
     np.testing.assert_array_equal(mapped[name], value)
 
 
+def test_no_class_is_predicted_between_two_others(random_variables):
+  model = make(sync_bn=False)
+  variables = random_variables(model)
+  bias = variables['params']['logits']['bias']
+  bias[[1, 3]] = -1e6  # only 0 and 2 can win
+  images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
+  logits = jax.jit(functools.partial(model.apply, train=False))(
+    variables, images
+  )
+  step = jax.jit(functools.partial(steps.predict_step, model=model))
+  bias[2] += np.median(logits[..., 0] - logits[..., 2])
+  classes = step(variables, images)
+  assert classes.shape == (2, 40, 50)
+  assert set(np.unique(classes)) == {0, 2}
+
+
 def test_initial_state_depends_on_the_seed_alone():
   model, optimizer = make(), make_optimizer('sgd', 0.1)
   a, b, c = (steps.create_state(model, optimizer, s) for s in (0, 0, 1))
