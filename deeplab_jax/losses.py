@@ -26,7 +26,15 @@ def softmax_cross_entropy(
 
   Returns:
     float32 [...], in nats.
+
+  Raises:
+    ValueError: if the labels are not one for each pixel of the logits.
   """
+  if logits.shape[:-1] != labels.shape:
+    raise ValueError(
+      f'labels must be {list(logits.shape[:-1])}, one for each pixel of the'
+      f' logits {list(logits.shape)}, got {list(labels.shape)}'
+    )
   logits = logits.astype(jnp.float32)
   # A comparison with an iota, since indexing by label has a scatter for its
   # gradient.
@@ -75,7 +83,15 @@ def hardest_pixels(
   Returns:
     bool [B, H, W], within `counted`. Pixels as hard as the last one that fits
     the share are kept with it.
+
+  Raises:
+    ValueError: if the two are not [B, H, W] of one shape.
   """
+  if losses.ndim != 3 or losses.shape != counted.shape:
+    raise ValueError(
+      'losses and counted must be [B, H, W] of one shape, got'
+      f' {list(losses.shape)} and {list(counted.shape)}'
+    )
   losses = lax.stop_gradient(losses)
   count = counted.sum((1, 2))
   kept = jnp.clip(jnp.round(share * count).astype(jnp.int32), 1)

@@ -138,7 +138,13 @@ def measures_of_images(confusions: np.ndarray) -> dict[str, np.ndarray]:
     `per_image_miou`, `per_image_pixel_accuracy`, `per_image_mean_accuracy` and
     `per_image_frequency_weighted_iou`, each [N]; NaN for an image without a
     counted pixel.
+
+  Raises:
+    ValueError: if the matrices are not [N, C, C].
   """
+  shape = np.shape(confusions)
+  if len(shape) != 3 or shape[1] != shape[2]:
+    raise ValueError(f'confusions must be [N, C, C], got {list(shape)}')
   hits = np.diagonal(confusions, axis1=1, axis2=2).astype(np.float64)
   truth = confusions.sum(axis=2)
   union = truth + confusions.sum(axis=1) - hits

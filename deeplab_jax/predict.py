@@ -68,7 +68,7 @@ def predict(
   earlier = sum(target.exists() for target in targets.values())
   if earlier:
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
-  limit = config.eval.buckets if model.pads_freely else len(paths)
+  limit = config.eval.buckets if model.pads_freely else None
   written = []
   for path, image, label in _segment(model, variables, paths, limit):
     _write(targets[path], path, image, label, info)
@@ -105,7 +105,7 @@ def _segment(
   model: DeepLabV3,
   variables: dict[str, Any],
   paths: Sequence[Path],
-  limit: int,
+  limit: int | None,
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
   """Yields path, image [H, W, 3] and classes [H, W], in the order of the paths.
 
@@ -116,7 +116,7 @@ def _segment(
   sizes = {
     path: size for path in paths if (size := _read(path, images.read_size))
   }
-  fitting = buckets.fitting(list(sizes.values()), limit)
+  fitting = buckets.bucket_of_each(list(sizes.values()), limit)
   padded = dict(zip(sizes, fitting, strict=True))
   read = (
     (path, image)

@@ -77,8 +77,7 @@ class Evaluator:
     devices = jax.device_count()
     self._plan = plan_batches(
       self._sizes,
-      padded=lambda size: size,
-      limit=buckets if model.pads_freely else len(self._sizes),
+      limit=buckets if model.pads_freely else None,
       batch_size=-(-batch_size // devices) * devices,
     )
     self._view = protocol.view_size(self._plan[-1].size)

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from types import FrameType
 
 import jax
@@ -15,6 +16,9 @@ class StopSignal:
 
   Of several processes one may be told first. JAX then notes the SIGTERM, and
   all of them stop at the same step; a SIGINT ends each at once.
+
+  Outside the main thread, where Python allows no handlers, signals stay as they
+  are: they are the business of the program that started the thread.
 
   ```
   with StopSignal() as stop:
@@ -42,7 +46,8 @@ class StopSignal:
     return 128 + self.number
 
   def __enter__(self) -> 'StopSignal':
-    if jax.process_count() == 1:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if jax.process_count() == 1 and in_main_thread:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._handlers[number] = signal.signal(number, self._note)
     return self

@@ -3,6 +3,20 @@
 Each step is a pure function of its arguments. Batches hold `image` uint8
 [b, H, W, 3] RGB and `label` uint8 [b, H, W]; under pmap both have the device
 axis in front.
+
+The training and the evaluation step run under `jax.pmap` and `jax.shard_map`
+with the name of the mapped axis, and under plain `jax.jit` with `axis_name`
+None:
+
+```
+step = jax.jit(
+  functools.partial(
+    train_step, model=model, optimizer=optimizer, axis_name=None
+  ),
+  donate_argnums=0,
+)
+state, measures = step(state, batch)
+```
 """
 
 import functools
@@ -74,7 +88,7 @@ def train_step(
   class_weights: Sequence[float] | None = None,
   hardest: float = 1.0,
   label_smoothing: float = 0.0,
-  axis_name: str = AXIS_NAME,
+  axis_name: str | None = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Updates the state by one batch.
 
@@ -84,7 +98,8 @@ def train_step(
   Args:
     state: the same on every device.
     batch: this device's share.
-    model: maps images to logits [b, H, W, C].
+    model: maps images to logits [b, H, W, C]. Where it averages batch
+      statistics over an axis, that is `axis_name`.
     optimizer: the one that made `state.opt_state`.
     ignore_label: marks pixels that have no part in the loss.
     freeze_bn: normalise by the running statistics and leave them as they are.
@@ -92,7 +107,8 @@ def train_step(
     hardest: share of each image's pixels of a weight above 0 that have a part
       in the loss, those of the largest cross-entropy, see `hardest_pixels`.
     label_smoothing: see `softmax_cross_entropy`.
-    axis_name: of the mapped device axis.
+    axis_name: of the mapped device axis; None where there is none, as under
+      plain `jax.jit`. `jax.shard_map` needs `check_vma=False`.
 
   Returns:
     The next state, and `loss` and `grad_norm` (global L2, before clipping) as
@@ -133,14 +149,16 @@ def train_step(
 
 
 def _across(
-  collective: Callable[[Any, str], Any], tree: Any, axis_name: str
+  collective: Callable[[Any, str], Any], tree: Any, axis_name: str | None
 ) -> Any:
   """Combines what the devices hold; of one alone XLA would make a copy.
 
   What one device holds then stays mapped for JAX: `pmap` takes it, `vmap` with
   `out_axes=None` does not.
   """
-  return tree if lax.axis_size(axis_name) == 1 else collective(tree, axis_name)
+  if axis_name is None or lax.axis_size(axis_name) == 1:
+    return tree
+  return collective(tree, axis_name)
 
 
 def _weigh(
@@ -170,7 +188,7 @@ def eval_step(
   scores: Callable[..., jax.Array],
   num_classes: int,
   ignore_label: int = 255,
-  axis_name: str = AXIS_NAME,
+  axis_name: str | None = AXIS_NAME,
 ) -> dict[str, jax.Array]:
   """Predicts a batch and counts each image of it.
 
@@ -182,7 +200,8 @@ def eval_step(
       to predict, see `protocols.make_scores`.
     num_classes: C.
     ignore_label: marks pixels that are not counted.
-    axis_name: of the mapped device axis.
+    axis_name: of the mapped device axis; None where there is none, as under
+      plain `jax.jit`. `jax.shard_map` needs `check_vma=False`.
 
   Returns:
     `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
@@ -198,6 +217,8 @@ def eval_step(
     'confusion': jax.vmap(count)(batch['label'], prediction),
     'prediction': prediction,
   }
+  if axis_name is None:
+    return own
   return lax.all_gather(own, axis_name, tiled=True)
 
 
@@ -205,6 +226,8 @@ def predict_step(
   variables: dict[str, Any], batch: dict[str, jax.Array], *, model: nn.Module
 ) -> jax.Array:
   """Most likely class of each pixel of `image`, padded from `size` [b, 2].
+
+  It needs no mapped axis.
 
   Returns:
     uint8 [b, H, W].

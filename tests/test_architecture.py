@@ -10,7 +10,12 @@ import pytest
 import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
-BASE = {'errors', 'disk', 'models.convolutions'}  # below the floors
+BASE = {
+  'errors',
+  'disk',
+  'models.convolutions',
+  'models.linear',
+}  # below the floors
 FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
@@ -21,9 +26,9 @@ FLOORS = [
     'data.buckets', 'data.archives', 'data.voc_lists', 'data.voc_places',
   },
   {
-    'models.resnet', 'models.aspp', 'data.pipeline', 'data.voc', 'data.shapes',
-    'data.folder', 'steps', 'protocols', 'samples', 'weights.tf_slim',
-    'weights.keras', 'weights.timm', 'flops',
+    'models.resnet', 'models.aspp', 'models.padding', 'data.pipeline',
+    'data.voc', 'data.shapes', 'data.folder', 'steps', 'protocols', 'samples',
+    'weights.tf_slim', 'weights.keras', 'weights.timm', 'flops',
   },
   {'models.deeplab', 'data.load', 'data.survey', 'weights.load', 'scoring'},
   {'prepare', 'evaluate', 'predict', 'import_weights', 'options'},

@@ -1,6 +1,7 @@
 """ASPP and the whole network against formulas and hand counts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +281,100 @@ def test_bfloat16_stays_near_float32_with_float32_parameters(random_variables):
     )
   exact, rounded = logits[jnp.float32], logits[jnp.bfloat16]
   assert 0 < np.abs(exact - rounded).mean() < 0.05 * exact.std()
+
+
+def dot(ours, theirs):
+  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+  return sum(np.vdot(np.float64(a), np.float64(b)) for a, b in pairs)
+
+
+def test_forward_mode_reverse_mode_and_second_order_agree(random_variables):
+  backbone = ResNetV2((1, 1, 1, 1), PreActBasicUnit, 16, (2,), width=0.125)
+  model = DeepLabV3(backbone, ASPP((6,), 8), 4)
+  variables = random_variables(model)
+  rng = np.random.default_rng(0)
+
+  def draw(_):
+    images = rng.normal(0, 10, (2, 33, 49, 3)).astype(np.float32)
+    return images, jax.tree.map(
+      lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32),
+      variables['params'],
+    )
+
+  (images, _), *directions = map(draw, range(3))
+  at = images + 127, variables['params']
+
+  def logits(images, params):
+    variables_now = {**variables, 'params': params}
+    return model.apply(
+      variables_now, images, train=True, mutable=['batch_stats']
+    )[0]
+
+  def loss(values):
+    return jnp.square(logits(*values)).mean()
+
+  @jax.jit
+  def run(values, direction, cotangent):
+    _, forward = jax.jvp(logits, values, direction)
+    _, pull = jax.vjp(logits, *values)
+    _, curvature = jax.jvp(jax.grad(loss), (values,), (direction,))
+    return forward, pull(cotangent), curvature
+
+  cotangent = rng.normal(size=(2, 33, 49, 4)).astype(np.float32)
+  curvatures = []
+  for direction in directions:
+    forward, backward, curvature = run(at, direction, cotangent)
+    assert abs(dot(cotangent, forward)) > 1
+    np.testing.assert_allclose(
+      dot(cotangent, forward), dot(backward, direction), rtol=1e-3
+    )
+    curvatures.append(curvature)
+  # The Hessian is symmetric.
+  crossed = list(map(dot, curvatures, directions[::-1]))
+  np.testing.assert_allclose(*crossed, rtol=1e-3)
+  assert abs(crossed[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('shape', 'hint'),
+  [
+    ((33, 49, 3), '; the batch axis is missing: images[None]'),
+    (
+      (2, 3, 33, 49),
+      '; the channels are second: images.transpose(0, 2, 3, 1)',
+    ),
+    (
+      (3, 33, 49),
+      '; the batch axis is missing and the channels are first:'
+      ' images.transpose(1, 2, 0)[None]',
+    ),
+    ((2, 33, 49, 1), ''),
+    ((2, 33, 49, 4), ''),
+    ((33, 49), ''),
+    ((2, 0, 49, 3), ''),
+    ((2, 33, 0, 3), ''),
+    ((1, 2, 33, 49, 3), ''),
+  ],
+)
+def test_images_of_another_shape_are_refused_with_what_mends_them(shape, hint):
+  images = np.zeros(shape, np.uint8)
+  apply = functools.partial(deeplab_v3('resnet18').apply, train=False)
+  message = f'images must be [B, H, W, 3], got {list(shape)}{hint}'
+  for call in (apply, jax.jit(apply)):
+    with pytest.raises(ValueError) as error:
+      call({}, images)
+    assert str(error.value) == message
+  if hint:
+    mended = eval(hint.rpartition(': ')[2], {'images': images})
+    assert mended.shape[1:] == (33, 49, 3)
+
+
+@pytest.mark.parametrize('module', [ASPP(), deeplab_v3().backbone])
+@pytest.mark.parametrize('shape', [(9, 9, 3), (9, 9), (1, 0, 9, 3)])
+def test_maps_of_another_shape_are_refused(module, shape):
+  message = re.escape(f'x must be [B, H, W, C], got {list(shape)}')
+  with pytest.raises(ValueError, match=message):
+    module.apply({}, np.zeros(shape, np.float32), train=False)
 
 
 def test_uint8_and_float_images_give_the_same_logits(random_variables):

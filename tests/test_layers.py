@@ -79,6 +79,53 @@ def assert_equals_xla(size, k, stride, rate, channels, features):
     np.testing.assert_allclose(a, b, atol=max(1e-4, 5e-5 * b.std()))
 
 
+# One of each form, forward and backward: XLA's and patches, products of one
+# tap, strided, by taps, and Winograd's.
+DIFFERENTIATED = [
+  ((5, 8), 3, 1, 1, 3, 4),
+  ((5, 8), 1, 1, 1, 80, 4),
+  ((9, 9), 1, 2, 1, 3, 4),
+  ((5, 8), 3, 2, 1, 80, 4),
+  ((5, 8), 3, 1, 6, 80, 4),
+  ((16, 17), 3, 1, 1, 64, 64),
+]
+
+
+@pytest.mark.parametrize(
+  ('size', 'k', 'stride', 'rate', 'channels', 'features'), DIFFERENTIATED
+)
+def test_conv2d_equals_xla_in_forward_mode_and_second_order(
+  size, k, stride, rate, channels, features
+):
+  rng = np.random.default_rng(0)
+  shapes = (2, *size, channels), (k, k, channels, features)
+  values, directions = (
+    tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    for _ in range(2)
+  )
+
+  def results(conv):
+    def nonlinear(x, kernel):
+      y = conv(x, kernel, stride, rate)
+      return jnp.sin(y / (k * channels**0.5))
+
+    def loss(*values):
+      return jnp.square(nonlinear(*values)).sum()
+
+    @jax.jit
+    def run(values, directions):
+      gradient = jax.grad(loss, (0, 1))
+      return (
+        jax.jvp(nonlinear, values, directions)[1],
+        *jax.jvp(gradient, values, directions)[1],
+      )
+
+    return run(values, directions)
+
+  for a, b in zip(results(layers.conv2d), results(xla_conv), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(
   ('rate', 'channels'),
   [(1, 64), (2, 64), (4, 64), (6, 64), (12, 64), (1, 80), (6, 80)],

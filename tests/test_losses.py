@@ -1,5 +1,7 @@
 """Losses and weights against NumPy and optax."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,27 @@ def test_gradient_equals_optax_and_is_zero_at_void():
   )(logits)
   np.testing.assert_allclose(ours, jax.grad(theirs)(logits), atol=1e-6)
   np.testing.assert_array_equal(np.asarray(ours)[~valid], 0)
+
+
+@pytest.mark.parametrize(
+  'shape', [(2, 4, 5, 1), (2, 4, 5, 6), (4, 5), (2, 5, 4), (1, 4, 5)]
+)
+def test_labels_of_another_shape_are_refused(shape):
+  labels = jnp.zeros(shape, jnp.uint8)
+  words = re.escape(
+    'labels must be [2, 4, 5], one for each pixel of the logits'
+    f' [2, 4, 5, 6], got {list(shape)}'
+  )
+  with pytest.raises(ValueError, match=words):
+    jax.jit(softmax_cross_entropy)(jnp.zeros((2, 4, 5, 6)), labels)
+
+
+@pytest.mark.parametrize('shapes', [((4, 5), (4, 5)), ((2, 4, 5), (1, 4, 5))])
+def test_hardest_pixels_of_other_shapes_are_refused(shapes):
+  losses, counted = (jnp.zeros(shape) for shape in shapes)
+  words = re.escape(f'got {list(shapes[0])} and {list(shapes[1])}')
+  with pytest.raises(ValueError, match=words):
+    hardest_pixels(losses, counted > 0, 0.5)
 
 
 def test_huge_logits_do_not_overflow():

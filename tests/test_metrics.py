@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import numpy as np
@@ -320,3 +321,10 @@ def test_table_shows_every_class_aligned_with_a_dash_for_the_absent():
     'frequency weighted IoU': '62.86',
   }
   assert len({len(line) for line in lines[7:]}) == 1
+
+
+@pytest.mark.parametrize('shape', [(3, 3), (2, 3, 4)])
+def test_matrices_of_images_of_another_shape_are_refused(shape):
+  words = re.escape(f'must be [N, C, C], got {list(shape)}')
+  with pytest.raises(ValueError, match=words):
+    metrics.measures_of_images(np.zeros(shape, int))

@@ -128,9 +128,7 @@ def test_batch_may_be_larger_than_the_data_set():
 
 
 def _plan(sizes, batch_size, limit=1):
-  return buckets.plan_batches(
-    sizes, padded=lambda size: size, limit=limit, batch_size=batch_size
-  )
+  return buckets.plan_batches(sizes, limit=limit, batch_size=batch_size)
 
 
 @pytest.mark.parametrize('count', [1, 5, 8])

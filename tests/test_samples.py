@@ -130,3 +130,14 @@ def test_page_is_no_larger_than_a_person_can_look_at(num_classes, size):
   page, shown = draw(labels, num_classes)
   assert sorted(shown) == list(range(num_classes))
   assert page.shape[0] <= 4000 and page.shape[1] <= 2000
+
+
+@pytest.mark.parametrize('box', [(31, 40), (60, 80), (150, 200)])
+def test_no_color_appears_between_those_of_two_classes(box):
+  label = 2 * np.random.default_rng(0).integers(0, 2, (60, 80))
+  record = Source([label.astype(np.uint8)])[0]
+  info = datasets.DatasetInfo('made', ['a', 'b', 'c'], datasets.voc_palette(3))
+  tile = samples._tile(record, 2, info, box)
+  seen = colors(tile[samples._CAPTION :])
+  image, gap = (40, 250, 250), (255, 255, 255)
+  assert seen == {image, gap, *map(tuple, info.palette[[0, 2]].tolist())}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -40,3 +41,18 @@ def test_handlers_are_restored_at_the_end():
     assert signal.getsignal(signal.SIGTERM) not in before
   after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   assert after == before
+
+
+def test_a_thread_leaves_the_handlers_alone():
+  before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  seen = []
+
+  def run():
+    with StopSignal() as stop:
+      handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+      seen.append((handlers, stop.requested(1)))
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert seen == [(before, False)]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import one_device_step
+from jax.sharding import Mesh, PartitionSpec
 
 from deeplab_jax import DeepLabV3, ResNetV2, distributed, steps
 from deeplab_jax.models.aspp import ASPP
@@ -104,6 +105,60 @@ def test_train_step_on_four_devices_matches_one(after_one_step):
     lambda a, b: float(np.abs(a - b).max()), four.params, state.params
   )
   assert min(jax.tree.leaves(moved)) > 0
+
+
+def assert_same_update(ours, theirs):
+  (state, measures), (expected, expected_measures) = ours, theirs
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(
+      measures[name], expected_measures[name], rtol=1e-5
+    )
+  assert_trees_close(
+    *(jax.device_get(x.variables) for x in (state, expected)), atol=1e-6
+  )
+  assert int(state.step) == int(expected.step) == 1
+
+
+def test_train_step_under_plain_jit_is_the_mapped_one_on_one_device(
+  random_variables,
+):
+  model, optimizer = make(sync_bn=False), make_optimizer('sgd', 0.1)
+  state = initial_state(model, optimizer, random_variables(model))
+  settings = {'model': model, 'optimizer': optimizer, **LOSS}
+  batch = global_batch(4)
+  plain = functools.partial(steps.train_step, **settings, axis_name=None)
+  mapped, measures = one_device_step(**settings)(
+    state, jax.tree.map(lambda x: x[None], batch)
+  )
+  measures = {name: value[0] for name, value in measures.items()}
+  assert_same_update(jax.jit(plain)(state, batch), (mapped, measures))
+
+
+def shard_mapped(step, out_specs):
+  """A step over all devices, whose batch has no device axis."""
+  mesh = Mesh(np.array(jax.devices()), steps.AXIS_NAME)
+  rows = PartitionSpec(steps.AXIS_NAME)
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), rows),
+      out_specs=out_specs,
+      check_vma=False,
+    )
+  )
+
+
+def test_train_step_under_shard_map_is_the_one_under_pmap(after_one_step):
+  state, settings = after_one_step
+  batch = global_batch()
+  step = functools.partial(steps.train_step, **settings)
+  ours = shard_mapped(step, PartitionSpec())(state, batch)
+  theirs, measures = steps.pmap_train_step(**settings)(
+    distributed.replicate(state), distributed.shard(batch)
+  )
+  measures = {name: value[0] for name, value in measures.items()}
+  assert_same_update(ours, (theirs, measures))
 
 
 def training_logits(state, batch):
@@ -313,6 +368,46 @@ def test_eval_step_counts_each_image_of_all_devices(random_variables):
   np.testing.assert_array_equal(result['index'], batch['index'])
   np.testing.assert_array_equal(result['prediction'], classes)
   np.testing.assert_array_equal(result['confusion'], expected)
+
+
+def test_eval_step_gives_the_same_under_jit_shard_map_and_pmap(
+  random_variables,
+):
+  model = make()
+  variables = random_variables(model)
+  batch = global_batch()
+  batch['index'] = np.arange(8, dtype=np.int32)
+  batch['size'] = np.full((8, 2), (33, 49), np.int32)
+
+  def scores(variables, images, sizes):
+    return model.apply(variables, images, train=False)
+
+  settings = {'scores': scores, 'num_classes': CLASSES}
+  expected = steps.pmap_eval_step(**settings)(
+    distributed.replicate(variables), distributed.shard(batch)
+  )
+  step = functools.partial(steps.eval_step, **settings)
+  plain = jax.jit(functools.partial(step, axis_name=None))(variables, batch)
+  mapped = shard_mapped(step, PartitionSpec())(variables, batch)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(plain[name], value)
+    np.testing.assert_array_equal(mapped[name], value)
+
+
+def test_no_class_is_predicted_between_two_others(random_variables):
+  model = make(sync_bn=False)
+  variables = random_variables(model)
+  bias = variables['params']['logits']['bias']
+  bias[[1, 3]] = -1e6  # only 0 and 2 can win
+  images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
+  logits = jax.jit(functools.partial(model.apply, train=False))(
+    variables, images
+  )
+  step = jax.jit(functools.partial(steps.predict_step, model=model))
+  bias[2] += np.median(logits[..., 0] - logits[..., 2])
+  classes = step(variables, images)
+  assert classes.shape == (2, 40, 50)
+  assert set(np.unique(classes)) == {0, 2}
 
 
 def test_initial_state_depends_on_the_seed_alone():

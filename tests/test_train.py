@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -93,6 +94,17 @@ def test_run_stopped_after_three_steps_goes_on_as_if_it_never_stopped(
   read_state(workdir, 3)
   assert train_and_evaluate(trained.config, workdir) == trained.result
   assert_same_run(workdir, trained.workdir)
+
+
+def test_run_in_a_thread_is_that_in_the_main_thread(trained, tmp_path):
+  results = []
+  thread = threading.Thread(
+    target=lambda: results.append(train_and_evaluate(trained.config, tmp_path))
+  )
+  thread.start()
+  thread.join()
+  assert results == [trained.result]
+  assert_same_run(tmp_path, trained.workdir)
 
 
 def test_logged_speed_is_that_of_steps_after_the_first(

@@ -90,6 +90,19 @@ def test_scaling_invents_no_label(seed):
   assert set(np.unique(scaled)) <= {*np.unique(label), 255}
 
 
+@pytest.mark.parametrize('size', [(60, 60), (61, 47), (200, 150)])
+def test_no_class_appears_between_two_others(size):
+  rng = _rng()
+  label = 2 * rng.integers(0, 2, (97, 123)).astype(np.uint8)
+  image = np.zeros((97, 123, 3), np.uint8)
+  _, seen = transforms.CenterCrop(size)(image, label, rng)
+  assert set(np.unique(seen)) == {0, 2}
+  scaled = transforms.RandomScaleCropFlip(size, (0.3, 3.0))
+  for _ in range(20):
+    _, seen = scaled(image, label, rng)
+    assert {0, 2} <= set(np.unique(seen)) <= {0, 2, 255}
+
+
 def test_scale_by_two_repeats_every_label_pixel_twice():
   image, label = _scene()
   transform = transforms.RandomScaleCropFlip((74, 106), (2, 2), flip=0)

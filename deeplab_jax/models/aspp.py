@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from deeplab_jax.models.layers import BatchNorm, ConvNormRelu, on_cpu
+from deeplab_jax.models.layers import (
+  BatchNorm,
+  ConvNormRelu,
+  check_map,
+  on_cpu,
+)
 
 
 class ImagePooling(nn.Module):
@@ -72,6 +77,7 @@ class ASPP(nn.Module):
     `mask`, bool [B, H, W, 1], says which places are image and not padding: the
     pooling's mean is over them.
     """
+    check_map('x', x)
     shared = {
       'activation': self.activation,
       'norm': self.norm,

@@ -23,6 +23,7 @@ from deeplab_jax.models.layers import (
   BatchNorm,
   Conv,
   check_choice,
+  check_map,
   on_cpu,
   resample,
 )
@@ -117,12 +118,19 @@ class DeepLabV3(nn.Module):
       float32 [B, H, W, num_classes].
 
     Raises:
-      ValueError: for training with variables that `prepare` returned.
+      ValueError: for images or sizes of another shape, and for training with
+        variables that `prepare` returned.
     """
+    check_map('images', images, 3)
     if train and 'prepared' in self.variables:
       raise ValueError(
         "variables with 'prepared' are for inference: gradients would not reach"
         ' the kernels'
+      )
+    if sizes is not None and jnp.shape(sizes) != (len(images), 2):
+      raise ValueError(
+        f'sizes must be [{len(images)}, 2], (height, width) of each image, got'
+        f' {list(jnp.shape(sizes))}'
       )
     size = images.shape[1:3]
     x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(

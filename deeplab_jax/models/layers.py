@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax import lax
 
 from deeplab_jax.models import convolutions
+from deeplab_jax.models.linear import linear_call
 
 # From this rate on, XLA's convolution on CPU takes about twice the time of one
 # matrix product a tap, forward and backward, and spends much of it on padding.
@@ -65,6 +66,38 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     )
 
 
+def check_map(name: str, x: jax.Array, channels: int | None = None) -> None:
+  """Raises `ValueError` unless x is a map [B, H, W, C] of at least a pixel.
+
+  Args:
+    name: of x, for the message.
+    x: anything with a shape, also a tracer: it costs nothing at run time.
+    channels: C; None for any number.
+  """
+  shape = jnp.shape(x)
+  right = len(shape) == 4 and 0 not in shape[1:]
+  if right and channels in (None, shape[-1]):
+    return
+  raise ValueError(
+    f'{name} must be [B, H, W, {channels or "C"}], got'
+    f' {list(shape)}{_shape_hint(name, shape, channels)}'
+  )
+
+
+def _shape_hint(name: str, shape: tuple[int, ...], channels: int | None) -> str:
+  """What makes the shape right, where that is evident."""
+  if len(shape) == 4 and channels in shape[1:2]:
+    return f'; the channels are second: {name}.transpose(0, 2, 3, 1)'
+  if len(shape) == 3 and channels in (None, shape[2]):
+    return f'; the batch axis is missing: {name}[None]'
+  if len(shape) == 3 and channels == shape[0]:
+    return (
+      '; the batch axis is missing and the channels are first:'
+      f' {name}.transpose(1, 2, 0)[None]'
+    )
+  return ''
+
+
 def conv2d(
   x: jax.Array,
   kernel: jax.Array,
@@ -83,8 +116,8 @@ def conv2d(
       not suit x. Gradients do not go through it to the kernel.
 
   Returns:
-    [B, ceil(H / stride), ceil(W / stride), Cout]. On CPUs it has gradients in
-    reverse mode alone (`jax.grad`, `jax.vjp`, not `jax.jvp`).
+    [B, ceil(H / stride), ceil(W / stride), Cout]. It has derivatives of every
+    order, in forward and in reverse mode.
 
   Raises:
     ValueError: for a kernel that is not odd and square.
@@ -155,24 +188,15 @@ def _winograd_pays(
   )
 
 
-def _conv2d_and_saved(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _conv2d_forward(x, kernel, stride, rate), (x, kernel)
-
-
 def _conv2d_backward(
-  stride: int,
-  rate: int,
-  saved: tuple[jax.Array, jax.Array],
-  gradient: jax.Array,
+  x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients with respect to x and to the kernel.
 
   XLA's convolution takes two to six times as long for the second.
   """
   # Tied to the gradient, lest windows of x are kept from the forward pass.
-  x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
+  x, kernel, gradient = lax.optimization_barrier((x, kernel, gradient))
   if _winograd_pays(x, kernel, stride, rate):
     to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
     to_kernel = convolutions.winograd_kernel_gradient(x, gradient, rate)
@@ -197,8 +221,37 @@ def _conv2d_backward(
   return lax.optimization_barrier((to_x, to_kernel))
 
 
-_conv2d_on_cpu = jax.custom_vjp(_conv2d_forward, nondiff_argnums=(2, 3))
-_conv2d_on_cpu.defvjp(_conv2d_and_saved, _conv2d_backward)
+_conv2d_on_cpu = jax.custom_jvp(_conv2d_forward, nondiff_argnums=(2, 3))
+
+
+@_conv2d_on_cpu.defjvp
+def _conv2d_differential(
+  stride: int,
+  rate: int,
+  values: tuple[jax.Array, jax.Array],
+  tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  y = _conv2d_on_cpu(*values, stride, rate)
+  settings = {'stride': stride, 'rate': rate}
+  return y, linear_call(
+    functools.partial(_conv2d_tangent, **settings),
+    functools.partial(_conv2d_backward, **settings),
+    values,
+    tangents,
+    like=y,
+  )
+
+
+def _conv2d_tangent(
+  x: jax.Array,
+  kernel: jax.Array,
+  x_dot: jax.Array,
+  kernel_dot: jax.Array,
+  stride: int,
+  rate: int,
+) -> jax.Array:
+  to_x = _conv2d_on_cpu(x_dot, kernel, stride, rate)
+  return to_x + _conv2d_on_cpu(x, kernel_dot, stride, rate)
 
 
 class Conv(nn.Module):

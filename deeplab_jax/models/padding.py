@@ -34,8 +34,7 @@ def blanked(
   Args:
     sizes: int [B, 2], height and width of each image without padding.
     size: height and width of the batch. Like `sizes` they are one more than
-      multiples of every stride, so that a map of stride s has (size - 1) / s + 1
-      rows.
+      multiples of every stride s, so that a map has (size - 1) / s + 1 rows.
   """
 
   def intercept(

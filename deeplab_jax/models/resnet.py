@@ -18,6 +18,7 @@ from deeplab_jax.models.layers import (
   Conv,
   MaxPool,
   check_choice,
+  check_map,
   on_cpu,
   rematerialize,
 )
@@ -296,8 +297,10 @@ class ResNetV2(nn.Module):
       behind the final BN and ReLU. Sizes round up.
 
     Raises:
-      ValueError: at an impossible value of an attribute.
+      ValueError: at an impossible value of an attribute, and for x of another
+        number of axes or without a pixel.
     """
+    check_map('x', x)
     base = round(64 * self.width)
     if base < 1:
       raise ValueError(f'width must leave at least 1 channel, got {self.width}')
