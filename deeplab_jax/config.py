@@ -105,8 +105,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.overlap = 1 / 3  # share of a window that the next one covers
   config.eval.scales = (1.0,)  # probabilities are averaged over them
   config.eval.flip = False  # and over the mirrored image
-  config.eval.worst_and_best = 4  # images in each of worst.png and best.png
-  config.eval.save_predictions = False  # writes results_SPLIT.tar.gz
+  config.eval.worst_and_best = 4  # images in each of these two pictures
+  config.eval.save_predictions = False  # writes an archive beside the measures
 
   config.predict = ml_collections.ConfigDict()
   config.predict.output_dir = ''  # '' for WORKDIR/predictions
