@@ -237,6 +237,13 @@ def check_same_architecture(
   Raises:
     UserError: naming the settings that differ.
   """
+  classes, void = (saved['dataset'][k] for k in ('classes', 'ignore_label'))
+  if void < len(classes):
+    raise UserError(
+      f'the checkpoint in {workdir} was trained by an older version with void,'
+      f' {void}, as the class {classes[void]!r}; train again in another'
+      ' --workdir'
+    )
   differences = []
   old, new = preset_of(saved), preset_of(asked)
   if old != new:

@@ -140,7 +140,7 @@ def _write(
   label: np.ndarray,
   info: DatasetInfo,
 ) -> None:
-  visualize.save_indexed_png(target, label, info.palette, info.ignore_label)
+  visualize.save_indexed_png(target, *info.in_file_values(label))
   visualize.save_png(
     target.with_name(f'{target.stem}_overlay.png'),
     visualize.overlay(

@@ -153,8 +153,9 @@ def test_number_of_classes_is_proposed(voc_folder, text, value, count, words):
 
 def test_another_ignore_label_is_no_class(voc_folder):
   found = survey.survey_folder(voc_folder, SPLITS, ignore_label=2)
-  assert found.num_classes == 256
+  assert found.num_classes == 255  # 0 to 255, without 2
   assert 'the labels hold 0 to 1, 255 and void, 2' in str(found)
+  assert str(found).endswith('; line 3 is void and no class)')
 
 
 def test_classes_without_pixels_are_named_by_split(voc_folder):
@@ -189,8 +190,16 @@ def test_masks_of_0_and_255_are_suspect(voc_folder):
     write_label(voc_folder, path.stem, binary)
   (voc_folder / 'classes.txt').write_text('ground\n')
   ((title, finding),) = findings(voc_folder).items()
-  assert title == 'labels that tell nothing apart' and not finding.fatal
-  assert 'if 255 marks a class' in finding.examples[0]
+  assert title == 'labels that tell nothing apart' and finding.fatal
+  assert finding.examples == (
+    '0 (ground) is the only value beside void, 255, in train; if 255 marks a '
+    'class, set --config.data.label_map=255:1 and give it a line in '
+    'classes.txt',
+  )
+  (voc_folder / 'classes.txt').write_text('ground\nbox\n')
+  found = findings(voc_folder, fatal=True)
+  assert '--config.data.label_map=255:1' in str(*found.values())
+  assert not findings(voc_folder, label_map='255:1')
 
 
 @pytest.mark.parametrize(
