@@ -237,7 +237,8 @@ def check_same_architecture(
   Raises:
     UserError: naming the settings that differ.
   """
-  classes, void = (saved['dataset'][k] for k in ('classes', 'ignore_label'))
+  classes = saved['dataset']['classes']
+  void = saved['dataset'].get('ignore_label', 255)
   if void < len(classes):
     raise UserError(
       f'the checkpoint in {workdir} was trained by an older version with void,'

@@ -699,7 +699,6 @@ def test_label_that_fits_both_ways_up_is_refused(
 
 
 _CASES = _ROOT.parent / 'shared' / 'cases'
-_CASES = _CASES if _CASES.is_dir() else _ROOT.parents[1] / 'shared' / 'cases'
 _BOXES = ('bg', 'box', 'disc')
 
 
