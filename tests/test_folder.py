@@ -650,6 +650,12 @@ def test_what_is_not_found_is_shown_what_is_there(
   assert words in _refused(voc_folder, prepared)
 
 
+def test_id_with_a_folder_too_many_is_shown_its_file(voc_folder, prepared):
+  lists = voc_folder / 'ImageSets' / 'Segmentation'
+  (lists / 'val.txt').write_text('JPEGImages/val_0.jpg\n')
+  assert 'there is val_0.jpg;' in _refused(voc_folder, prepared)
+
+
 def test_folder_of_a_similar_name_is_shown(voc_folder, prepared):
   message = _refused(voc_folder.with_name('Mini'), prepared)
   assert 'no such dataset folder; there is mini;' in message

@@ -141,6 +141,21 @@ def test_palette_labels_are_read_by_color_if_classes_have_colors():
   assert meaning.used_colors(label) == {}
 
 
+def test_index_of_a_void_line_with_a_color_goes_by_color():
+  listed = labels.parse_classes(['unlabelled 0 0 0', 'a 1 1 1', 'b 2 2 2'])
+  meaning = labels.Meaning(listed, 0)
+  label = file([[0, 1, 2]], [[2, 2, 2], [0, 0, 0], [1, 1, 1]])
+  assert classes_of(meaning, label) == [[1, 255, 0]]
+
+
+def test_index_beyond_the_palette_has_no_color():
+  meaning = labels.Meaning(labels.parse_classes(COLORED))
+  with pytest.raises(UserError, match=r'index 2 has no color'):
+    meaning.label_values(file([[0, 2]], [[0, 0, 0], [200, 0, 0]]))
+  all_void = file([[255, 255]], [[0, 0, 0]])
+  assert classes_of(meaning, all_void) == [[255, 255]]
+
+
 def test_color_of_no_class_is_named_with_its_pixels():
   meaning = labels.Meaning(labels.parse_classes(COLORED))
   rgb = file([[[0, 200, 1], [0, 200, 1], [1, 2, 3], [0, 0, 0]]])
