@@ -245,6 +245,14 @@ def check_same_architecture(
   Raises:
     UserError: naming the settings that differ.
   """
+  classes = saved['dataset']['classes']
+  void = saved['dataset'].get('ignore_label', 255)
+  if void < len(classes):
+    raise UserError(
+      f'the checkpoint in {workdir} was trained by an older version with void,'
+      f' {void}, as the class {classes[void]!r}; train again in another'
+      ' --workdir'
+    )
   differences = []
   old, new = preset_of(saved), preset_of(asked)
   if old != new:

@@ -60,7 +60,12 @@ def get_config() -> ml_collections.ConfigDict:
   # share of them that is held out as the split 'holdout'.
   config.data.list = ''
   config.data.holdout = 0.1
+  # Label value of void in the files; where it is a line of classes.txt, that
+  # line names no class.
   config.data.ignore_label = 255
+  # Of 'folder', what values in the label files stand for: pairs by commas, as
+  # '255:1' or '0:void,1:0'; others stay.
+  config.data.label_map = ''
   config.data.on_bad_image = 'stop'  # or 'skip'
   config.data.scale = (0.5, 2.0)
   config.data.crop_size = (129, 129)  # height, width
@@ -248,6 +253,7 @@ def dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
     'directory': data.dir,
     'prepared_dir': data.prepared_dir,
     'ignore_label': data.ignore_label,
+    'label_map': data.label_map,
     'on_bad_image': data.on_bad_image,
     'list_file': data.list,
     'holdout': data.holdout,

@@ -134,7 +134,7 @@ class _Archive:
   def add(self, scored: ScoredImage) -> None:
     info = self._evaluator.info
     self._pngs[scored.index] = visualize.indexed_png(
-      scored.prediction, info.palette, info.ignore_label
+      *info.in_file_values(scored.prediction)
     )
 
   def save(self, path: Path) -> str:

@@ -172,7 +172,8 @@ def _dataset_info(
   """What the classes mean: by the source, unless a data set was named."""
   if config.data.name == get_config().data.name:
     if pretrained.dataset:
-      return DatasetInfo.from_json(pretrained.dataset)
+      with naming(f'config.init_from={config.init_from}'):
+        return DatasetInfo.from_json(pretrained.dataset)
     voc = DATASETS['voc2012']
     if pretrained.num_classes == voc.num_classes:
       return voc

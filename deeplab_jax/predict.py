@@ -77,7 +77,8 @@ def predict(
     print(
       f'{len(written)} images segmented by step {network.step}, in {folder}'
     )
-  unread = [path for path in paths if targets[path] not in written]
+  done = set(written)
+  unread = [path for path in paths if targets[path] not in done]
   if unread:
     raise UserError(
       f'{len(unread)} of {len(paths)} images could not be read, first'
@@ -123,9 +124,16 @@ def _segment(
     for path in sizes
     if (image := _read(path, images.read_image)) is not None
   )
+
+  def room(pair: tuple[Path, np.ndarray]) -> tuple[int, int]:
+    path, image = pair
+    size = image.shape[:2]
+    # A file may say after its pixels that it is to be turned.
+    return padded[path] if size == sizes[path] else size
+
   devices = jax.local_device_count()
   # Images in a row that are padded to one size go to the devices together.
-  for size, run in itertools.groupby(read, lambda pair: padded[pair[0]]):
+  for size, run in itertools.groupby(read, room):
     while group := list(itertools.islice(run, devices)):
       yield from _segment_group(predict_step, variables, group, size)
 
@@ -164,7 +172,7 @@ def _write(
   label: np.ndarray,
   info: DatasetInfo,
 ) -> None:
-  visualize.save_indexed_png(target, label, info.palette, info.ignore_label)
+  visualize.save_indexed_png(target, *info.in_file_values(label))
   visualize.save_png(
     target.with_name(f'{target.stem}_overlay.png'),
     visualize.overlay(

@@ -14,7 +14,7 @@ from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.records import Tally
-from deeplab_jax.data.survey import Finding, absent_classes, survey_folder
+from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.disk import replacing
 from deeplab_jax.errors import UserError
 from deeplab_jax.losses import median_frequency_weights
@@ -53,8 +53,11 @@ def prepare(
   tallies = {split: dataset.tally(split) for split in dataset.builders}
   published = _published(dataset)
   if not surveyed:
-    findings = _compare(dataset.info, tallies, published)
+    findings = _compare(
+      dataset.info, tallies, published, config.data.train_split
+    )
     text = _show(*findings, *[''] * bool(findings))
+    _refuse_fatal(name, findings)
   weights = _class_weights(tallies[config.data.train_split])
   text += _show_tables(name, dataset.info, tallies, published)
   text += _show(
@@ -108,16 +111,21 @@ def _survey(
     data.dir,
     splits,
     ignore_label=data.ignore_label,
+    label_map=data.label_map,
     on_bad_image=data.on_bad_image,
   )
   text = _show(str(survey), *survey.findings, '')
-  fatal = sum(finding.count for finding in survey.findings if finding.fatal)
+  _refuse_fatal(survey.root, survey.findings)
+  return text, survey.findings
+
+
+def _refuse_fatal(name: object, findings: Sequence[Finding]) -> None:
+  fatal = sum(finding.count for finding in findings if finding.fatal)
   if fatal:
     errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
     raise UserError(
-      f'{survey.root}: cannot be used; correct the {errors} listed above'
+      f'{name}: cannot be used; correct the {errors} listed above'
     )
-  return text, survey.findings
 
 
 def _published(dataset: Dataset) -> dict[str, int]:
@@ -133,11 +141,20 @@ def _published(dataset: Dataset) -> dict[str, int]:
 
 
 def _compare(
-  info: DatasetInfo, tallies: Mapping[str, Tally], published: Mapping[str, int]
+  info: DatasetInfo,
+  tallies: Mapping[str, Tally],
+  published: Mapping[str, int],
+  trained: str,
 ) -> tuple[Finding, ...]:
   """Finds absent classes, and splits of more or fewer images than published."""
-  pixels = {s: tally.class_pixels for s, tally in _labelled(tallies).items()}
-  found = absent_classes(pixels, info.classes)
+  pixels = {
+    split: (tally.class_pixels, tally.void_pixels)
+    for split, tally in tallies.items()
+    if split == trained or tally.class_pixels.any()
+  }
+  found = label_findings(
+    pixels, info.classes, info.values, info.void_value, trained
+  )
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
     for split, count in published.items()

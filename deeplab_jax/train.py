@@ -31,6 +31,7 @@ from deeplab_jax.config import (
 from deeplab_jax.data import transforms
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.pipeline import make_train_iterator
+from deeplab_jax.data.survey import check_tallies
 from deeplab_jax.errors import UserError, naming
 from deeplab_jax.losses import median_frequency_weights
 from deeplab_jax.metrics import format_table, summary
@@ -66,6 +67,11 @@ def train_and_evaluate(
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
   _check_splits(dataset, data.train_split, data.eval_split)
+  check_tallies(
+    dataset.info,
+    {s: dataset.tally(s) for s in (data.train_split, data.eval_split) if s},
+    data.train_split,
+  )
   with checkpoints.Checkpoints(workdir) as saved:
     saved.remove_interrupted()
     latest, pretrained = saved.latest_step, None

@@ -54,3 +54,28 @@ def test_light_modules_import_neither_grain_nor_tfds():
     check=True,
   )
   assert out.stdout == '[]\n'
+
+
+def test_ignore_label_among_the_classes_is_refused():
+  with pytest.raises(ValueError, match='ignore_label 1 is one of the classes'):
+    datasets.DatasetInfo('x', ('a', 'b'), np.zeros((2, 3)), ignore_label=1)
+  datasets.DatasetInfo('x', ('a', 'b'), np.zeros((2, 3)), ignore_label=2)
+
+
+def test_info_of_an_older_version_has_the_indices_as_values():
+  values = datasets.DATASETS['shapes'].to_json()
+  del values['values'], values['void_value']
+  info = datasets.DatasetInfo.from_json(values)
+  assert info.values == (0, 1, 2, 3, 4, 5) and info.void_value == 255
+
+
+def test_predictions_get_the_values_of_the_files():
+  palette = np.array([[1, 1, 1], [2, 2, 2]], np.uint8)
+  info = datasets.DatasetInfo(
+    'x', ('a', 'b'), palette, values=(1, 255), void_value=0
+  )
+  info = datasets.DatasetInfo.from_json(json.loads(json.dumps(info.to_json())))
+  label = np.array([[0, 1, 255, 0]])
+  values, colors, void = info.in_file_values(label)
+  assert values.tolist() == [[1, 255, 0, 1]] and void == 0
+  assert colors[1].tolist() == [1, 1, 1] and colors[255].tolist() == [2, 2, 2]

@@ -408,3 +408,27 @@ def test_evaluation_without_a_split_says_how_to_name_one(trained):
   config = make_config(trained.settings, data__eval_split='')
   with pytest.raises(UserError, match=r'--config\.data\.eval_split=val'):
     evaluate.evaluate(config, trained.workdir)
+
+
+def test_void_as_class_0_scores_as_if_it_were_255(trained, tmp_path):
+  folder = shutil.copytree(trained.folder, tmp_path / 'mini')
+  names = (folder / 'classes.txt').read_text()
+  (folder / 'classes.txt').write_text(f'unlabelled\n{names}')
+  for path in (folder / 'SegmentationClass').iterdir():
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label == 255, 0, label + 1)).save(path)
+  config = make_config(
+    trained.settings,
+    data__dir=str(folder),
+    data__ignore_label=0,
+    eval__save_predictions=True,
+  )
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  assert evaluate.evaluate(config, workdir) == trained.result
+  shifted = read_archive(workdir / 'results_val.tar.gz')
+  config = make_config(trained.settings, eval__save_predictions=True)
+  evaluate.evaluate(config, workdir)
+  plain = read_archive(workdir / 'results_val.tar.gz')
+  assert shifted.keys() == plain.keys()
+  for name, found in shifted.items():
+    np.testing.assert_array_equal(found, plain[name] + 1)

@@ -1,3 +1,4 @@
+import concurrent.futures
 import io
 import struct
 import zlib
@@ -5,7 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deeplab_jax import errors
 from deeplab_jax.data import images
@@ -177,7 +178,7 @@ def _odd_files(root):
   exif = Image.Exif()
   exif[0x0112] = 3
   rgba = rgb.copy()
-  rgba.putalpha(Image.fromarray(_gradient()[..., 0]))
+  rgba.putalpha(Image.fromarray(_gradient()[..., 0] // 128 * 255))
   for name, image, options in [
     ('rgb.jpg', rgb, {}),
     ('gray.jpg', rgb.convert('L'), {}),
@@ -194,7 +195,8 @@ def _odd_files(root):
   ]:
     image.save(root / name, **options)
     yield root / name
-  cv2.imwrite(str(root / 'deep.png'), np.arange(999, dtype=np.uint16)[None])
+  deep = 65 * np.arange(999, dtype=np.uint16)[None]
+  cv2.imwrite(str(root / 'deep.png'), deep)
   yield root / 'deep.png'
 
 
@@ -265,3 +267,316 @@ def test_input_without_images_is_named(tmp_path):
     images.list_images([str(tmp_path / '*.png')])
   with pytest.raises(errors.UserError, match='no image given'):
     images.list_images([])
+
+
+def _read_refused(path, read=images.read_image):
+  """The one line that says why a file is refused, though it is not damaged."""
+  with pytest.raises(errors.UserError) as caught:
+    read(path)
+  assert not isinstance(caught.value, errors.UnreadableError)
+  assert '\n' not in str(caught.value)
+  assert str(caught.value).startswith(str(path))
+  return str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'array, words',
+  [
+    (np.float32([[0.25, 0.5]]), 'float pixels (mode F) from 0.25 to 0.5'),
+    (np.float32([[0, 255]]), 'float pixels (mode F) from 0 to 255'),
+    (np.int32([[-3, 70000]]), '32-bit or signed pixels (mode I) from -3 to 70'),
+  ],
+)
+def test_pixels_without_black_and_white_are_refused(tmp_path, array, words):
+  Image.fromarray(array).save(tmp_path / 'a.tif')
+  assert words in _read_refused(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_12_bits_in_16_are_refused_by_their_largest_value(
+  tmp_path, suffix, channels
+):
+  values = np.full((4, 5, channels), 4095, np.uint16)
+  if channels == 4:
+    values[..., 3] = 65535
+  path = tmp_path / f'a.{suffix}'
+  cv2.imwrite(str(path), values)
+  message = _read_refused(path)
+  assert 'no value above 4095' in message and '12 bits' in message
+  values[0, 0, :3] = 4096
+  cv2.imwrite(str(path), values)
+  assert images.read_image(path)[0, 0].tolist() == [16, 16, 16]
+  values[..., :3] = 0
+  cv2.imwrite(str(path), values)
+  assert not images.read_image(path).any()  # black is black
+
+
+def _tiff(values, bits, *tags):
+  """An uncompressed TIFF; tags are triples (number, type, value)."""
+  height, width = values.shape[:2]
+  if bits == 12:
+    a, b = values.reshape(-1, 2).astype(int).T
+    data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1)
+    data = data.astype(np.uint8).tobytes()
+  else:
+    data = values.tobytes()
+  samples = values.shape[2] if values.ndim == 3 else 1
+  rows = {
+    **{256: (4, width), 257: (4, height), 258: (3, bits), 259: (3, 1)},
+    **{262: (3, 1), 273: (4, 0), 277: (3, samples)},
+    **{278: (4, height), 279: (4, len(data))},
+    **{number: (kind, value) for number, kind, value in tags},
+  }
+  start = 8 + 2 + 12 * len(rows) + 4
+  extra = b''
+  if samples > 1:
+    extra = struct.pack(f'<{samples}H', *[bits] * samples)
+  rows[273] = (4, start + len(extra))
+  entries = b''
+  for number, (kind, value) in sorted(rows.items()):
+    count = 1
+    if number == 258 and samples > 1:
+      count, value = samples, start
+      entries += struct.pack('<HHII', number, kind, count, value)
+      continue
+    pattern = '<HHIHxx' if kind == 3 else '<HHII'
+    entries += struct.pack(pattern, number, kind, count, value)
+  head = b'II*\0' + struct.pack('<IH', 8, len(rows))
+  return head + entries + bytes(4) + extra + data
+
+
+def test_tiff_that_says_12_bits_is_scaled_to_8(tmp_path):
+  values = np.array([[0, 16, 2048, 4095]], np.uint16)
+  (tmp_path / 'a.tif').write_bytes(_tiff(values, 12))
+  image = images.read_image(tmp_path / 'a.tif')
+  assert image[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_16_bit_tiff_whose_zero_is_white_is_inverted(tmp_path):
+  values = np.array([[0, 65535, 32768]], np.uint16)
+  (tmp_path / 'a.tif').write_bytes(_tiff(values, 16, (262, 3, 0)))
+  image = images.read_image(tmp_path / 'a.tif')
+  assert image[0, :, 0].tolist() == [255, 0, 127]
+
+
+@pytest.mark.parametrize(
+  'extra, refused', [(0, True), (None, False), (2, False)]
+)
+def test_fourth_channel_must_be_alpha(tmp_path, extra, refused):
+  values = np.full((2, 3, 4), (10, 20, 30, 255), np.uint8)
+  tags = [(262, 3, 2)] + ([] if extra is None else [(338, 3, extra)])
+  path = tmp_path / 'a.tif'
+  path.write_bytes(_tiff(values, 8, *tags))
+  if refused:
+    message = _read_refused(path)
+    assert '4 channels, 1 of them neither color nor alpha' in message
+  else:
+    assert images.read_image(path)[0, 0].tolist() == [10, 20, 30]
+
+
+def test_tiff_that_cannot_be_opened_names_its_samples(tmp_path):
+  values = np.zeros((2, 3, 7), np.uint16)
+  (tmp_path / 'a.tif').write_bytes(_tiff(values, 16))
+  with pytest.raises(errors.UnreadableError) as caught:
+    images.read_image(tmp_path / 'a.tif')
+  message = str(caught.value)
+  assert '(TIFF: ' in message and ', 7 samples of 16 bits a pixel)' in message
+  assert '.jpg' in message and '.tif' in message
+
+
+def test_iphone_format_is_named(tmp_path):
+  (tmp_path / 'a.jpg').write_bytes(b'\0\0\0\x18ftypheic' + bytes(99))
+  with pytest.raises(errors.UnreadableError, match=r'a\.jpg.*\(HEIC'):
+    images.read_image(tmp_path / 'a.jpg')
+
+
+def test_two_pages_of_one_size_are_refused_but_a_thumbnail_is_not(tmp_path):
+  page, path = Image.fromarray(_gradient()), tmp_path / 'a.tif'
+  page.save(path, save_all=True, append_images=[page, page])
+  assert '3 pages of 30x20' in _read_refused(path)
+  page.save(path, save_all=True, append_images=[page.resize((3, 2))])
+  np.testing.assert_array_equal(images.read_image(path), _gradient())
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
+def test_half_transparent_picture_is_refused_but_smooth_edges_are_not(
+  tmp_path, mode
+):
+  path = tmp_path / 'a.png'
+
+  def save(alpha):
+    if mode == 'P':
+      image = Image.fromarray(np.tile(np.arange(20, dtype=np.uint8), (5, 1)))
+      image.putpalette([9, 9, 9] * 20)
+      image.save(path, transparency=bytes(alpha.tolist()))
+    else:
+      image = np.full((5, 20, len(mode)), 9, np.uint8)
+      image[..., -1] = alpha
+      Image.fromarray(image, mode).save(path)
+
+  alpha = np.full(20, 255, np.uint8)
+  alpha[0], alpha[1] = 0, 128  # 5 % are half transparent
+  save(alpha)
+  image = images.read_image(path)
+  assert image[0, :3, 0].tolist() == [255, 132, 9]
+  alpha[2:4] = 254  # 15 %
+  save(alpha)
+  assert '15% of its pixels are half transparent' in _read_refused(path)
+  save(np.zeros(20, np.uint8))
+  assert 'all of it is transparent' in _read_refused(path)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_turn_is_what_pillow_does_with_the_tag(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  buffer = io.BytesIO()
+  Image.fromarray(_gradient()).save(buffer, 'PNG', exif=exif)
+  expected = np.array(ImageOps.exif_transpose(Image.open(buffer)))
+  turned = images.turn(_gradient(), orientation)
+  np.testing.assert_array_equal(turned, expected)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif'])
+def test_orientation_is_applied_once_and_told(tmp_path, suffix):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  path = tmp_path / f'a.{suffix}'
+  Image.fromarray(_gradient()).save(path, exif=exif)
+  picture = images.open_picture(path)
+  assert picture.orientation == 6 and picture.pixels.shape == (30, 20, 3)
+  difference = picture.pixels.astype(int) - np.rot90(_gradient(), -1)
+  assert np.abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_label_with_an_orientation_of_its_own_is_turned(tmp_path, suffix):
+  label = np.arange(6, dtype=np.uint8).reshape(2, 3)
+  exif = Image.Exif()
+  exif[0x0112] = 8
+  path = tmp_path / f'a.{suffix}'
+  Image.fromarray(label).save(path, exif=exif)
+  file = images.open_label(path)
+  assert file.turned
+  np.testing.assert_array_equal(file.pixels, np.rot90(label))
+
+
+@pytest.mark.parametrize(
+  'form, options, words',
+  [
+    ('JPEG', {'quality': 100}, 'this is a JPEG'),
+    ('WEBP', {'lossless': True}, 'this is a WEBP'),
+    ('TIFF', {'compression': 'jpeg'}, 'this is a TIFF with JPEG compression'),
+  ],
+)
+def test_lossy_label_is_refused_whatever_its_name(
+  tmp_path, form, options, words
+):
+  path = tmp_path / 'a.png'
+  Image.new('L', (16, 16), 2).save(path, form, **options)
+  message = _read_refused(path, images.read_label)
+  assert words in message and 'must be lossless' in message
+
+
+@pytest.mark.parametrize(
+  'form, options',
+  [
+    ('PNG', {}),
+    ('TIFF', {}),
+    ('TIFF', {'compression': 'tiff_lzw'}),
+    ('BMP', {}),
+    ('GIF', {'optimize': False}),
+    ('PPM', {}),
+    ('TGA', {}),
+  ],
+)
+def test_lossless_labels_of_any_format_read_as_stored(tmp_path, form, options):
+  label = (np.arange(48) % 7).astype(np.uint8).reshape(6, 8)
+  label[0] = 255
+  image = Image.fromarray(label)
+  if form == 'GIF':  # of gray, Pillow numbers the values in use anew
+    image.putpalette([index * 37 % 256 for index in range(768)])
+  image.save(tmp_path / 'a', form, **options)
+  np.testing.assert_array_equal(images.read_label(tmp_path / 'a'), label)
+
+
+def test_gif_that_numbers_gray_values_anew_is_refused(tmp_path):
+  path = tmp_path / 'a.gif'
+  Image.fromarray(np.array([[0, 5, 9]], np.uint8)).save(path)
+  assert np.array(Image.open(path)).tolist() == [[0, 1, 2]]  # the trap
+  assert 'a GIF of gray values' in _read_refused(path, images.read_label)
+
+
+@pytest.mark.parametrize('bits, compression', [(2, 1), (4, 1)])
+def test_gray_tiff_of_few_bits_reads_as_stored(tmp_path, bits, compression):
+  per_byte = 8 // bits
+  label = (np.arange(16) % 2**bits).astype(np.uint8).reshape(2, 8)
+  parts = label.reshape(2, -1, per_byte).astype(int)
+  shifts = np.arange(per_byte)[::-1] * bits
+  packed = (parts << shifts).sum(-1).astype(np.uint8)
+  data = _tiff(packed, bits, (256, 4, 8))
+  (tmp_path / 'a.tif').write_bytes(data)
+  np.testing.assert_array_equal(images.read_label(tmp_path / 'a.tif'), label)
+
+
+def test_label_of_several_frames_is_refused(tmp_path):
+  frames = [Image.new('L', (4, 4), value) for value in (1, 2)]
+  for suffix in ('tif', 'png', 'gif'):
+    path = tmp_path / f'a.{suffix}'
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert '2 frames or pages' in _read_refused(path, images.read_label)
+
+
+def test_pgm_label_of_another_maximum_is_refused_as_pillow_scales_it(tmp_path):
+  path = tmp_path / 'a.pgm'
+  path.write_bytes(b'P5 2 1 2\n\0\1')
+  assert np.array(Image.open(path)).tolist() == [[0, 128]]  # the trap
+  assert 'names is 2' in _read_refused(path, images.read_label)
+
+
+def test_opaque_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
+  label = np.dstack([np.arange(4), [255] * 4]).astype(np.uint8)
+  path = tmp_path / 'a.png'
+  Image.fromarray(label, 'LA').save(path)
+  assert images.read_label(path).tolist() == [[0, 1, 2, 3]]
+  label[0, 0, 1] = 0
+  Image.fromarray(label, 'LA').save(path)
+  assert 'transparent' in _read_refused(path, images.read_label)
+
+
+def test_pillows_limit_of_pixels_does_not_hold_and_stays_for_others(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+  Image.fromarray(_gradient()).save(tmp_path / 'a.png')
+  with pytest.raises(Image.DecompressionBombError):
+    Image.open(tmp_path / 'a.png')
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    paths = [tmp_path / 'a.png'] * 40
+    for image in threads.map(images.read_image, paths):
+      np.testing.assert_array_equal(image, _gradient())
+  assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_more_pixels_than_opencv_decodes_are_refused_before_reading(tmp_path):
+  path = tmp_path / 'a.png'
+  data = _gray_png(np.zeros((1, 1), np.uint8), 8)
+  size = struct.pack('>II', 40_000, 30_000)
+  header = b'IHDR' + size + data[24:29]
+  check = struct.pack('>I', zlib.crc32(header))
+  path.write_bytes(data[:12] + header + check + data[33:])
+  assert '40000x30000 is too large' in _read_refused(path)
+
+
+@pytest.mark.parametrize('suffix', images.IMAGE_SUFFIXES)
+def test_every_suffix_that_is_listed_is_read(tmp_path, suffix):
+  form = Image.registered_extensions()[suffix]
+  form = 'JPEG' if form == 'MPO' else form
+  path = tmp_path / f'a{suffix}'
+  gray = suffix in ('.pgm', '.pbm')
+  image = Image.new('L' if gray else 'RGB', (16, 16), 'red' if not gray else 76)
+  image.save(path, form)
+  color = images.read_image(path)[8, 8].astype(int)
+  assert np.abs(color - ([76] * 3 if gray else [255, 0, 0])).max() < 4
+  assert images.list_images([str(tmp_path)]) == [path]

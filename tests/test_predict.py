@@ -12,8 +12,9 @@ from PIL import Image
 from deeplab_jax import deeplab_v3
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.data import images
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.errors import UserError
-from deeplab_jax.predict import predict
+from deeplab_jax.predict import _write, predict
 from deeplab_jax.timing import compilations
 
 
@@ -207,3 +208,15 @@ def test_results_that_cannot_be_written_are_named(trained, tmp_path):
   config = make_config(trained.settings, predict__output_dir=str(path))
   with pytest.raises(UserError, match=r'predict\.output_dir=.*in\.png'):
     predict(config, trained.workdir, [str(path)])
+
+
+def test_label_map_has_the_values_of_the_files_trained_on(tmp_path, capsys):
+  palette = np.array([[9, 0, 0], [0, 9, 0]], np.uint8)
+  info = DatasetInfo('x', ('bg', 'box'), palette, values=(0, 255), void_value=7)
+  label = np.array([[0, 1, 1, 1]], np.uint8)
+  image = np.zeros((1, 4, 3), np.uint8)
+  _write(tmp_path / 'a.png', 'in.png', image, label, info)
+  with Image.open(tmp_path / 'a.png') as written:
+    assert np.array(written).tolist() == [[0, 255, 255, 255]]
+    assert np.array(written.convert('RGB'))[0, 1].tolist() == [0, 9, 0]
+  assert capsys.readouterr().out == 'in.png: box 75.0%, bg 25.0%\n'

@@ -6,7 +6,7 @@ from conftest import write_voc_folder
 from PIL import Image
 
 from deeplab_jax import errors
-from deeplab_jax.data import survey
+from deeplab_jax.data import datasets, records, survey
 
 SPLITS = ('train', 'val')
 
@@ -153,8 +153,9 @@ def test_number_of_classes_is_proposed(voc_folder, text, value, count, words):
 
 def test_another_ignore_label_is_no_class(voc_folder):
   found = survey.survey_folder(voc_folder, SPLITS, ignore_label=2)
-  assert found.num_classes == 256
+  assert found.num_classes == 255  # 0 to 255, without 2
   assert 'the labels hold 0 to 1, 255 and void, 2' in str(found)
+  assert str(found).endswith('; line 3 is void and no class)')
 
 
 def test_classes_without_pixels_are_named_by_split(voc_folder):
@@ -189,8 +190,126 @@ def test_masks_of_0_and_255_are_suspect(voc_folder):
     write_label(voc_folder, path.stem, binary)
   (voc_folder / 'classes.txt').write_text('ground\n')
   ((title, finding),) = findings(voc_folder).items()
-  assert title == 'labels that tell nothing apart' and not finding.fatal
-  assert 'if 255 marks a class' in finding.examples[0]
+  assert title == 'labels that tell nothing apart' and finding.fatal
+  assert finding.examples == (
+    '0 (ground) is the only value beside void, 255, in train; if 255 marks a '
+    'class, set --config.data.label_map=255:1 and give it a line in '
+    'classes.txt',
+  )
+  (voc_folder / 'classes.txt').write_text('ground\nbox\n')
+  found = findings(voc_folder, fatal=True)
+  assert '--config.data.label_map=255:1' in str(*found.values())
+  assert not findings(voc_folder, label_map='255:1')
+
+
+def test_training_split_of_void_alone_is_refused(voc_folder):
+  for index in range(6):
+    write_label(voc_folder, f'train_{index}', lambda label: label.fill(255))
+  ((title, finding),) = findings(voc_folder).items()
+  assert title == 'no pixel of a class to train on' and finding.fatal
+  assert finding.examples == ('every pixel in train is void, 255',)
+
+
+def test_one_class_without_void_is_a_warning(voc_folder):
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    write_label(voc_folder, path.stem, lambda label: label.fill(1))
+  found = findings(voc_folder)
+  same = found.pop('labels that tell nothing apart')
+  assert not same.fatal and found.keys() == {'classes without a pixel'}
+  assert same.examples == (
+    '1 (left) is the only value in train, so there is nothing to learn',
+  )
+
+
+def test_void_in_the_class_range_is_no_class(voc_folder):
+  def shift(label):
+    label[:] = np.where(label == 255, 0, label + 1)
+
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    write_label(voc_folder, path.stem, shift)
+  (voc_folder / 'classes.txt').write_text('void\nground\nleft\nright\n')
+  found = survey.survey_folder(voc_folder, SPLITS, ignore_label=0)
+  assert not findings(voc_folder, ignore_label=0)
+  assert str(found) == (
+    'num_classes: 3 (the labels hold 1 to 3 and void, 0; as classes.txt has'
+    ' names; line 1 is void and no class)'
+  )
+
+
+def test_void_alone_in_the_class_range_is_told_of_the_other_setting(voc_folder):
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    write_label(
+      voc_folder, path.stem, lambda label: np.minimum(label, 1, label)
+    )
+  (voc_folder / 'classes.txt').write_text('ground\nbox\n')
+  found = findings(voc_folder, ignore_label=0)
+  same = found['labels that tell nothing apart']
+  assert same.fatal
+  assert same.examples == (
+    '1 (box) is the only value beside void, 0, in train; if 0 marks a class,'
+    ' set --config.data.ignore_label=255',
+  )
+
+
+def test_other_problems_are_filed_by_kind(voc_folder):
+  Image.fromarray(np.float32([[0.5]])).save(
+    image_path(voc_folder, 'train_0'), 'TIFF'
+  )
+  Image.new('L', (9, 7)).save(label_path(voc_folder, 'train_1'), 'JPEG')
+  indexed = Image.open(label_path(voc_folder, 'train_3'))
+  indexed.putpalette([10, 20, 30, 5, 5, 5, 0, 200, 0] + [7] * 759)
+  indexed.save(label_path(voc_folder, 'train_3'))
+  image_path(voc_folder, 'val_0').unlink()
+  image_path(voc_folder, 'val_0').symlink_to('gone.jpg')
+  found = findings(voc_folder, fatal=True)
+  assert {title: finding.count for title, finding in found.items()} == {
+    'images that cannot be read as what they show': 1,
+    'labels that hold no class indices': 1,
+    'palettes that give one index several colors': 1,
+    'listed ids without exactly one image and a label': 1,
+  }
+  (palette,) = found['palettes that give one index several colors'].examples
+  assert 'train_3.png: index 1 has the color 5 5 5' in palette
+  (link,) = found['listed ids without exactly one image and a label'].examples
+  assert 'a symbolic link to gone.jpg' in link
+
+
+def info(*classes, **options):
+  palette = np.zeros((len(classes), 3), np.uint8)
+  return datasets.DatasetInfo('mini', classes, palette, **options)
+
+
+def tally(*pixels, void=0):
+  found = records.Tally(len(pixels), 255)
+  found.class_pixels[:], found.void_pixels = pixels, void
+  return found
+
+
+def test_training_looks_at_tallies_in_the_words_of_the_survey(caplog):
+  tallies = {'train': tally(5, 0, void=3), 'val': tally(2, 0, void=1)}
+  with pytest.raises(errors.UserError) as caught:
+    survey.check_tallies(info('bg', 'box'), tallies, 'train')
+  assert str(caught.value) == (
+    'config.data.train_split=train of mini: labels that tell nothing apart: 0'
+    ' (bg) is the only value beside void, 255, in train; if 255 marks a class,'
+    ' set --config.data.label_map=255:1'
+  )
+  tallies['train'] = tally(0, 0, void=3)
+  with pytest.raises(errors.UserError, match='every pixel in train is void'):
+    survey.check_tallies(info('bg', 'box'), tallies, 'train')
+  assert not caplog.messages
+  tallies['train'] = tally(5, 1, void=3)
+  survey.check_tallies(info('bg', 'box'), tallies, 'train')
+  assert caplog.messages == ['classes without a pixel: box in val']
+  caplog.clear()
+  survey.check_tallies(info('bg'), {'train': tally(5)}, 'train')
+  assert caplog.messages == [
+    'labels that tell nothing apart: 0 (bg) is the only value in train, so'
+    ' there is nothing to learn'
+  ]
+  caplog.clear()
+  survey.check_tallies(info('a', 'b'), {'train': tally(5, 1)}, 'train')
+  assert not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -228,6 +347,21 @@ def test_ids_in_both_lists_are_counted(voc_folder):
   assert finding.examples == (
     'train_1 in train and val',
     'train_4 in train and val',
+  )
+
+
+def test_ids_shared_in_another_spelling_are_found(voc_folder):
+  write_list(voc_folder, 'val', ['val_0', 'train_4.jpg'])
+  ((title, finding),) = findings(voc_folder).items()
+  assert title.startswith('ids in two lists') and finding.fatal
+  assert finding.examples == ('train_4 in train and val',)
+
+
+def test_id_that_stands_twice_in_two_spellings_is_found(voc_folder):
+  write_list(voc_folder, 'val', ['val_0', 'val_0.jpg'])
+  (finding,) = findings(voc_folder).values()
+  assert finding.examples == (
+    "'val_0' stands twice in val, as 'val_0.jpg' too",
   )
 
 

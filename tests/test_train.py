@@ -402,6 +402,28 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
   assert all(np.isfinite(leaf).all() for _, leaf in leaves)
 
 
+@pytest.mark.parametrize(
+  'value, words',
+  [
+    (0, 'if 255 marks a class, set --config.data.label_map=255:1'),
+    (255, 'every pixel in train is void, 255'),
+  ],
+)
+def test_labels_that_teach_nothing_are_refused_before_the_first_step(
+  trained, tmp_path, monkeypatch, value, words
+):
+  monkeypatch.setattr(train, '_Training', None)  # anything later would fail
+  folder = shutil.copytree(trained.folder, tmp_path / 'mini')
+  for path in (folder / 'SegmentationClass').iterdir():
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label == 0, value, 255).astype(np.uint8)).save(
+      path
+    )
+  config = make_config(trained.settings, data__dir=str(folder))
+  with pytest.raises(UserError, match=f'train_split=train of mini: .*{words}'):
+    train_and_evaluate(config, tmp_path / 'w')
+
+
 def test_evaluation_split_of_void_alone_is_named(trained, tmp_path):
   folder = shutil.copytree(trained.folder, tmp_path / 'void')
   for path in (folder / 'SegmentationClass').glob('val_*'):

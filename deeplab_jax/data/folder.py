@@ -1,8 +1,10 @@
 """Any directory in the layout of a VOC devkit, prepared as array_record.
 
-  classes.txt                          one class name a line, index from 0
+  classes.txt                          one class name a line, index from 0;
+                                       all with a color 'name R G B', or none
   JPEGImages/ID.jpg                    or .png, .bmp, ...
-  SegmentationClass/ID.png             palette or gray PNG of class indices
+  SegmentationClass/ID.png             palette or gray PNG of class indices, or
+                                       of those colors; or .tif, _mask.png, ...
   ImageSets/Segmentation/SPLIT.txt     one ID a line
 
 Every split is a prepared set of its own, so that evaluation alone reuses what
@@ -15,23 +17,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import hashlib
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from deeplab_jax import errors
-from deeplab_jax.data import datasets, images, records
+from deeplab_jax.data import datasets, images, labels, records
 
 log = logging.getLogger(__name__)
 
 ON_BAD_IMAGE = ('stop', 'skip')
+
+# What names may end in without being others.
+_SUFFIXES = {*images.IMAGE_SUFFIXES, *images.LABEL_SUFFIXES, '.txt', '.heic'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +57,15 @@ class FolderConfig(records.SourceConfig):
   Attributes:
     directory: the source folder.
     split: name of the list.
-    classes: names of the classes.
+    meaning: of the label files' pixels.
     items: the images of the split.
-    ignore_label: label value of void pixels.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
   """
 
   directory: str = ''
   split: str = ''
-  classes: tuple[str, ...] = ()
+  meaning: labels.Meaning | None = dataclasses.field(default=None, repr=False)
   items: tuple[Item, ...] = dataclasses.field(default=(), repr=False)
-  ignore_label: int = 255
   on_bad_image: str = 'stop'
 
 
@@ -69,6 +74,7 @@ def make_config(
   split: str,
   *,
   ignore_label: int = 255,
+  label_map: str = '',
   on_bad_image: str = 'stop',
 ) -> FolderConfig:
   """Surveys a split: its list, the classes, and that the files are there.
@@ -76,7 +82,9 @@ def make_config(
   Args:
     directory: the folder in VOC devkit layout.
     split: name of the list to prepare.
-    ignore_label: label value of void pixels.
+    ignore_label: label value of void pixels in the files.
+    label_map: what other values in the files stand for, as
+      `labels.parse_label_map` reads it.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
 
   Returns:
@@ -91,19 +99,21 @@ def make_config(
     )
   root = find_root(directory)
   classes = read_classes(root)
+  meaning = labels.Meaning(classes, ignore_label, label_map)
   items = _find_items(root, split)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
-  prefix = f'{name}-{place}-{split}-'
-  fingerprint = _fingerprint(classes, items, ignore_label, on_bad_image)
+  prefix = f'{name}-{place}-{records.split_key(split)}-'
+  colors = None if classes.colors is None else classes.colors.tolist()
+  options = (ignore_label, sorted(meaning.label_map.items()), on_bad_image)
+  fingerprint = _fingerprint((classes.lines, colors), items, *options)
   return FolderConfig(
     name=prefix + fingerprint,
     prefix=prefix,
     directory=str(root),
     split=split,
-    classes=classes,
+    meaning=meaning,
     items=items,
-    ignore_label=ignore_label,
     on_bad_image=on_bad_image,
   )
 
@@ -111,42 +121,42 @@ def make_config(
 class FolderSegmentation(records.RecordsBuilder):
   """TFDS builder of one split of a folder; takes a `FolderConfig`."""
 
-  VERSION = tfds.core.Version('1.2.0')
+  VERSION = tfds.core.Version('1.3.0')
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
     config = self.builder_config
-    info = datasets.DatasetInfo(
-      name=pathlib.Path(config.directory).name,
-      classes=config.classes,
-      palette=_find_palette(config.directory, len(config.classes)),
-      ignore_label=config.ignore_label,
-    )
-    self.info.metadata.update(
-      info=info.to_json(), splits={}, directory=config.directory
-    )
+    self.info.metadata.update(splits={}, directory=config.directory)
     return {config.split: self._generate_examples()}
 
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    config = self.builder_config
-    tally = records.Tally(len(config.classes), config.ignore_label)
-    for item, (image, size, label) in records.readable(
-      config.items, _read, split=config.split, on_bad_image=config.on_bad_image
+    config, meaning = self.builder_config, self.builder_config.meaning
+    tally = records.Tally(len(meaning.classes), meaning.stored_ignore_label)
+    palettes = labels.Palettes()
+    counts = np.zeros(256, np.int64)  # of values in the files
+    for item, pair in records.readable(
+      config.items,
+      lambda item: read_pair(item, meaning),
+      split=config.split,
+      on_bad_image=config.on_bad_image,
     ):
-      records.check_size(item, size, label.shape)
+      palettes.add(item.label, pair.colors)
       records.check_values(
         item,
-        label,
-        len(config.classes),
-        config.ignore_label,
-        remedy='the file, classes.txt or config.data.ignore_label',
+        pair.label,
+        len(meaning.lines),
+        meaning.ignore_label,
+        remedy='the file, classes.txt or config.data.ignore_label, or say what '
+        'the value stands for with config.data.label_map',
       )
+      counts += pair.counts
+      label = meaning.to_classes(pair.label)
       tally.add(label)
       yield (
         item.name,
         records.make_record(
           item.name,
           item.image.name,
-          image,
+          pair.image,
           images.encode_label(label),
           label.shape,
         ),
@@ -156,28 +166,114 @@ class FolderSegmentation(records.RecordsBuilder):
         f'{_list_path(config.directory, config.split)}: every listed image is '
         'unreadable; see the warnings above'
       )
+    info = _make_info(config, palettes, counts)
+    self.info.metadata.update(info=info.to_json(), colors=palettes.to_json())
     self.info.metadata['splits'][config.split] = tally.to_json()
 
 
-def _read(item: Item) -> tuple[bytes, tuple[int, int], np.ndarray]:
-  """The image's bytes to store and its size, and the label uint8 [H, W]."""
-  return *images.storable_image(item.image), images.read_label(item.label)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+  """An image and its label, read and checked against one another.
+
+  Attributes:
+    image: bytes to store.
+    label: uint8 [H, W], label values.
+    colors: of the palette indices in use, see `Meaning.used_colors`.
+    counts: int64 [256], pixels of each value in the label's file; 0 for colors.
+  """
+
+  image: bytes
+  label: np.ndarray
+  colors: dict[int, tuple[int, ...]]
+  counts: np.ndarray
 
 
-def _find_palette(root: str, num_classes: int) -> np.ndarray:
-  """Returns the colours of the first palette label or VOC's, uint8 [C, 3]."""
-  result = datasets.voc_palette(num_classes)
+def read_pair(item: Item, meaning: labels.Meaning) -> Pair:
+  """Reads both files of an id.
+
+  Raises:
+    UserError: if one cannot be used, or they do not fit.
+  """
+  picture = images.open_picture(item.image)
+  file = images.open_label(item.label)
+  values = fit_label(item, picture, file, meaning.label_values(file))
+  counts = np.zeros(256, np.int64)
+  if file.pixels.ndim == 2:
+    counts += np.bincount(file.pixels.ravel(), minlength=256)
+  return Pair(
+    images.storable(picture), values, meaning.used_colors(file), counts
+  )
+
+
+def fit_label(
+  item: Item,
+  picture: images.Picture,
+  file: images.LabelFile,
+  values: np.ndarray,
+) -> np.ndarray:
+  """Returns the label's values [H, W] the way up that the picture is.
+
+  An image may have an EXIF orientation that its label has not. The size tells
+  whether the label was drawn on the image as shown or as stored.
+
+  Raises:
+    UserError: if the sizes differ, or both ways are possible.
+  """
+  height, width = picture.pixels.shape[:2]
+  if picture.orientation == 1 or file.turned:
+    records.check_size(item, (height, width), values.shape)
+    return values
+  stored = (width, height) if picture.orientation >= 5 else (height, width)
+  if values.shape == stored == (height, width):
+    raise errors.UserError(
+      f'{item.image} has the EXIF orientation {picture.orientation} and its '
+      f'label {item.label} has none, so which way up the label is cannot be '
+      'told from its size; store the image upright, without that tag'
+    )
+  if values.shape == stored:
+    return images.turn(values, picture.orientation)
+  records.check_size(item, (height, width), values.shape)
+  return values
+
+
+def _make_info(
+  config: FolderConfig, palettes: labels.Palettes, counts: np.ndarray
+) -> datasets.DatasetInfo:
+  meaning = config.meaning
+  values = meaning.file_values(counts)
+  palette = meaning.colors
+  if palette is None:
+    palette = datasets.voc_palette(256)[list(meaning.values)]
+    first = _first_palette(config.directory)
+    for index, value in enumerate(values):
+      if palettes.color(value):
+        palette[index] = palettes.color(value)
+      elif value < len(first):
+        palette[index] = first[value]
+  free = (v for v in range(255, -1, -1) if v not in values)
+  void = meaning.ignore_label
+  return datasets.DatasetInfo(
+    name=pathlib.Path(config.directory).name,
+    classes=meaning.classes,
+    palette=palette,
+    ignore_label=meaning.stored_ignore_label,
+    values=values,
+    void_value=next(free) if void in values else void,
+  )
+
+
+def _first_palette(root: str) -> np.ndarray:
+  """Returns the colors of the first palette label, uint8 [N, 3]."""
   # of the whole folder, so that all splits have the same colours
-  for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*.png')):
-    try:
-      palette = images.label_palette(path)
-    except errors.UnreadableError:
-      continue  # the check of the records reports it
-    if palette is not None:
-      count = min(len(palette), num_classes)
-      result[:count] = palette[:count]
-      break
-  return result
+  for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
+    if path.suffix.lower() in images.LABEL_SUFFIXES:
+      try:
+        palette = images.label_palette(path)
+      except errors.UserError:
+        continue  # the check of the records reports it
+      if palette is not None:
+        return palette
+  return np.zeros((0, 3), np.uint8)
 
 
 def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -189,13 +285,15 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise errors.UserError(
-      f'{directory}: no such dataset folder; set config.data.dir'
+      f'{directory}: no such dataset folder{_near_file(root)}; set '
+      'config.data.dir'
     )
   for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
     if not (root / part).is_dir():
       raise errors.UserError(
-        f'{root / part}: no such folder; a dataset folder needs JPEGImages, '
-        'SegmentationClass, ImageSets/Segmentation and classes.txt'
+        f'{root / part}: no such folder{_near_file(root / part)}; a dataset '
+        'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
+        'and classes.txt'
       )
   return root
 
@@ -210,25 +308,28 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def read_classes(root: pathlib.Path) -> tuple[str, ...]:
-  """Returns the class names of `classes.txt` below a folder.
+def read_classes(root: pathlib.Path) -> labels.ClassList:
+  """Returns what `classes.txt` below a folder says.
 
   Raises:
-    UserError: if the file is missing, or a line is blank or repeated.
+    UserError: if the file is missing, or a line is blank, repeated or has a
+      wrong color.
   """
   path = root / 'classes.txt'
   if not path.is_file():
     raise errors.UserError(
-      f'{path}: no such file; write one class name a line, index from 0 '
-      '(--mode=prepare tells how many)'
+      f'{path}: no such file{_near_file(path)}; write one class name a line, '
+      'index from 0 (--mode=prepare tells how many)'
     )
-  classes = _read_lines(path)
-  if not 1 <= len(classes) <= 256 or '' in classes:
+  lines = _read_lines(path)
+  if not 1 <= len(lines) <= 256 or '' in lines:
     raise errors.UserError(
       f'{path}: needs 1 to 256 lines with one class name each, none blank'
     )
-  _refuse_repeats(path, classes)
-  return tuple(classes)
+  with errors.naming(str(path)):
+    classes = labels.parse_classes(lines)
+  _refuse_repeats(path, classes.lines)
+  return classes
 
 
 def _list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
@@ -242,12 +343,19 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
     UserError: if there is no such list, or it is empty or repeats an id.
   """
   path = _list_path(root, split)
-  if not re.fullmatch(r'\w[\w-]*', split) or not path.is_file():
-    known = ', '.join(sorted(p.stem for p in path.parent.glob('*.txt')))
+  folder = root / 'ImageSets' / 'Segmentation'
+  files = {
+    _normal(file.stem): file
+    for file in sorted(folder.iterdir())
+    if file.suffix == '.txt'
+  }
+  if _normal(split) not in files:
+    known = ', '.join(files)
     raise errors.UserError(
-      f'{path}: no such list; known splits: {known or "none"}'
+      f'{path}: no such list{near(split, files)}; known splits: '
+      f'{known or "none"}'
     )
-  names = [line for line in _read_lines(path) if line]
+  names = [line for line in _read_lines(files[_normal(split)]) if line]
   if not names:
     raise errors.UserError(f'{path}: the split is empty; list one id a line')
   _refuse_repeats(path, names)
@@ -268,20 +376,25 @@ def _find_items(root: pathlib.Path, split: str) -> tuple[Item, ...]:
       items.append(files.item(name))
     except errors.UserError as error:
       missing[name] = error
+  path = _list_path(root, split)
   if len(missing) > 1:
     names = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
+    first = next(iter(missing.values()))
     raise errors.UserError(
-      f'{_list_path(root, split)}: {len(missing)} listed ids without '
-      f'exactly one image and a label ({names}); add them or take them off the '
-      'list'
+      f'{path}: {len(missing)} listed ids without exactly one image and a '
+      f'label ({names}), the first: {first}'
     )
   for error in missing.values():
     raise error
+  _refuse_repeats(path, [item.name for item in items])
   return tuple(items)
 
 
 class ImageFiles:
   """Finds the files of an id, reading every directory once.
+
+  Names are compared in Unicode's composed form (NFC): other systems write 'ü'
+  as two characters.
 
   Args:
     root: a folder in VOC devkit layout.
@@ -290,50 +403,132 @@ class ImageFiles:
   def __init__(self, root: pathlib.Path) -> None:
     self._root = root
     self._folders: dict[pathlib.Path, dict[str, list[pathlib.Path]]] = {}
+    self._hints = 5  # comparing with all names takes its time
 
   def item(self, name: str) -> Item:
-    """Returns the files of an id.
+    """Returns the files of an id, which may have its image's suffix.
 
     Raises:
-      UserError: if one is missing, or two images have that id.
+      UserError: if one is missing, or two files have that id.
     """
-    found = self._images(name)
+    name = _normal(name)
+    found = self._files('JPEGImages', name, images.IMAGE_SUFFIXES)
+    bare, suffix = os.path.splitext(name)
+    if not found and suffix.lower() in images.IMAGE_SUFFIXES:
+      found = self._files('JPEGImages', bare, images.IMAGE_SUFFIXES)
+      name = bare if found else name
     if not found:
-      raise errors.UserError(
-        f'{self._root / "JPEGImages" / name}: listed, but there is no image '
-        'file of that name; add it or take it off the list'
-      )
-    if len(found) > 1:
-      raise errors.UserError(
-        f'{found[0]} and {found[1].name} share the id {name!r}; keep one'
-      )
-    label = self._root / 'SegmentationClass' / f'{name}.png'
-    if not label.is_file():
-      raise errors.UserError(
-        f'{label}: listed, but there is no such label; add it or take '
-        f'{name!r} off the list'
-      )
-    return Item(name, found[0], label)
+      raise self._missing('JPEGImages', name, 'image', images.IMAGE_SUFFIXES)
+    suffixes = images.LABEL_SUFFIXES
+    masks = self._files('SegmentationClass', name, suffixes)
+    masks = masks or self._files('SegmentationClass', f'{name}_mask', suffixes)
+    if not masks:
+      raise self._missing('SegmentationClass', name, 'label', suffixes)
+    for files in (found, masks):
+      if len(files) > 1:
+        raise errors.UserError(
+          f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
+        )
+      _refuse_broken_link(files[0], name)
+    return Item(name, found[0], masks[0])
 
-  def _images(self, name: str) -> list[pathlib.Path]:
-    path = self._root / 'JPEGImages' / name  # an id may name a subfolder
-    if path.parent not in self._folders:
+  def _files(
+    self, part: str, name: str, suffixes: Sequence[str]
+  ) -> list[pathlib.Path]:
+    path = self._root / part / name  # an id may name a subfolder
+    return [
+      file
+      for file in self._listing(path.parent).get(path.name, ())
+      if file.suffix.lower() in suffixes
+    ]
+
+  def _listing(self, folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """The entries of a folder by stem; none where there is no such folder."""
+    if folder not in self._folders:
       files = collections.defaultdict(list)
-      if path.parent.is_dir():
-        for file in sorted(path.parent.iterdir()):
-          if file.suffix.lower() in images.IMAGE_SUFFIXES:
-            files[file.stem].append(file)
-      self._folders[path.parent] = files
-    return self._folders[path.parent].get(path.name, [])
+      for form in ('NFC', 'NFD'):
+        place = pathlib.Path(unicodedata.normalize(form, str(folder)))
+        if place.is_dir():
+          for file in sorted(place.iterdir()):
+            files[_normal(file.stem)].append(file)
+          break
+      self._folders[folder] = files
+    return self._folders[folder]
+
+  def _missing(
+    self, part: str, name: str, kind: str, suffixes: Sequence[str]
+  ) -> errors.UserError:
+    """Says what is there instead."""
+    path = self._root / part / name
+    listing = self._listing(path.parent)
+    shown = f'{path}.png' if kind == 'label' else path
+    hint = ''
+    if path.name in listing:
+      other = listing[path.name][0].name
+      hint = f'; there is {other}, but {kind} files end in {" ".join(suffixes)}'
+    elif self._hints > 0:
+      self._hints -= 1
+      # An id with a folder too many is looked for without it.
+      listing = listing or self._listing(self._root / part)
+      hint = near(path.name, (f.name for fs in listing.values() for f in fs))
+    return errors.UserError(
+      f'{shown}: listed, but there is no {kind} file of that name{hint}; add '
+      f'it or take {name!r} off the list'
+    )
 
 
-def _fingerprint(
-  classes: tuple[str, ...], items: tuple[Item, ...], *options: Any
-) -> str:
+def _refuse_broken_link(path: pathlib.Path, name: str) -> None:
+  if path.is_symlink() and not path.is_file():
+    raise errors.UserError(
+      f'{path} is a symbolic link to {os.readlink(path)}, which is not there; '
+      f'mend the link or take {name!r} off the list'
+    )
+  if not path.is_file():
+    raise errors.UserError(
+      f'{path} is no file; put a file there or take {name!r} off the list'
+    )
+
+
+def _normal(name: str) -> str:
+  return unicodedata.normalize('NFC', name)
+
+
+def near(name: str, others: Iterable[str]) -> str:
+  """Returns '; there is X' for the names that may be meant, or ''.
+
+  These are the names that differ in case, suffix, punctuation or an addition,
+  else those of few other letters.
+  """
+  others = sorted(others)
+  bare = _bare(name)
+  found = [other for other in others if _bare(other) == bare]
+  if not found and bare:
+    longer = re.compile(re.escape(bare) + '[a-z]')
+    found = [other for other in others if longer.match(_bare(other))]
+  found = found or difflib.get_close_matches(name, others, 3, 0.75)
+  return f'; there is {", ".join(found[:3])}' if found else ''
+
+
+def _near_file(path: pathlib.Path) -> str:
+  """`near` among what lies beside a file."""
+  if not path.parent.is_dir():
+    return ''
+  return near(path.name, (other.name for other in path.parent.iterdir()))
+
+
+def _bare(name: str) -> str:
+  """What two spellings of one name share."""
+  name = unicodedata.normalize('NFKC', name).casefold()
+  while (stem := os.path.splitext(name))[1] in _SUFFIXES:
+    name = stem[0]
+  return re.sub(r'\W|_|\b0+(?=\d)', '', name)
+
+
+def _fingerprint(classes: Any, items: tuple[Item, ...], *options: Any) -> str:
   """Tells states of the files and the options apart."""
   rows = []
   for item in items:
-    row = [item.name, item.image.name]
+    row = [item.name, item.image.name, item.label.name]
     for file in (item.image, item.label):
       stat = file.stat()
       row += [stat.st_size, stat.st_mtime_ns]

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from deeplab_jax import disk, errors
-from deeplab_jax.data import datasets, folder, records, shapes, voc
+from deeplab_jax.data import datasets, folder, labels, records, shapes, voc
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,9 @@ class Dataset:
     """
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return records.Records(
-      self._builder(split).as_data_source(split, deserialize_method=raw)
+      self._builder(split).as_data_source(
+        records.split_key(split), deserialize_method=raw
+      )
     )
 
   def sizes(self, split: str) -> list[tuple[int, int]]:
@@ -85,6 +87,7 @@ def load_dataset(
   prepared_dir: str = '',
   splits: Sequence[str] = ('train', 'val'),
   ignore_label: int = 255,
+  label_map: str = '',
   on_bad_image: str = 'stop',
   list_file: str = '',
   holdout: float = 0.1,
@@ -97,7 +100,9 @@ def load_dataset(
     prepared_dir: where prepared data sets lie; '' is TFDS's own place
       (TFDS_DATA_DIR, else ~/tensorflow_datasets).
     splits: the splits wanted.
-    ignore_label: label value of void pixels.
+    ignore_label: label value of void pixels in the files.
+    label_map: of 'folder', what other values in the files stand for, see
+      `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
     list_file: of 'voc2012_segmentation/list', the ids to train on.
     holdout: of the same, the share of them that is the split 'holdout'.
@@ -114,6 +119,11 @@ def load_dataset(
     raise errors.UserError(
       f'config.data.ignore_label must be 0 to 255, got {ignore_label}'
     )
+  if label_map and name != 'folder':
+    raise errors.UserError(
+      f"config.data.label_map={label_map} is for config.data.name='folder', "
+      f'got {name!r}'
+    )
   if not splits:
     raise ValueError('splits must name at least one split')
   builders = LOADERS[name](
@@ -121,6 +131,7 @@ def load_dataset(
     prepared_dir=prepared_dir or None,
     splits=splits,
     ignore_label=ignore_label,
+    label_map=label_map,
     on_bad_image=on_bad_image,
     list_file=list_file,
     holdout=holdout,
@@ -148,6 +159,7 @@ def _load_folder(
   prepared_dir: str | None,
   splits: Sequence[str],
   ignore_label: int,
+  label_map: str,
   on_bad_image: str,
   **unused: Any,
 ) -> Builders:
@@ -158,14 +170,22 @@ def _load_folder(
   # All are surveyed before the first is prepared, which may take minutes.
   configs = {
     split: folder.make_config(
-      directory, split, ignore_label=ignore_label, on_bad_image=on_bad_image
+      directory,
+      split,
+      ignore_label=ignore_label,
+      label_map=label_map,
+      on_bad_image=on_bad_image,
     )
     for split in splits
   }
-  return {
+  builders = {
     split: _prepared(folder.FolderSegmentation, prepared_dir, config)
     for split, config in configs.items()
   }
+  palettes = labels.Palettes()
+  for builder in builders.values():
+    palettes.merge(builder.info.metadata['colors'])
+  return builders
 
 
 def _load_voc(
@@ -174,6 +194,7 @@ def _load_voc(
   prepared_dir: str | None,
   splits: Sequence[str],
   ignore_label: int,
+  label_map: str,
   **options: Any,
 ) -> Builders:
   _check_ignore_label('voc2012', ignore_label)

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -48,6 +49,17 @@ class SourceConfig(tfds.core.BuilderConfig):
 def fingerprint(*values: Any) -> str:
   """Returns 12 hex digits that change with the values, plain JSON ones."""
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def split_key(split: str) -> str:
+  """Returns the name under which TFDS stores a split.
+
+  TFDS takes no dots, spaces or brackets, and 'all' means something else to it.
+  """
+  if re.fullmatch('[a-z][a-z0-9_]{0,39}', split) and split != 'all':
+    return split
+  readable = re.sub('[^a-z0-9]+', '_', split.lower())[:20]
+  return f'list_{readable}_{fingerprint(split)[:8]}'
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
@@ -91,7 +103,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     )
     names = self.info.metadata['names'] = {}
     for split, examples in generators.items():
-      writer.initialize_splits([split])
+      writer.initialize_splits([split_key(split)])
       names[split] = []
       quiet = not sys.stderr.isatty()
       examples = iter(
@@ -99,7 +111,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
       )
       while chunk := list(itertools.islice(examples, _CHUNK)):
         names[split] += [name for name, _ in chunk]
-        writer.add_examples({split: [record for _, record in chunk]})
+        chunk_records = [record for _, record in chunk]
+        writer.add_examples({split_key(split): chunk_records})
     writer.close_all()
     self.info.set_splits(written.splits)
 
