@@ -161,9 +161,9 @@ def probabilities(
     if scale != 1:
       scaled = tuple(int(_scaled(n, scale)) for n in size)
       own = _scaled(sizes, scale).astype(jnp.int32)
-      view = resample(view.astype(jnp.float32), scaled, (1 / scale,) * 2)
+      view = resample(view.astype(jnp.float32), scaled, (1 / scale,) * 2, sizes)
     logits = model.apply(variables, view, train=False, sizes=own)
-    seen = jax.nn.softmax(resample(logits, size, (scale,) * 2))
+    seen = jax.nn.softmax(resample(logits, size, (scale,) * 2, own))
     return total + _mirror(seen, mirrored), None
 
   # Mirroring no column leaves an image as it is. The loop over both compiles

@@ -313,6 +313,17 @@ def test_resampling_equals_hand_computed_cases():
   np.testing.assert_allclose(y[0, 0, :, 0], [0, 4], atol=1e-6)
 
 
+def test_resampling_stays_at_the_last_pixel_of_each_map():
+  x = np.random.default_rng(0).normal(size=(3, 6, 7, 2)).astype(np.float32)
+  sizes = np.array([[6, 7], [4, 2], [1, 5]])
+  run = jax.jit(lambda x, sizes: layers.resample(x, (9, 8), (0.6, 1.1), sizes))
+  ours = run(x, sizes)
+  for map_, (height, width), found in zip(x, sizes, ours, strict=True):
+    own = jnp.asarray(map_[None, :height, :width])
+    expected = layers.resample(own, (9, 8), (0.6, 1.1))[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize('size', [(513, 513), (512, 500), (1, 17)])
 def test_resampling_keeps_every_input_pixel(size):
   x = np.random.default_rng(0).normal(size=(1, 33, 33, 2)).astype(np.float32)

@@ -442,7 +442,10 @@ UPSAMPLINGS = ('align_corners', 'asymmetric')
 
 
 def resample(
-  x: jax.Array, size: tuple[int, int], step: tuple[float, float]
+  x: jax.Array,
+  size: tuple[int, int],
+  step: tuple[float, float],
+  sizes: jax.Array | None = None,
 ) -> jax.Array:
   """Reads a map on another grid of the same origin, by linear interpolation.
 
@@ -450,25 +453,28 @@ def resample(
     x: [B, H, W, C] float.
     size: (height, width) of the result.
     step: (vertical, horizontal) distance of its pixels, in pixels of x.
+    sizes: int [B, 2], height and width of each map without what pads it to
+      H, W; None where nothing does.
 
   Returns:
     [B, height, width, C], whose (i, j) is x at (i * step[0], j * step[1]); past
-    the last row or column of x it is that row or column.
+    the last row or column of a map it is that row or column.
   """
   batch, height, width, channels = x.shape
+  heights, widths = (None, None) if sizes is None else sizes.T
   if (size[1], step[1]) != (width, 1):
     x = jnp.einsum(
-      'ow,bhwc->bhoc',
-      jnp.asarray(_interpolation(width, size[1], step[1]), x.dtype),
+      '...ow,...hwc->...hoc' if sizes is not None else 'ow,bhwc->bhoc',
+      _interpolation(width, size[1], step[1], widths).astype(x.dtype),
       x,
       precision=lax.Precision.HIGHEST,
     )
   if (size[0], step[0]) != (height, 1):
     # Last, and with the batch in front, so that the large result is not
     # transposed.
-    matrix = jnp.asarray(_interpolation(height, size[0], step[0]), x.dtype)
+    matrix = _interpolation(height, size[0], step[0], heights).astype(x.dtype)
     x = lax.dot_general(
-      jnp.broadcast_to(matrix, (batch, *matrix.shape)),
+      jnp.broadcast_to(matrix, (batch, *matrix.shape[-2:])),
       x.reshape(batch, height, size[1] * channels),
       (((2,), (1,)), ((0,), (0,))),
       precision=lax.Precision.HIGHEST,
@@ -476,7 +482,13 @@ def resample(
   return x.reshape(batch, *size, channels)
 
 
-def _interpolation(size: int, out: int, step: float) -> np.ndarray:
-  """Weights [out, size] of linear interpolation, see `resample`."""
-  position = np.minimum(np.arange(out) * step, size - 1)
-  return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size)))
+def _interpolation(
+  length: int, out: int, step: float, lengths: jax.Array | None
+) -> np.ndarray | jax.Array:
+  """Weights [out, length] of `resample`; [B, out, length] with lengths [B]."""
+  position = np.arange(out) * step
+  if lengths is None:
+    position = np.minimum(position, length - 1)
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(length)))
+  position = jnp.minimum(position, lengths[:, None] - 1)
+  return jnp.maximum(0, 1 - jnp.abs(position[..., None] - np.arange(length)))
