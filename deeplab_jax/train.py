@@ -67,7 +67,7 @@ def train_and_evaluate(
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
   _check_splits(dataset, data.train_split, data.eval_split)
-  check_tallies(
+  suspect = check_tallies(
     dataset.info,
     {s: dataset.tally(s) for s in (data.train_split, data.eval_split) if s},
     data.train_split,
@@ -103,6 +103,8 @@ def train_and_evaluate(
         training = _Training(
           config, workdir, dataset, saved, description, pretrained
         )
+        for finding in suspect:  # now that nothing else is refused
+          log.warning('%s', finding.line)
         training.run(stop)
       saved.wait()
     if not data.eval_split:

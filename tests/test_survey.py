@@ -285,7 +285,7 @@ def tally(*pixels, void=0):
   return found
 
 
-def test_training_looks_at_tallies_in_the_words_of_the_survey(caplog):
+def test_training_looks_at_tallies_in_the_words_of_the_survey():
   tallies = {'train': tally(5, 0, void=3), 'val': tally(2, 0, void=1)}
   with pytest.raises(errors.UserError) as caught:
     survey.check_tallies(info('bg', 'box'), tallies, 'train')
@@ -297,19 +297,33 @@ def test_training_looks_at_tallies_in_the_words_of_the_survey(caplog):
   tallies['train'] = tally(0, 0, void=3)
   with pytest.raises(errors.UserError, match='every pixel in train is void'):
     survey.check_tallies(info('bg', 'box'), tallies, 'train')
-  assert not caplog.messages
-  tallies['train'] = tally(5, 1, void=3)
-  survey.check_tallies(info('bg', 'box'), tallies, 'train')
-  assert caplog.messages == ['classes without a pixel: box in val']
-  caplog.clear()
-  survey.check_tallies(info('bg'), {'train': tally(5)}, 'train')
-  assert caplog.messages == [
-    'labels that tell nothing apart: 0 (bg) is the only value in train, so'
-    ' there is nothing to learn'
-  ]
-  caplog.clear()
-  survey.check_tallies(info('a', 'b'), {'train': tally(5, 1)}, 'train')
-  assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+  'train, val, lines',
+  [
+    (tally(5, 1, void=3), tally(2, 1), []),
+    (tally(5, 1), tally(2, 0), ['classes without a pixel: box in val']),
+    (
+      tally(5, 1),
+      tally(0, 0, void=2),
+      ['classes without a pixel: all 2 in val'],
+    ),
+    (
+      tally(0, 5),
+      tally(1, 1),
+      [
+        'labels that tell nothing apart: 1 (box) is the only value in train,'
+        ' so there is nothing to learn',
+        'classes without a pixel: bg in train',
+      ],
+    ),
+  ],
+)
+def test_training_is_told_what_is_suspect(train, val, lines):
+  tallies = {'train': train, 'val': val}
+  found = survey.check_tallies(info('bg', 'box'), tallies, 'train')
+  assert [finding.line for finding in found] == lines
 
 
 @pytest.mark.parametrize(

@@ -424,6 +424,19 @@ def test_labels_that_teach_nothing_are_refused_before_the_first_step(
     train_and_evaluate(config, tmp_path / 'w')
 
 
+def test_classes_without_a_pixel_are_warned_of_before_the_first_step(
+  trained, tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(train._Training, '__init__', lambda *_: None)
+  said = []
+  monkeypatch.setattr(
+    train._Training, 'run', lambda *_: said.extend(caplog.messages) or 1 / 0
+  )
+  with pytest.raises(ZeroDivisionError):
+    train_and_evaluate(make_config(trained.settings), tmp_path / 'w')
+  assert 'classes without a pixel: absent in train; absent in val' in said
+
+
 def test_evaluation_split_of_void_alone_is_named(trained, tmp_path):
   folder = shutil.copytree(trained.folder, tmp_path / 'void')
   for path in (folder / 'SegmentationClass').glob('val_*'):

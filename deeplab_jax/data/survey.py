@@ -10,7 +10,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,6 @@ import numpy as np
 
 from deeplab_jax import errors
 from deeplab_jax.data import datasets, folder, images, labels, records
-
-log = logging.getLogger(__name__)
 
 TINY = 64  # pixels; a tiny image has a shorter side
 HUGE = 4096  # pixels; a huge image has a longer side
@@ -272,7 +269,7 @@ def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
 
 def check_tallies(
   info: datasets.DatasetInfo, tallies: Mapping[str, records.Tally], trained: str
-) -> None:
+) -> tuple[Finding, ...]:
   """Looks before training at what a survey looks at, in the same words.
 
   Args:
@@ -280,8 +277,11 @@ def check_tallies(
     tallies: of its splits.
     trained: the split to train on.
 
+  Returns:
+    What is only suspect.
+
   Raises:
-    UserError: if nothing can be learned; what is only suspect is logged.
+    UserError: if nothing can be learned.
   """
   found = label_findings(
     {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()},
@@ -295,8 +295,7 @@ def check_tallies(
       raise errors.UserError(
         f'config.data.train_split={trained} of {info.name}: {finding.line}'
       )
-  for finding in found:
-    log.warning('%s', finding.line)
+  return found
 
 
 class _Notes:
