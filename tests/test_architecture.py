@@ -10,7 +10,8 @@ import pytest
 import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
-BASE = {'errors', 'disk', 'models.convolutions'}  # below the floors
+# Below the floors.
+BASE = {'errors', 'disk', 'lettering', 'models.convolutions'}
 FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
