@@ -6,17 +6,21 @@ in `experiments/` change what they need.
 """
 
 import copy
+import difflib
 import functools
 import json
 import math
+import os
+import re
 import runpy
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from deeplab_jax.errors import UserError
 
@@ -93,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.name = 'sgd'  # or 'adam'
   config.optimizer.learning_rate = 0.1
   config.optimizer.power = 0.9
-  config.optimizer.warmup_steps = 20
+  config.optimizer.warmup_steps = 0
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 1e-4
   config.optimizer.head_multiplier = 1.0
@@ -118,6 +122,9 @@ def get_config() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+_FLOAT32_MAX = 3.4028234663852886e38
+_INT32_MAX = 2**31 - 1
+
 _Rule = tuple[str, Callable[[Any], bool]]
 
 _ABOVE_0: _Rule = 'above 0', lambda x: x > 0
@@ -141,13 +148,16 @@ def _are_weights(text: str) -> bool:
     weights = parse_numbers(text)
   except ValueError:
     return False
-  return all(0 <= x < math.inf for x in weights) and any(weights)
+  return all(0 <= x <= _FLOAT32_MAX for x in weights) and any(weights)
 
 
 # What the value of a key must be, in words and as a test.
 _RULES: dict[str, _Rule] = {
   'seed': ('in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
-  'model.width': _ABOVE_0,
+  'model.width': (
+    'above 1/128, which leaves at least one of 64 channels',
+    lambda x: x > 0 and round(64 * x) >= 1,
+  ),
   'model.output_stride': _one_of(8, 16, 32),
   'model.multi_grid': _RATES,
   'model.aspp_rates': _RATES,
@@ -161,8 +171,8 @@ _RULES: dict[str, _Rule] = {
   'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
   'data.on_bad_image': _one_of('stop', 'skip'),
   'data.scale': (
-    '(smallest, largest), above 0',
-    lambda x: len(x) == 2 and 0 < x[0] <= x[1],
+    '(smallest, largest), above 0 and at most 2^31 - 1',
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= _INT32_MAX,
   ),
   'data.crop_size': (
     '(height, width), from 1',
@@ -175,7 +185,10 @@ _RULES: dict[str, _Rule] = {
   ),
   'data.threads': _FROM_0,
   'data.workers': _FROM_0,
-  'train.steps': _FROM_1,
+  'train.steps': (
+    'in 1..2^31 - 1, which an int32 counts',
+    lambda x: 1 <= x <= _INT32_MAX,
+  ),
   'train.batch_size': _FROM_1,
   'train.log_every': _FROM_1,
   'train.eval_every': _FROM_1,
@@ -222,9 +235,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   _check_structure(config, get_config(), 'config')
   for key, (what, holds) in _RULES.items():
-    value = functools.reduce(
-      lambda section, name: section[name], key.split('.'), config
-    )
+    value = value_of(config, key)
     if not holds(value):
       raise UserError(f'config.{key} must be {what}, got {value!r}')
   if config.data.dir and config.data.name == 'shapes':
@@ -238,6 +249,149 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
     )
+
+
+def check_machine(
+  config: ml_collections.ConfigDict,
+  mode: str,
+  *,
+  memory: int | None = None,
+  threads: int | None = None,
+  hosts: int = 1,
+) -> None:
+  """Refuses what cannot fit into this machine, before anything is started.
+
+  Every estimate is a lower bound: what is refused could not have worked, and
+  what is not may still be too much.
+
+  Args:
+    config: valid by itself.
+    mode: of the command, whose settings alone are looked at.
+    memory: bytes of the machine and its accelerators; None where unknown.
+    threads: the most that a process may have; None where unknown.
+    hosts: machines that share each batch.
+
+  Raises:
+    UserError: naming settings, what they take and what there is.
+  """
+  if mode == 'train' and threads is not None and config.data.threads > threads:
+    raise UserError(
+      f'config.data.threads={config.data.threads}: a process has at most'
+      f' {threads} threads on this machine'
+    )
+  for what, keys, estimate in _least_memory(config, mode, hosts):
+    if memory is not None and estimate > memory:
+      raise UserError(
+        f'{_shown(config, keys)}: {what} take at least {_gigabytes(estimate)},'
+        f' and this machine has {_gigabytes(memory)} of memory'
+      )
+
+
+# What a thread and a process that load images have of their own, in bytes:
+# the stack's first pages here and in the kernel; Python and its libraries.
+_THREAD = 2**15
+_PROCESS = 2**26
+
+
+def _least_memory(
+  config: ml_collections.ConfigDict, mode: str, hosts: int
+) -> Iterator[tuple[str, tuple[str, ...], int]]:
+  """Yields what takes memory, by which settings, and the least bytes."""
+  model, data = config.model, config.data
+  number = 2 if model.dtype == 'bfloat16' else 4
+  base, rates = round(64 * model.width), len(model.aspp_rates)
+
+  # The two 3x3 kernels at least of the last block, whatever the backbone, and
+  # those of the ASPP, its branches and what joins them. Training also holds a
+  # gradient and a momentum of each parameter.
+  last, features = 8 * base, model.aspp_features
+  count = 2 * 9 * last**2
+  count += rates * 9 * last * features + (rates + 2) * features**2
+  yield (
+    'the parameters',
+    ('model.width', 'model.aspp_features'),
+    4 * count * (3 if mode == 'train' else 1),
+  )
+  # XLA lays `rate` zeros around a map: at least one pixel, image and channel.
+  # A rate is halved at most, at output stride 32.
+  widest = max(max(model.aspp_rates) // 2, max(model.multi_grid))
+  yield (
+    'the padded maps of an atrous convolution',
+    ('model.aspp_rates', 'model.multi_grid'),
+    number * (1 + 2 * widest) ** 2,
+  )
+  if mode == 'train':
+    processes, threads = max(data.workers, 1), max(data.threads, 1)
+    yield (
+      'the threads and processes that load images',
+      ('data.threads', 'data.workers'),
+      processes * threads * _THREAD + data.workers * _PROCESS,
+    )
+    pixels = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
+    # Image and label in bytes, a batch in each thread and one in the step.
+    yield (
+      'the loaded batches',
+      ('train.batch_size', 'data.crop_size', 'data.threads', 'data.workers'),
+      4 * pixels * (processes * threads + 1),
+    )
+    # The image in numbers, and the stem's map, of half its height and width.
+    yield (
+      'the first maps of the network',
+      ('train.batch_size', 'data.crop_size', 'model.width'),
+      number * pixels * (3 * 4 + base) // 4,
+    )
+  if mode == 'eval' or (mode == 'train' and data.eval_split):
+    rows = -(-config.eval.batch_size // hosts)
+    # As above where images are cut. Whole, they have a pixel at least, and
+    # that a cell of the ASPP's branches.
+    cut = config.eval.protocol != 'whole'
+    pixels = rows * (math.prod(config.eval.crop_size) if cut else 1)
+    yield (
+      'the batches of evaluation',
+      ('eval.batch_size', *(['eval.crop_size'] if cut else [])),
+      pixels * (4 + 3 * number) + rows * (rates + 2) * features * number,
+    )
+
+
+def _shown(config: ml_collections.ConfigDict, keys: Sequence[str]) -> str:
+  """Those settings that are not the default, or all if they are."""
+  default = get_config()
+  changed = [k for k in keys if value_of(config, k) != value_of(default, k)]
+  return ', '.join(
+    f'config.{key}={value_of(config, key)}' for key in changed or keys
+  )
+
+
+def _gigabytes(count: int) -> str:
+  value = min(count, 10**300) / 1e9  # larger ones are no float
+  return f'{value:,.1f} GB' if value < 1e9 else f'{value:.0e} GB'
+
+
+# What names a file or folder, and values of each that do not.
+_PATHS = {
+  'data.dir': r'',
+  'data.list': r'',
+  'data.prepared_dir': r'|\w+://.*',
+  'init_from': r'|keras|\w+://.*',
+  'predict.output_dir': r'',
+}
+
+
+def make_paths_absolute(
+  config: ml_collections.ConfigDict, keys: Collection[str] | None = None
+) -> None:
+  """Lets paths mean the same in any folder, in place.
+
+  Args:
+    config: changed in place.
+    keys: of the settings to change; None for all that name files or folders.
+  """
+  for key, no_path in _PATHS.items():
+    value = value_of(config, key)
+    wanted = keys is None or key in keys
+    if wanted and not re.fullmatch(no_path, value):
+      path = os.path.abspath(os.path.expanduser(value))
+      config.update_from_flattened_dict({key: path})
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -269,22 +423,42 @@ def with_preset(
   return config
 
 
+def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
+  """The value of a key that there is, as 'train.steps'."""
+  return functools.reduce(
+    lambda section, name: section[name], key.split('.'), config
+  )
+
+
+def all_keys() -> list[str]:
+  """The keys of all settings, as 'train.steps'."""
+  return list(flatten_dict(get_config().to_dict(), sep='.'))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+  """The one of `names` that is most like a misspelt one; '' if none is."""
+  return next(iter(difflib.get_close_matches(name, names, 1)), '')
+
+
 def check_key(key: str) -> None:
   """Raises `UserError` unless there is a setting `key`, as 'train.steps'."""
   section, path = get_config(), 'config'
   for name in key.split('.'):
     if not isinstance(section, ml_collections.ConfigDict):
       raise UserError(f'unknown key config.{key}; {path} is no section')
-    _check_name(section, name, path)
+    _check_name(section, name, path, key)
     section, path = section[name], f'{path}.{name}'
 
 
 def _check_name(
-  section: ml_collections.ConfigDict, name: str, path: str
+  section: ml_collections.ConfigDict, name: str, path: str, key: str
 ) -> None:
+  """Raises unless the section at `path` has `name`, as it has to for `key`."""
   if name not in section:
+    near = did_you_mean(key, all_keys())
+    hint = f'did you mean config.{near}? ' if near else ''
     raise UserError(
-      f'unknown key {path}.{name}; {path} has {", ".join(section)}'
+      f'unknown key {path}.{name}; {hint}{path} has {", ".join(section)}'
     )
 
 
@@ -294,7 +468,8 @@ def _check_structure(value: Any, default: Any, key: str) -> None:
     if not isinstance(value, ml_collections.ConfigDict):
       raise UserError(f'{key} is a section and cannot be set to {value!r}')
     for name in value:
-      _check_name(default, name, key)
+      inner = f'{key}.{name}'.removeprefix('config.')
+      _check_name(default, name, key, inner)
     for name in default:
       if name not in value:
         raise UserError(f'{key}.{name} is missing: the section was replaced')
@@ -313,8 +488,9 @@ def _check_number(value: Any, default: Any, key: str, shown: Any) -> None:
   fits = type(value) is kind or (kind is float and type(value) is int)
   if not fits:
     raise UserError(f'{key} must be of type {kind.__name__}, got {shown!r}')
-  if kind is float and not math.isfinite(value):
-    raise UserError(f'{key} must be finite, got {shown!r}')
+  # Also false for NaN; and the network computes in no wider type.
+  if kind is float and not abs(value) <= _FLOAT32_MAX:
+    raise UserError(f'{key} must be finite in float32, got {shown!r}')
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from deeplab_jax.lettering import draw_text, text_length
 
 _PAPER = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -26,7 +28,7 @@ def confusion_picture(
 
   Args:
     confusion: int [C, C], rows truth, columns prediction.
-    classes: the C class names.
+    classes: the C class names, in any script.
 
   Returns:
     uint8 [H, W, 3].
@@ -40,10 +42,10 @@ def confusion_picture(
       f'confusion must be [{count}, {count}], got {list(confusion.shape)}'
     )
   cell = min(max(_SIDE // count, _CELLS[0]), _CELLS[1])
-  font = ImageFont.load_default(min(cell - 2, 16))
-  corner = int(max(map(font.getlength, classes))) + 2 * cell
+  size = min(cell - 2, 16)
+  corner = int(max(text_length(name, size) for name in classes)) + 2 * cell
   picture = Image.new('RGB', (corner + count * cell + cell // 2,) * 2, _PAPER)
-  _write_names(picture, classes, font, cell, corner)
+  _write_names(picture, classes, size, cell, corner)
   _paint_cells(picture, confusion, cell, corner)
   return np.asarray(picture)
 
@@ -51,7 +53,7 @@ def confusion_picture(
 def _write_names(
   picture: Image.Image,
   classes: Sequence[str],
-  font: ImageFont.FreeTypeFont,
+  size: int,
   cell: int,
   corner: int,
 ) -> None:
@@ -61,20 +63,19 @@ def _write_names(
   gap = cell // 3
   for index, name in enumerate(classes):
     middle = index * cell + cell // 2
-    for strip, place, anchor in (
-      (rows, (corner - gap, middle), 'rm'),
-      (columns, (gap, middle), 'lm'),
+    for strip, place, align in (
+      (rows, (corner - gap, middle), 'right'),
+      (columns, (gap, middle), 'left'),
     ):
-      ImageDraw.Draw(strip).text(place, name, _INK, font, anchor=anchor)
+      draw_text(ImageDraw.Draw(strip), place, name, _INK, size, align)
   picture.paste(rows, (0, corner))
   picture.paste(columns.transpose(Image.Transpose.ROTATE_90), (corner, 0))
   middle = corner + side // 2
   draw = ImageDraw.Draw(picture)
-  draw.text((middle, cell // 2), 'predicted', _INK, font, anchor='mm')
+  draw_text(draw, (middle, cell // 2), 'predicted', _INK, size, 'center')
   title = Image.new('RGB', (side, cell), _PAPER)
-  ImageDraw.Draw(title).text(
-    (side // 2, cell // 2), 'true', _INK, font, anchor='mm'
-  )
+  draw = ImageDraw.Draw(title)
+  draw_text(draw, (side // 2, cell // 2), 'true', _INK, size, 'center')
   picture.paste(title.transpose(Image.Transpose.ROTATE_90), (0, corner))
 
 
@@ -82,7 +83,6 @@ def _paint_cells(
   picture: Image.Image, confusion: np.ndarray, cell: int, corner: int
 ) -> None:
   draw = ImageDraw.Draw(picture)
-  font = ImageFont.load_default(cell // 3 + 1)
   for row, counts in enumerate(confusion):
     total = counts.sum()
     for column, pixels in enumerate(counts):
@@ -94,4 +94,5 @@ def _paint_cells(
       if share >= _SHOWN and cell >= _CELL_WITH_NUMBER:
         middle = (left + cell // 2 - 1, top + cell // 2 - 1)
         ink = _PAPER if share > 0.5 else _INK
-        draw.text(middle, f'{100 * share:.0f}', ink, font, anchor='mm')
+        number = f'{100 * share:.0f}'
+        draw_text(draw, middle, number, ink, cell // 3 + 1, 'center')

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.utils
 
 _XLA_FLAGS = (
   # XLA's barriers hold until maps are computed again in the backward pass; else
@@ -28,6 +29,8 @@ _XLA_FLAGS = (
 _GLIBC = (2, 35)  # the first that knows this setting
 _HUGE_PAGES_SETTING = 'glibc.malloc.hugetlb'
 _HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+_MAPPINGS = Path('/proc/sys/vm/max_map_count')
+_FATAL = 3  # of absl's levels
 # Marks a restarted process and keeps the GLIBC_TUNABLES that it was given.
 _RESTARTED = 'DEEPLAB_JAX_RESTARTED'
 
@@ -112,6 +115,42 @@ def cache_programs(directory: Path) -> None:
   """Keeps compiled programs there, unless the environment names a place."""
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     jax.config.update('jax_compilation_cache_dir', str(directory))
+
+
+def hide_alarms() -> None:
+  """Keeps XLA's alarms to itself, as that a program compiles slowly.
+
+  It logs them as errors, which they are not: what fails is raised. Nothing
+  happens where TF_CPP_MIN_LOG_LEVEL says what to show, but for '1', which JAX
+  sets itself where nobody did. It reads the variable when it is imported; this
+  is later.
+  """
+  if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+    # As `jax_logging_level` does, but that hides Python's warnings as well.
+    jaxlib.utils.absl_set_min_log_level(_FATAL)
+
+
+def limits() -> dict[str, int | None]:
+  """What `config.check_machine` holds settings against.
+
+  Returns:
+    `memory`, bytes of this machine and its accelerators, `threads`, the most
+    of a process, both None where the system does not tell, and `hosts`. JAX
+    starts its devices.
+  """
+  try:
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    for device in jax.local_devices():
+      if device.platform != 'cpu':
+        memory += device.memory_stats()['bytes_limit']
+  except (AttributeError, ValueError, OSError, TypeError, KeyError):
+    memory = None
+  try:
+    # A thread's stack is a mapping, and its guard another.
+    threads = int(_MAPPINGS.read_text()) // 2
+  except (OSError, ValueError):  # not Linux
+    threads = None
+  return {'memory': memory, 'threads': threads, 'hosts': jax.process_count()}
 
 
 def _has_accelerator() -> bool:

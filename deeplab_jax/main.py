@@ -42,7 +42,13 @@ def main(argv: Sequence[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
   if _MODE.value != 'prepare':
     host.restart_on_huge_pages('deeplab_jax.main')
-  config, inputs = options.override(_base_config(workdir), argv)
+  config, inputs = options.override(
+    _base_config(workdir), argv, ('workdir', 'mode', 'config', 'debug', 'help')
+  )
+  # What a workdir remembers stays as it was said there.
+  default_config.make_paths_absolute(
+    config, options.settings_in(argv) if _remembers(workdir) else None
+  )
   if workdir is None and _MODE.value != 'prepare':
     raise UserError('--workdir=DIR is missing: the folder of the run')
   default_config.validate(config)
@@ -56,9 +62,12 @@ def main(argv: Sequence[str]) -> None:
     _driver('prepare').prepare(config, workdir)
     return
   host.prepare()
+  if not _DEBUG.value:
+    host.hide_alarms()
   host.cache_programs(workdir / 'compilation_cache')
   distributed = importlib.import_module('deeplab_jax.distributed')
   distributed.initialize()
+  default_config.check_machine(config, _MODE.value, **host.limits())
   if _MODE.value in ('train', 'import'):
     _adopt_settings(config, workdir, argv)
   if _MODE.value == 'import':
@@ -85,10 +94,10 @@ def _adopt_settings(
   config: ml_collections.ConfigDict, workdir: Path, argv: Sequence[str]
 ) -> None:
   """Where nobody chose a network, takes that of the pretrained weights."""
-  chosen = _RECIPE.value is not None or (workdir / 'config.json').exists()
+  chosen = _RECIPE.value is not None or _remembers(workdir)
   if chosen or not (config.init_from or _MODE.value == 'import'):
     return
-  said = {match[1] for match in map(options.SETTING.match, argv) if match}
+  said = options.settings_in(argv)
   _driver('import_weights').adopt_settings(config, said)
 
 
@@ -96,11 +105,20 @@ def _driver(name: str) -> ModuleType:
   return importlib.import_module(f'deeplab_jax.{name}')
 
 
+def _remembers(workdir: Path | None) -> bool:
+  """Whether the workdir's own settings are what a command starts from."""
+  return (
+    _RECIPE.value is None
+    and workdir is not None
+    and (workdir / 'config.json').exists()
+  )
+
+
 def _base_config(workdir: Path | None) -> ml_collections.ConfigDict:
   """The recipe given, else what the workdir was trained with, else default."""
   if _RECIPE.value is not None:
     config = default_config.from_recipe(_RECIPE.value)
-  elif workdir is not None and (workdir / 'config.json').exists():
+  elif _remembers(workdir):
     config = default_config.from_json(workdir / 'config.json')
   else:
     config = default_config.get_config()

@@ -12,11 +12,18 @@ OPTIMIZERS = ('sgd', 'adam')
 def poly_schedule(
   learning_rate: float, steps: int, *, power: float = 0.9, warmup_steps: int = 0
 ) -> optax.Schedule:
-  """`learning_rate * (1 - step / steps) ** power`, behind a linear warm-up.
+  """`learning_rate * (1 - step / steps) ** power`, after a linear warm-up.
 
   Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
   rises from 0 and joins the curve where it then stands.
+
+  Raises:
+    ValueError: if the warm-up is longer than all steps.
   """
+  if warmup_steps > steps:
+    raise ValueError(
+      f'warmup_steps={warmup_steps} must be at most the {steps} steps in all'
+    )
 
   def schedule(step: jax.Array) -> jax.Array:
     warmup = jax.numpy.minimum(step / max(warmup_steps, 1), 1)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -22,24 +23,54 @@ SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def override(
-  config: ml_collections.ConfigDict, argv: Sequence[str]
+  config: ml_collections.ConfigDict,
+  argv: Sequence[str],
+  known: Sequence[str] = (),
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """Applies --config.section.key=value; returns the rest of `argv` as well.
+
+  Args:
+    config: what is changed; an option given twice counts as it comes last.
+    argv: the program's name and its arguments.
+    known: names of the program's other options, to propose for a misspelt one.
 
   Raises:
     UserError: for an unknown setting or option, or a value that does not parse.
   """
-  for argument in argv:
-    setting = SETTING.match(argument)
-    if setting:
-      default_config.check_key(setting[1])
+  for key in settings_in(argv):
+    default_config.check_key(key)
+  argv = _without_earlier_tuples(argv)
   values = flags.FlagValues()
-  with named_options():
+  with named_options(known):
     result = config_flags.DEFINE_config_dict(
       'config', config, flag_values=values, sys_argv=list(argv)
     )
     inputs = values(argv)[1:]
   return result.value, inputs
+
+
+def settings_in(argv: Sequence[str]) -> list[str]:
+  """The keys that arguments set, 'train.steps', in their order."""
+  options = itertools.takewhile(lambda argument: argument != '--', argv)
+  return [match[1] for match in map(SETTING.match, options) if match]
+
+
+def _without_earlier_tuples(argv: Sequence[str]) -> list[str]:
+  """Leaves out each option of a tuple that comes again later.
+
+  ml_collections would join them to one tuple.
+  """
+  defaults = default_config.get_config()
+  kept, seen = list(argv), set(settings_in(argv))
+  end = kept.index('--') if '--' in kept else len(kept)
+  for place in reversed(range(end)):
+    setting = SETTING.match(kept[place])
+    if setting and type(default_config.value_of(defaults, setting[1])) is tuple:
+      if setting[1] not in seen:
+        words = 1 if '=' in kept[place] else 2  # '--config.key value'
+        del kept[place : place + words]
+      seen.discard(setting[1])
+  return kept
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,10 +100,21 @@ def positive_int(text: str) -> int:
 
 
 @contextlib.contextmanager
-def named_options() -> Iterator[None]:
-  """Turns what absl says about an option into a `UserError`."""
+def named_options(known: Sequence[str] = ()) -> Iterator[None]:
+  """Turns what absl says about an option into a `UserError`.
+
+  Args:
+    known: names of options, to propose beside the settings for a misspelt one.
+  """
   try:
     yield
+  except flags.UnrecognizedFlagError as error:
+    settings = [f'config.{key}' for key in default_config.all_keys()]
+    near = default_config.did_you_mean(error.flagname, [*known, *settings])
+    raise UserError(
+      f"option: Unknown command line flag '{error.flagname}'"
+      + (f'; did you mean --{near}?' if near else '')
+    ) from error
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(f'option: {" ".join(str(error).split())}') from error
 

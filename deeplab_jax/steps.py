@@ -111,8 +111,9 @@ def train_step(
       plain `jax.jit`. `jax.shard_map` needs `check_vma=False`.
 
   Returns:
-    The next state, and `loss` and `grad_norm` (global L2, before clipping) as
-    float32 scalars, equal on every device.
+    The next state, and scalars that are equal on every device: float32 `loss`
+    and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`, the
+    number of pixels that have a part in the loss.
   """
 
   def loss_of(params: Any) -> tuple[jax.Array, Any]:
@@ -130,11 +131,11 @@ def train_step(
     )
     total = _across(lax.psum, weights.sum(), axis_name)
     loss = weighted.sum() / jnp.where(total > 0, total, 1)
-    return loss, updated['batch_stats']
+    return loss, (updated['batch_stats'], (weights > 0).sum())
 
-  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-    state.params
-  )
+  (loss, (batch_stats, valid)), gradients = jax.value_and_grad(
+    loss_of, has_aux=True
+  )(state.params)
   loss, gradients = _across(lax.psum, (loss, gradients), axis_name)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
@@ -145,7 +146,11 @@ def train_step(
     batch_stats=_across(lax.pmean, batch_stats, axis_name),
     opt_state=opt_state,
   )
-  return state, {'loss': loss, 'grad_norm': optax.global_norm(gradients)}
+  return state, {
+    'loss': loss,
+    'grad_norm': optax.global_norm(gradients),
+    'valid_pixels': _across(lax.psum, valid, axis_name),
+  }
 
 
 def _across(

@@ -64,6 +64,7 @@ def train_and_evaluate(
       the loss is no longer finite.
   """
   _check_batch(config)
+  make_schedule_and_optimizer(config)  # fails before anything is prepared
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
   _check_splits(dataset, data.train_split, data.eval_split)
@@ -216,14 +217,19 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Any:
 def make_schedule_and_optimizer(
   config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """What `config.optimizer` describes, over `config.train.steps` steps."""
+  """What `config.optimizer` describes, over `config.train.steps` steps.
+
+  Raises:
+    UserError: if the settings cannot work together.
+  """
   optimizer = config.optimizer
-  schedule = poly_schedule(
-    optimizer.learning_rate,
-    config.train.steps,
-    power=optimizer.power,
-    warmup_steps=optimizer.warmup_steps,
-  )
+  with naming('config.optimizer'):
+    schedule = poly_schedule(
+      optimizer.learning_rate,
+      config.train.steps,
+      power=optimizer.power,
+      warmup_steps=optimizer.warmup_steps,
+    )
   return schedule, make_optimizer(
     optimizer.name,
     schedule,
@@ -309,6 +315,8 @@ class _Training:
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self.empty_batches = 0
+    self.noted = False  # the configuration, in config.json
 
   def _initial_state(
     self,
@@ -341,16 +349,15 @@ class _Training:
       raise SystemExit(stop.exit_status(self.start))
     train = self.config.train
     first = distributed.is_first_process()
-    if first:
-      write_json(self.workdir / 'config.json', to_json(self.config))
     iterator = make_iterator(self.config, self.dataset, self.start)
     with (
       Writer(self.workdir, enabled=first, start_step=self.start) as writer,
       Progress(train.steps, self.start, enabled=first) as progress,
     ):
       try:
-        self._start_clock(self.start)
+        self._start_clock(self.start, progress)
         batch = distributed.put(next(iterator))
+        progress.status('compiling ...')
         for step in range(self.start + 1, train.steps + 1):
           last = step == train.steps
           self.state, measures = self.train_step(self.state, batch)
@@ -361,26 +368,47 @@ class _Training:
           if step % train.log_every == 0 or last:
             self._log(step, writer, progress)
           elif step == self.start + 1:
-            self._start_clock(step)  # it was compiled
+            self._start_clock(step, progress)  # it was compiled
           stopping = stop.requested(step)
           due = step % train.eval_every == 0 or last
           if due and self.config.data.eval_split:
             self._evaluate_and_save(step, writer, progress)
           elif due or stopping:
-            self._check_finite()
-            self.saved.save(self.state, self.description)
+            self._check_measures(progress)
+            self._save(self.description)
             self._start_clock(step)
           if stopping and not last:
             raise SystemExit(stop.exit_status(step))
       finally:
         iterator.close()
+        if self.empty_batches > 1:
+          progress.write(
+            f'warning: {self.empty_batches} batches had no valid pixel'
+          )
 
-  def _start_clock(self, step: int) -> None:
-    """Counts the images of the steps after this one, for their speed."""
+  def _start_clock(self, step: int, progress: Progress | None = None) -> None:
+    """Counts the images of the steps after this one, for their speed.
+
+    And for the time that is left, where `progress` is given.
+    """
     self.clock = step, time.monotonic()
+    if progress is not None:
+      progress.start_clock(step)
 
-  def _check_finite(self) -> dict[str, float]:
+  def _save(self, metadata: dict[str, Any]) -> None:
+    """Starts to save; notes with the first what the run was trained with."""
+    self.saved.save(self.state, metadata)
+    if not self.noted:
+      # Only once it is there: a run that dies before leaves no trace.
+      self.saved.wait()
+      if distributed.is_first_process():
+        write_json(self.workdir / 'config.json', to_json(self.config))
+      self.noted = True
+
+  def _check_measures(self, progress: Progress) -> dict[str, float]:
     """Fetches the measures of the steps since the last call.
+
+    The first batch without a valid pixel is warned about, others are counted.
 
     Returns:
       Those of the last step.
@@ -403,11 +431,22 @@ class _Training:
               else ''
             )
           )
+      if not values['valid_pixels']:
+        self._count_empty(step, progress)
     self.pending.clear()
     return values
 
+  def _count_empty(self, step: int, progress: Progress) -> None:
+    self.empty_batches += 1
+    if self.empty_batches == 1:
+      progress.write(
+        f'warning: the batch of step {step} has no valid pixel, and nothing is'
+        ' learned from it: its crops show void alone, or classes whose weight'
+        ' in config.loss.class_weights is 0; more are counted until the end'
+      )
+
   def _log(self, step: int, writer: Writer, progress: Progress) -> None:
-    values = self._check_finite()
+    values = self._check_measures(progress)
     since, then = self.clock
     images = (step - since) * self.config.train.batch_size
     speed = images / max(time.monotonic() - then, 1e-9)
@@ -421,11 +460,11 @@ class _Training:
   def _evaluate_and_save(
     self, step: int, writer: Writer, progress: Progress
   ) -> None:
-    self._check_finite()
+    self._check_measures(progress)
     measures, _, picture = evaluate.evaluate_variables(
       self.evaluator, self.state.variables, self.config.eval.panels
     )
-    self.saved.save(self.state, {**self.description, 'measures': measures})
+    self._save({**self.description, 'measures': measures})
     writer.text(step, 'eval_table', format_table(measures))
     scalars = summary(measures)
     writer.scalars(step, {f'eval_{k}': v for k, v in scalars.items()})

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from deeplab_jax.disk import replacing
+from deeplab_jax.lettering import draw_text, text_length
 
 VOID_COLOR = (224, 224, 192)
 _PAPER = (255, 255, 255)
@@ -168,19 +169,18 @@ def legend(
   width: int,
   size: int = 13,
 ) -> np.ndarray:
-  """Draws texts behind boxes of colour, in columns of one width.
+  """Draws texts after boxes of colour, in columns of one width.
 
   Args:
-    entries: pairs of text and RGB colour; None for text alone.
+    entries: pairs of text, in any script, and RGB colour; None for text alone.
     width: of the strip in pixels; more if an entry needs it.
     size: of the letters in pixels.
 
   Returns:
     uint8 [H, W, 3] on white.
   """
-  font = ImageFont.load_default(size)
   line, gap = round(1.6 * size), size // 2
-  widths = [size + gap + int(np.ceil(font.getlength(t))) for t, _ in entries]
+  widths = [size + gap + int(np.ceil(text_length(t, size))) for t, _ in entries]
   width = max(width, max(widths) + 2 * gap)
   # Columns of one width line up, which reads better than a ragged flow.
   columns = max(1, (width - gap) // (max(widths) + 2 * gap))
@@ -196,7 +196,7 @@ def legend(
       box = (left, top, left + size - 1, top + size - 1)
       draw.rectangle(box, fill=tuple(color), outline=_OUTLINE)
       left += size + gap
-    draw.text((left, middle), text, _INK, font, anchor='lm')
+    draw_text(draw, (left, middle), text, _INK, size)
   return np.asarray(strip)
 
 

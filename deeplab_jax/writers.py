@@ -135,11 +135,10 @@ class Progress:
       enabled: False on all hosts but the first: nothing is shown then.
       stream: where to write; standard error if None.
     """
-    self._total = total
+    self._total, self._initial = total, initial
     self._enabled = enabled
     self._stream = sys.stderr if stream is None else stream
-    self._mark = (initial, time.monotonic())
-    self._compiled = False
+    self.start_clock(initial)
     self._bar = None
     if enabled and _has_screen(self._stream):
       self._bar = tqdm(
@@ -170,13 +169,19 @@ class Progress:
     line = (
       f'step {step:>{len(str(self._total))}}/{self._total}'
       f'  loss {float(loss):.4f}  lr {float(learning_rate):.3g}'
-      f'  {float(images_per_second):.1f} images/s'
-      f'  {_duration(self._seconds_left(step))} left'
+      f'  {float(images_per_second):.1f} images/s{self._time_left(step)}'
     )
+    if self._bar is not None:
+      self._bar.n = step
+    self.status(line)
+
+  def status(self, line: str) -> None:
+    """Shows a line: in the bar, in place of the one before, if there is one."""
+    if not self._enabled:
+      return
     if self._bar is None:
       print(line, file=self._stream, flush=True)
     else:
-      self._bar.n = step
       self._bar.set_description_str(line)
 
   def write(self, message: str) -> None:
@@ -204,14 +209,22 @@ class Progress:
   ) -> None:
     self.close()
 
-  def _seconds_left(self, step: int) -> float:
+  def start_clock(self, step: int) -> None:
+    """Estimates the time left by the steps after this one alone.
+
+    Called again after the first step, in which programs are compiled.
+    """
+    self._mark = step, time.monotonic()
+
+  def _time_left(self, step: int) -> str:
+    """Nothing as long as no step but the first was timed."""
     first_step, first_time = self._mark
     now = time.monotonic()
+    if step == self._initial + 1 and step < self._total:
+      self.start_clock(step)  # it was compiled in this time
+      return ''
     rate = (now - first_time) / max(step - first_step, 1)
-    if not self._compiled:
-      # The first steps compile: later estimates start counting after them.
-      self._mark, self._compiled = (step, now), True
-    return rate * max(self._total - step, 0)
+    return f'  {_duration(rate * max(self._total - step, 0))} left'
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -11,7 +11,9 @@ import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
 # Below the floors.
-BASE = {'disk', 'models.convolutions', 'models.linear', 'data.images'}
+BASE = {
+  'disk', 'lettering', 'models.convolutions', 'models.linear', 'data.images',
+}  # fmt: skip
 FLOORS = [
   {
     'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',

@@ -262,6 +262,68 @@ def test_programs_are_cached_where_the_environment_says():
   assert run('-c', program, JAX_COMPILATION_CACHE_DIR='/own') == ['/own']
 
 
+ALARM = """
+import sys
+from deeplab_jax import host
+if sys.argv[1] == 'hide':
+  host.hide_alarms()
+import threading, os
+import jax, jax.numpy as jnp, numpy as np
+# Folding this takes XLA more than the second after which it raises an alarm.
+threading.Timer(6, lambda: os._exit(0)).start()
+x = np.random.default_rng(0).random((2000, 2000), np.float32)
+jax.jit(lambda: jax.lax.reduce_window(
+  jnp.asarray(x), 0.0, jax.lax.add, (15, 15), (1, 1), 'SAME'))()
+"""
+
+
+def alarms(what, **environment):
+  environment = {'TF_CPP_MIN_LOG_LEVEL': None, **environment}
+  done = launch(
+    '-c',
+    ALARM,
+    what,
+    XLA_FLAGS='',
+    JAX_ENABLE_COMPILATION_CACHE='0',
+    JAX_PLATFORMS='cpu',
+    **environment,
+  )
+  return 'slow_operation_alarm' in done.stderr
+
+
+@pytest.mark.slow
+def test_alarms_of_slow_compiling_are_hidden_unless_the_user_wants_them():
+  assert alarms('show')
+  assert not alarms('hide')
+  assert alarms('hide', TF_CPP_MIN_LOG_LEVEL='0')
+
+
+def test_importing_the_library_hides_no_alarm():
+  program = (
+    'import jaxlib.utils as u; levels = []; '
+    'u.absl_set_min_log_level = levels.append; '
+    'import deeplab_jax, deeplab_jax.train; print(levels); '
+    'from deeplab_jax import host; host.hide_alarms(); print(levels)'
+  )
+  assert run('-c', program, TF_CPP_MIN_LOG_LEVEL=None) == ['[]', '[3]']
+  assert run('-c', program, TF_CPP_MIN_LOG_LEVEL='0') == ['[]', '[]']
+
+
+def test_limits_are_those_of_this_machine(monkeypatch):
+  limits = host.limits()
+  text = Path('/proc/meminfo').read_text()
+  kilobytes = int(text.split('MemTotal:')[1].split()[0])
+  assert limits['memory'] == 1024 * kilobytes
+  assert 100 < limits['threads'] < 2**31 and limits['hosts'] == 1
+
+  def unknown(name):
+    raise ValueError('unrecognized configuration name')
+
+  monkeypatch.setattr(host.os, 'sysconf', unknown)
+  monkeypatch.setattr(host, '_MAPPINGS', Path('/nope'))
+  assert host.limits() == {'memory': None, 'threads': None, 'hosts': 1}
+
+
 GIVES_BACK = """
 import types
 import jax

@@ -95,7 +95,9 @@ def test_imported_network_is_evaluated_and_predicts_at_once(imported, trained):
 
 def test_training_goes_on_from_what_was_imported(imported, trained, tmp_path):
   workdir = shutil.copytree(imported[0], tmp_path / 'w')
-  config = make_config(trained.settings, train__steps=1)
+  config = make_config(
+    trained.settings, train__steps=1, optimizer__warmup_steps=0
+  )
   train.train_and_evaluate(config, workdir)
   with Checkpoints(workdir) as saved:
     assert saved.latest_step == 1
@@ -240,6 +242,7 @@ def test_fine_tuning_to_other_classes_keeps_all_but_the_class_layer(
     init_from=str(trained.workdir),
     data__dir=str(folder),
     optimizer__learning_rate=1e-30,
+    optimizer__warmup_steps=0,
     train__steps=1,
     train__freeze_bn=True,
   )

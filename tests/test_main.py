@@ -77,7 +77,7 @@ def received(monkeypatch):
     ('--config.nokey=1', 'unknown key config.nokey;'),
     (
       '--config.train.step=3',
-      'unknown key config.train.step; config',
+      'unknown key config.train.step; did you mean config.train.steps? config',
     ),
     ('--config.nope.key=1', 'unknown key config.nope;'),
     ('--noconfig.train.sync', 'unknown key config.train.sync;'),
@@ -102,6 +102,22 @@ def received(monkeypatch):
     ('--config.seed=-1', 'config.seed must be in 0..2^32 - 1, got -1'),
     ('--config=/nope.py', '--config=/nope.py: no such file'),
     ('--nope=1', "Unknown command line flag 'nope'"),
+    ('--mod=eval', "flag 'mod'; did you mean --mode?"),
+    ('-mod=eval', "flag 'mod'; did you mean --mode?"),
+    ('--confg=a.py', "flag 'confg'; did you mean --config?"),
+    ('--nodebgu', "flag 'nodebgu'; did you mean --debug?"),
+    ('--confg.train.steps=3', 'did you mean --config.train.steps?'),
+    ('--train.steps=3', 'did you mean --config.train.steps?'),
+    ('--config.train.steps=%s' % (10**22), 'steps must be in 1..2^31 - 1, '),
+    ('--config.train.batch_size=1000000000', 'loaded batches take at least'),
+    ('--config.eval.batch_size=1000000000', 'batches of evaluation take'),
+    ('--config.data.crop_size=(100000000,65)', 'loaded batches take at least'),
+    ('--config.model.width=1e-9', 'config.model.width must be above 1/128'),
+    ('--config.model.width=100000', 'config.model.width=100000.0, config.mode'),
+    ('--config.model.aspp_rates=(1000000000,)', 'maps of an atrous convolut'),
+    ('--config.data.threads=100000', 'config.data.threads=100000: '),
+    ('--config.data.workers=1000000', 'processes that load images take at'),
+    ('--config.optimizer.warmup_steps=7', 'warmup_steps=7 must be at most'),
     (
       '--mode=test',
       '--mode=test: value should be one of <prepare|train|import|eval|predict>',
@@ -128,7 +144,115 @@ def test_missing_workdir_is_refused(refused):
 
 def test_misspelt_workdir_is_named(refused, tmp_path):
   line = refused(f'--workdri={tmp_path}')
-  assert "Unknown command line flag 'workdri'" in line
+  assert "Unknown command line flag 'workdri'; did you mean --workdir?" in line
+
+
+@pytest.mark.parametrize('mode', ['eval', 'predict'])
+def test_impossible_networks_are_refused_in_all_modes(trained, refused, mode):
+  line = refused(
+    f'--workdir={trained.workdir}',
+    f'--mode={mode}',
+    '--config.model.width=1e5',
+    *([trained.folder] if mode == 'predict' else []),
+  )
+  assert 'this machine has' in line
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    ['--config.eval.scales=(1.0,)', '--config.eval.scales=(0.5,)'],
+    ['--config.eval.scales', '(1.0,)', '--config.eval.scales', '(0.5,)'],
+    ['-config.eval.scales', '(1.0,)', '--config.eval.scales=(0.5,)'],
+    ['--config.eval.scales=1.0,2.0', '-config.eval.scales=0.5'],
+    ['--config.eval.scales=(0.5,)'],
+  ],
+)
+def test_of_a_tuple_given_twice_the_last_counts(
+  trained, command, received, options
+):
+  workdir = f'--workdir={trained.workdir}'
+  assert (
+    command(*options[:2], workdir, *options[2:], '--mode=predict', 'x')[0] == 0
+  )
+  ((_, config, _, inputs),) = received
+  assert config.eval.scales == (0.5,) and inputs == ['x']
+  assert config.data.crop_size == (33, 33)
+
+
+def test_what_stands_after_two_dashes_is_no_option(trained, command, received):
+  workdir = f'--workdir={trained.workdir}'
+  option = '--config.eval.scales=(2.0,)'
+  scales = '--config.eval.scales=(0.5,)'
+  command(workdir, '--mode=predict', scales, '--', option)
+  ((_, config, _, inputs),) = received
+  assert config.eval.scales == (0.5,) and inputs == [option]
+
+
+def test_a_run_by_relative_paths_goes_on_from_another_folder(
+  trained, command, tmp_path, monkeypatch
+):
+  here, elsewhere = tmp_path / 'here', tmp_path / 'elsewhere'
+  shutil.copytree(trained.folder, here / 'mini')
+  elsewhere.mkdir()
+  settings = {
+    **trained.settings,
+    'data.dir': 'mini',
+    'data.prepared_dir': 'prepared',
+    'data.eval_split': '',
+  }
+  monkeypatch.chdir(here)
+  assert command('--workdir=w', *as_options(settings))[0] == 0
+  saved = json.loads((here / 'w' / 'config.json').read_text())
+  assert saved['data']['dir'] == str(here / 'mini')
+  assert saved['data']['prepared_dir'] == str(here / 'prepared')
+  monkeypatch.chdir(elsewhere)
+  options = '--mode=eval', '--config.data.eval_split=val'
+  status, output, _ = command('--workdir=../here/w', *options)
+  assert status == 0 and '3 images' in output
+
+
+@pytest.mark.parametrize('by', ['option', 'recipe'])
+def test_relative_paths_of_options_and_recipes_become_absolute(
+  command, received, tmp_path, monkeypatch, by
+):
+  monkeypatch.chdir(tmp_path)
+  paths = {
+    'data.dir': 'images',
+    'data.list': '../ids.txt',
+    'init_from': 'weights.h5',
+    'predict.output_dir': '~/masks',
+  }
+  options = ['--config.data.name=folder', *as_options(paths)]
+  if by == 'recipe':
+    (tmp_path / 'recipe.py').write_text(
+      'from deeplab_jax import config as default\n'
+      'def get_config():\n'
+      '  config = default.get_config()\n'
+      f'  config.update_from_flattened_dict({paths!r})\n'
+      '  config.data.name = "folder"\n'
+      '  return config\n'
+    )
+    options = ['--config=recipe.py']
+  monkeypatch.setattr(main, '_adopt_settings', lambda *_: None)
+  assert command('--workdir=w', *options)[0] == 0
+  ((_, config, _),) = received
+  assert config.data.dir == f'{tmp_path}/images'
+  assert config.data.list == f'{tmp_path.parent}/ids.txt'
+  assert config.init_from == f'{tmp_path}/weights.h5'
+  assert config.predict.output_dir == os.path.expanduser('~/masks')
+
+
+def test_paths_of_an_older_workdir_stay_as_they_are(
+  trained, command, received, tmp_path
+):
+  saved = json.loads((trained.workdir / 'config.json').read_text())
+  saved['data']['dir'], saved['data']['list'] = 'mini', 'old.txt'
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  command(f'--workdir={tmp_path}', '--config.data.list=new.txt')
+  ((_, config, _),) = received
+  assert config.data.dir == 'mini'
+  assert config.data.list == os.path.abspath('new.txt')
 
 
 def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):

@@ -98,6 +98,9 @@ def test_train_step_on_four_devices_matches_one(after_one_step):
   np.testing.assert_allclose(
     measures['grad_norm'], np.full(4, expected['grad_norm'][0]), rtol=1e-4
   )
+  valid = batch['label'].size - void.sum()
+  assert measures['valid_pixels'].tolist() == [valid] * 4
+  assert expected['valid_pixels'].tolist() == [valid]
   for name in ('params', 'batch_stats'):
     ours, theirs = (jax.device_get(getattr(s, name)) for s in (four, one))
     assert_trees_close(ours, theirs, atol=1e-5)

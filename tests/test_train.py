@@ -437,6 +437,142 @@ def test_classes_without_a_pixel_are_warned_of_before_the_first_step(
   assert 'classes without a pixel: absent in train; absent in val' in said
 
 
+def settings_of(workdir):
+  return json.loads((workdir / 'config.json').read_text())
+
+
+def test_a_run_that_dies_before_it_saves_leaves_the_settings_as_they_were(
+  trained, stopped, tmp_path, monkeypatch
+):
+  make = train.make_train_step
+
+  def diverging(*arguments, **named):
+    step = make(*arguments, **named)
+
+    def run(state, batch):
+      state, measures = step(state, batch)
+      return state, {**measures, 'loss': np.full(1, np.nan)}
+
+    return run
+
+  monkeypatch.setattr(train, 'make_train_step', diverging)
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  before = (workdir / 'config.json').read_text()
+  config = make_config(trained.settings, train__log_every=2)
+  for folder in (workdir, tmp_path / 'new'):
+    with pytest.raises(UserError, match=r'loss is nan at step [14];'):
+      train_and_evaluate(config, folder)
+  assert (workdir / 'config.json').read_text() == before
+  assert not (tmp_path / 'new' / 'config.json').exists()
+
+
+def test_settings_are_noted_once_the_first_checkpoint_is_whole(
+  trained, tmp_path, monkeypatch
+):
+  events = []
+
+  def note(owner, name, event):
+    function = getattr(owner, name)
+
+    def noting(*arguments, **options):
+      events.append(event)
+      return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noting)
+
+  note(Checkpoints, 'save', 'save')
+  note(Checkpoints, 'wait', 'wait')
+  write = train.write_json
+
+  def noting_write(path, value):
+    if path.name == 'config.json':
+      events.append('note')
+      assert (tmp_path / 'checkpoints' / '2').is_dir()
+    write(path, value)
+
+  monkeypatch.setattr(train, 'write_json', noting_write)
+  config = make_config(trained.settings, data__eval_split='')
+  train_and_evaluate(config, tmp_path)
+  assert events[:4] == ['save', 'wait', 'note', 'save']
+  assert events.count('note') == 1
+  assert settings_of(tmp_path) == train.to_json(
+    train.with_preset(config, 'paper')
+  )
+
+
+def test_a_stopped_run_notes_its_settings(stopped):
+  assert settings_of(stopped)['train']['steps'] == 6
+
+
+@pytest.mark.parametrize('weights', ['', '0,0,0,1'])
+def test_batches_without_a_valid_pixel_are_warned_of_once_and_counted(
+  trained, tmp_path, capsys, monkeypatch, weights
+):
+  # The last class occurs in no label, and 255 is void.
+  make = train.make_iterator
+
+  def all_void(*arguments):
+    iterator = make(*arguments)
+
+    class Void:
+      def __iter__(self):
+        return self
+
+      def __next__(self):
+        batch = next(iterator)
+        return {**batch, 'label': np.full_like(batch['label'], 255)}
+
+      def close(self):
+        iterator.close()
+
+    return Void()
+
+  if not weights:
+    monkeypatch.setattr(train, 'make_iterator', all_void)
+  config = make_config(
+    trained.settings,
+    data__eval_split='',
+    loss__class_weights=weights,
+  )
+  train_and_evaluate(config, tmp_path)
+  said = [x for x in capsys.readouterr().err.splitlines() if 'warning' in x]
+  assert len(said) == 2
+  assert 'batch of step 1 has no valid pixel' in said[0]
+  assert 'void' in said[0] and 'config.loss.class_weights' in said[0]
+  assert said[1] == 'warning: 6 batches had no valid pixel'
+  lines = [line for line in read_lines(tmp_path) if 'loss' in line]
+  assert [line['valid_pixels'] for line in lines] == [0] * 6
+  assert [line['loss'] for line in lines] == [0] * 6
+
+
+def test_compiling_is_said_once_before_the_first_step(
+  trained, tmp_path, capsys
+):
+  config = make_config(trained.settings, data__eval_split='')
+  train_and_evaluate(config, tmp_path)
+  text = capsys.readouterr().err
+  assert 'warning' not in text  # all batches have valid pixels
+  lines = text.splitlines()
+  assert lines.count('compiling ...') == 1
+  first, second, *_, last = lines[lines.index('compiling ...') + 1 :]
+  # The first step was compiled: its time says nothing of others.
+  assert first.startswith('step 1/6') and 'left' not in first
+  assert second.endswith(' left') and last.endswith(' 0s left')
+  train_and_evaluate(config, tmp_path)
+  assert 'compiling' not in capsys.readouterr().err
+
+
+def test_a_warm_up_beyond_the_last_step_is_refused_before_data_is_read(
+  trained, tmp_path
+):
+  config = make_config(
+    trained.settings, optimizer__warmup_steps=7, data__dir='/nope'
+  )
+  words = r'config\.optimizer: warmup_steps=7 must be at most the 6 steps'
+  with pytest.raises(UserError, match=words):
+    train_and_evaluate(config, tmp_path)
+
+
 def test_evaluation_split_of_void_alone_is_named(trained, tmp_path):
   folder = shutil.copytree(trained.folder, tmp_path / 'void')
   for path in (folder / 'SegmentationClass').glob('val_*'):

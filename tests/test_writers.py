@@ -309,17 +309,34 @@ def clock(monkeypatch):
 def test_progress_writes_one_plain_line_an_update(clock):
   stream = io.StringIO()
   with writers.Progress(800, initial=0, stream=stream) as progress:
-    clock(30)
-    progress.update(100, 20.0, 2.5, 0.007)
-    clock(40)
-    progress.update(120, 54.12, np.float32(0.8123), jnp.float32(0.0061))
+    progress.status('compiling ...')
+    clock(60)
+    progress.start_clock(1)
+    clock(90)
+    progress.update(101, 20.0, 2.5, 0.007)
+    clock(99)
+    progress.update(131, 54.12, np.float32(0.8123), jnp.float32(0.0061))
     progress.write('step 120: mIoU 0.41')
-  # 20 steps took 10 s after the first update, so 680 more take 340 s.
+  # Since they were compiled, 100 steps took 30 s, and 130 took 39 s, so 699
+  # more take 209.7 s, and 669 more 200.7 s.
   assert stream.getvalue().splitlines() == [
-    'step 100/800  loss 2.5000  lr 0.007  20.0 images/s  3m30s left',
-    'step 120/800  loss 0.8123  lr 0.0061  54.1 images/s  5m40s left',
+    'compiling ...',
+    'step 101/800  loss 2.5000  lr 0.007  20.0 images/s  3m30s left',
+    'step 131/800  loss 0.8123  lr 0.0061  54.1 images/s  3m21s left',
     'step 120: mIoU 0.41',
   ]
+
+
+def test_progress_knows_no_time_left_when_one_step_alone_was_compiled(clock):
+  stream = io.StringIO()
+  progress = writers.Progress(9, initial=4, stream=stream)
+  clock(60)
+  progress.update(5, 1.0, 1.0, 1.0)
+  clock(62)
+  progress.update(6, 1.0, 1.0, 1.0)
+  first, second = stream.getvalue().splitlines()
+  assert first.endswith('images/s')
+  assert second.endswith('  6s left')  # 3 steps of 2 s
 
 
 def test_progress_after_a_resume_counts_only_its_own_steps(clock):
@@ -360,6 +377,7 @@ def progress_on_a_terminal(clock, rows, columns):
     os.fdopen(slave, 'w') as terminal,
     writers.Progress(800, initial=80, stream=terminal) as progress,
   ):
+    progress.status('compiling ...')
     clock(10)
     progress.update(400, 54.1, 0.8123, 0.0061)
     progress.write('step 400: mIoU 0.41')
@@ -377,12 +395,13 @@ def test_progress_is_a_bar_on_a_terminal(clock, columns):
   assert bar.startswith(' 50%|█')
   assert bar.rstrip().endswith('| ' + STATE)
   assert len(bar) <= columns
+  assert any(state.rstrip().endswith('| compiling ...') for state in shown)
   assert 'step 400: mIoU 0.41' in shown
 
 
 def test_progress_on_a_terminal_of_unknown_size_is_plain_lines(clock):
   shown = progress_on_a_terminal(clock, 0, 0)
-  assert shown == [STATE, 'step 400: mIoU 0.41', '']
+  assert shown == ['compiling ...', STATE, 'step 400: mIoU 0.41', '']
 
 
 def test_disabled_progress_shows_nothing():
