@@ -74,6 +74,7 @@ class Evaluator:
       self._transforms = (CenterCrop(protocol.crop_size),)
       self._sizes = [protocol.crop_size] * len(sizes)
     devices = jax.device_count()
+    batch_size = min(batch_size, len(sizes))  # more rows would be filler alone
     self._plan = plan_batches(
       self._sizes,
       padded=lambda size: protocol.padded_size(model, size),
