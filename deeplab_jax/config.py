@@ -312,11 +312,12 @@ def _least_memory(
     ('model.width', 'model.aspp_features'),
     4 * count * (3 if mode == 'train' else 1),
   )
-  # XLA lays `rate` zeros around a map: at least one pixel, image and channel.
-  # A rate is halved at most, at output stride 32.
+  # A convolution reaches `rate` cells to each side. Where no map of that size
+  # fits, at one number a cell, eight of its nine taps would only see zeros. A
+  # rate is halved at most, at output stride 32.
   widest = max(max(model.aspp_rates) // 2, max(model.multi_grid))
   yield (
-    'the padded maps of an atrous convolution',
+    'maps as large as an atrous convolution reaches',
     ('model.aspp_rates', 'model.multi_grid'),
     number * (1 + 2 * widest) ** 2,
   )

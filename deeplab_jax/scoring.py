@@ -75,6 +75,7 @@ class Evaluator:
       self._transforms = (CenterCrop(protocol.crop_size),)
       self._sizes = [protocol.crop_size] * len(sizes)
     devices = jax.device_count()
+    batch_size = min(batch_size, len(sizes))  # more rows would be filler alone
     self._plan = plan_batches(
       self._sizes,
       limit=buckets if model.pads_freely else None,

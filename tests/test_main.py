@@ -114,7 +114,10 @@ def received(monkeypatch):
     ('--config.data.crop_size=(100000000,65)', 'loaded batches take at least'),
     ('--config.model.width=1e-9', 'config.model.width must be above 1/128'),
     ('--config.model.width=100000', 'config.model.width=100000.0, config.mode'),
-    ('--config.model.aspp_rates=(1000000000,)', 'maps of an atrous convolut'),
+    (
+      '--config.model.aspp_rates=(1000000000,)',
+      'atrous convolution reaches take at',
+    ),
     ('--config.data.threads=100000', 'config.data.threads=100000: '),
     ('--config.data.workers=1000000', 'processes that load images take at'),
     ('--config.optimizer.warmup_steps=7', 'warmup_steps=7 must be at most'),
