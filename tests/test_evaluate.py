@@ -302,7 +302,7 @@ def test_no_worst_and_best_when_none_are_asked_for(trained, tmp_path, capsys):
     make_config(trained.settings, eval__worst_and_best=0), workdir
   )
   assert not list(workdir.rglob('*worst.png'))
-  assert 'worst' not in capsys.readouterr().out
+  assert 'worst images' not in capsys.readouterr().out
 
 
 def read_archive(path):
@@ -425,10 +425,10 @@ def test_void_as_class_0_scores_as_if_it_were_255(trained, tmp_path):
   )
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   assert evaluate.evaluate(config, workdir) == trained.result
-  shifted = read_archive(workdir / 'results_val.tar.gz')
+  shifted = read_archive(workdir / 'eval/val_whole.tar.gz')
   config = make_config(trained.settings, eval__save_predictions=True)
   evaluate.evaluate(config, workdir)
-  plain = read_archive(workdir / 'results_val.tar.gz')
+  plain = read_archive(workdir / 'eval/val_whole.tar.gz')
   assert shifted.keys() == plain.keys()
   for name, found in shifted.items():
     np.testing.assert_array_equal(found, plain[name] + 1)
