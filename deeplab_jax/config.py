@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 from flax.traverse_util import flatten_dict
 
+from deeplab_jax.disk import near_file
 from deeplab_jax.errors import UserError
 
 MEDIAN_FREQUENCY = 'median_frequency'
@@ -261,8 +262,7 @@ def check_machine(
 ) -> None:
   """Refuses what cannot fit into this machine, before anything is started.
 
-  Every estimate is a lower bound: what is refused could not have worked, and
-  what is not may still be too much.
+  Every estimate is a lower bound: what is not refused may still be too much.
 
   Args:
     config: valid by itself.
@@ -274,7 +274,8 @@ def check_machine(
   Raises:
     UserError: naming settings, what they take and what there is.
   """
-  if mode == 'train' and threads is not None and config.data.threads > threads:
+  loads = mode in ('train', 'eval')
+  if loads and threads is not None and config.data.threads > threads:
     raise UserError(
       f'config.data.threads={config.data.threads}: a process has at most'
       f' {threads} threads on this machine'
@@ -321,8 +322,8 @@ def _least_memory(
     ('model.aspp_rates', 'model.multi_grid'),
     number * (1 + 2 * widest) ** 2,
   )
+  processes, threads = max(data.workers, 1), max(data.threads, 1)
   if mode == 'train':
-    processes, threads = max(data.workers, 1), max(data.threads, 1)
     yield (
       'the threads and processes that load images',
       ('data.threads', 'data.workers'),
@@ -530,7 +531,7 @@ def from_recipe(path: str | Path) -> ml_collections.ConfigDict:
   """
   file = str(Path(path).expanduser())
   if not Path(file).is_file():
-    raise UserError(f'--config={path}: no such file')
+    raise UserError(f'--config={path}: no such file{near_file(Path(file))}')
   try:
     config = runpy.run_path(file)['get_config']()
   except Exception as error:  # a recipe is a program and may raise anything

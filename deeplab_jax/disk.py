@@ -1,10 +1,13 @@
-"""Files that appear whole or not at all, and locks between processes."""
+"""Files that appear whole or not at all, locks, and names that are near."""
 
 import contextlib
+import difflib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -48,3 +51,34 @@ def locked(path: Path) -> Iterator[None]:
       log.info('waiting for another process that prepares %s', name)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
+
+
+def near(name: str, others: Iterable[str]) -> str:
+  """Returns '; there is X' for the names that may be meant, or ''.
+
+  These are the names that differ in case, suffix, punctuation or an addition,
+  else those of few other letters.
+  """
+  others = sorted(others)
+  bare = _bare(name)
+  found = [other for other in others if _bare(other) == bare]
+  if not found and bare:
+    longer = re.compile(re.escape(bare) + '[a-z]')
+    found = [other for other in others if longer.match(_bare(other))]
+  found = found or difflib.get_close_matches(name, others, 3, 0.75)
+  return f'; there is {", ".join(found[:3])}' if found else ''
+
+
+def near_file(path: Path) -> str:
+  """`near` among what lies beside a file."""
+  try:
+    return near(path.name, (other.name for other in path.parent.iterdir()))
+  except OSError:  # there is no such folder, or it cannot be read
+    return ''
+
+
+def _bare(name: str) -> str:
+  """What two spellings of one name share."""
+  name = unicodedata.normalize('NFKC', name).casefold()
+  name = re.sub(r'(\.[a-z][a-z0-9]{1,4})+$', '', name)
+  return re.sub(r'\W|_|\b0+(?=\d)', '', name)

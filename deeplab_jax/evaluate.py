@@ -199,9 +199,9 @@ def evaluate(
     trained_stride=network.trained_stride,
     step=None if config.eval.step == 'best' else network.step,
   )
-  _warn_of_replaced(_beside(path, '.json'), network.step)
   labelled, lines = _has_labels(dataset, split), []
   # All files before the first line, which nobody may be there to read.
+  _warn_of_replaced(path, result if labelled else None, saves)
   if labelled:
     write_json(_beside(path, '.json'), result)
     if picture is not None:
@@ -251,14 +251,31 @@ def result_name(
   return '_'.join(parts)
 
 
-def _warn_of_replaced(path: Path, step: int) -> None:
-  """Tells of an evaluation that may not be repeatable any more."""
-  try:
-    before = json.loads(path.read_text())['step']
-  except (OSError, ValueError, KeyError, TypeError):
-    return
-  if before != step:
-    log.warning('%s: replaces the evaluation of step %s', path, before)
+def _warn_of_replaced(
+  path: Path, result: dict[str, Any] | None, saves: bool
+) -> None:
+  """Tells of what an earlier evaluation wrote that may not be repeatable.
+
+  Args:
+    path: of the results, without an ending.
+    result: the measures to write, None for none.
+    saves: whether an archive of predictions is written.
+  """
+  measures, archive = _beside(path, '.json'), _beside(path, '.tar.gz')
+  if result is not None and measures.exists():
+    try:
+      before = json.loads(measures.read_text())
+    except (OSError, ValueError):
+      before = {}
+    # As it reads when it is written and read.
+    if before != json.loads(json.dumps(result)):
+      log.warning(
+        '%s: another evaluation, of step %s, is replaced',
+        measures,
+        before.get('step', '?'),
+      )
+  if saves and archive.exists():
+    log.warning('%s: earlier predictions are replaced', archive)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -30,7 +30,8 @@ _GLIBC = (2, 35)  # the first that knows this setting
 _HUGE_PAGES_SETTING = 'glibc.malloc.hugetlb'
 _HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 _MAPPINGS = Path('/proc/sys/vm/max_map_count')
-_FATAL = 3  # of absl's levels
+_THREADS = Path('/proc/sys/kernel/threads-max')
+_LOG_FATAL = 3  # of absl's levels
 # Marks a restarted process and keeps the GLIBC_TUNABLES that it was given.
 _RESTARTED = 'DEEPLAB_JAX_RESTARTED'
 
@@ -127,7 +128,7 @@ def hide_alarms() -> None:
   """
   if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
     # As `jax_logging_level` does, but that hides Python's warnings as well.
-    jaxlib.utils.absl_set_min_log_level(_FATAL)
+    jaxlib.utils.absl_set_min_log_level(_LOG_FATAL)
 
 
 def limits() -> dict[str, int | None]:
@@ -147,7 +148,7 @@ def limits() -> dict[str, int | None]:
     memory = None
   try:
     # A thread's stack is a mapping, and its guard another.
-    threads = int(_MAPPINGS.read_text()) // 2
+    threads = min(int(_MAPPINGS.read_text()) // 2, int(_THREADS.read_text()))
   except (OSError, ValueError):  # not Linux
     threads = None
   return {'memory': memory, 'threads': threads, 'hosts': jax.process_count()}

@@ -120,6 +120,9 @@ def open_source(
   config = copy.deepcopy(config)
   config.init_from = config.init_from or _DEFAULT_SOURCE
   pretrained = _open(config.init_from, config.model.backbone)
+  if pretrained.dataset:  # refused where void was trained as a class
+    with naming(f'config.init_from={config.init_from}'):
+      DatasetInfo.from_json(pretrained.dataset)
   model = config.model
   model.preset = pretrained.preset_for(model.preset)
   epsilon = pretrained.settings.get(
@@ -172,8 +175,7 @@ def _dataset_info(
   """What the classes mean: by the source, unless a data set was named."""
   if config.data.name == get_config().data.name:
     if pretrained.dataset:
-      with naming(f'config.init_from={config.init_from}'):
-        return DatasetInfo.from_json(pretrained.dataset)
+      return DatasetInfo.from_json(pretrained.dataset)
     voc = DATASETS['voc2012']
     if pretrained.num_classes == voc.num_classes:
       return voc

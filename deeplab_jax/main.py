@@ -2,7 +2,7 @@
 
 Trains by default; `--mode=prepare` shows the data first. `--config=FILE` names
 a recipe, `--config.section.key=value` changes one setting, `--mode=predict`
-takes files, folders or globs behind the options.
+takes files, folders or globs after the options.
 """
 
 import importlib
@@ -45,13 +45,13 @@ def main(argv: Sequence[str]) -> None:
   config, inputs = options.override(
     _base_config(workdir), argv, ('workdir', 'mode', 'config', 'debug', 'help')
   )
+  if workdir is None and _MODE.value != 'prepare':
+    raise UserError('--workdir=DIR is missing: the folder of the run')
+  default_config.validate(config)
   # What a workdir remembers stays as it was said there.
   default_config.make_paths_absolute(
     config, options.settings_in(argv) if _remembers(workdir) else None
   )
-  if workdir is None and _MODE.value != 'prepare':
-    raise UserError('--workdir=DIR is missing: the folder of the run')
-  default_config.validate(config)
   if inputs and _MODE.value != 'predict':
     raise UserError(
       f'{inputs[0]}: not an option; only --mode=predict takes inputs'

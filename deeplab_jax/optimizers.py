@@ -16,14 +16,7 @@ def poly_schedule(
 
   Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
   rises from 0 and joins the curve where it then stands.
-
-  Raises:
-    ValueError: if the warm-up is longer than all steps.
   """
-  if warmup_steps > steps:
-    raise ValueError(
-      f'warmup_steps={warmup_steps} must be at most the {steps} steps in all'
-    )
 
   def schedule(step: jax.Array) -> jax.Array:
     warmup = jax.numpy.minimum(step / max(warmup_steps, 1), 1)

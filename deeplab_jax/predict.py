@@ -44,7 +44,7 @@ def predict(
   """
   if not inputs:
     raise UserError(
-      'no image given; name files, folders or globs behind the options'
+      'no image given; name files, folders or globs after the options'
     )
   paths = images.list_images(inputs)
   network = checkpoints.open_network(

@@ -210,7 +210,9 @@ def sliding_window(
   bottom, right = (
     max(0, w - n) for w, n in zip(window, (height, width), strict=True)
   )
-  images = jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)))
+  images = jnp.pad(
+    images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode='edge'
+  )
   room = np.subtract(images.shape[1:3], window)
   stride = [max(1, round(n * (1 - overlap))) for n in window]
   steps = [math.ceil(r / s) + 1 for r, s in zip(room, stride, strict=True)]

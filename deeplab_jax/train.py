@@ -64,7 +64,7 @@ def train_and_evaluate(
       the loss is no longer finite.
   """
   _check_batch(config)
-  make_schedule_and_optimizer(config)  # fails before anything is prepared
+  _check_warmup(config, workdir)
   data = config.data
   dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
   _check_splits(dataset, data.train_split, data.eval_split)
@@ -175,11 +175,18 @@ def _class_weights(
   return tuple(weights)
 
 
+def _settings_of(workdir: Path) -> ml_collections.ConfigDict | None:
+  """What the workdir was last trained with, None where that is not known."""
+  try:
+    return from_json(workdir / 'config.json')
+  except (UserError, OSError):
+    return None
+
+
 def _changes(config: ml_collections.ConfigDict, workdir: Path) -> str:
   """The settings that are not those the workdir was last trained with."""
-  try:
-    before = from_json(workdir / 'config.json')
-  except (UserError, OSError):  # there is nothing to compare with
+  before = _settings_of(workdir)
+  if before is None:
     return ''
   was, now = (flatten_dict(to_json(c), sep='.') for c in (before, config))
   return ', '.join(
@@ -187,6 +194,18 @@ def _changes(config: ml_collections.ConfigDict, workdir: Path) -> str:
     for key, value in now.items()
     if value != was[key]
   )
+
+
+def _check_warmup(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Refuses a warm-up without an end, but where a run had it already."""
+  warmup, steps = config.optimizer.warmup_steps, config.train.steps
+  remembered = _settings_of(workdir)
+  had = remembered is not None and remembered.optimizer.warmup_steps == warmup
+  if warmup > steps and not had:
+    raise UserError(
+      f'config.optimizer.warmup_steps={warmup} must be at most'
+      f' config.train.steps={steps}'
+    )
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:
@@ -217,19 +236,14 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Any:
 def make_schedule_and_optimizer(
   config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """What `config.optimizer` describes, over `config.train.steps` steps.
-
-  Raises:
-    UserError: if the settings cannot work together.
-  """
+  """What `config.optimizer` describes, over `config.train.steps` steps."""
   optimizer = config.optimizer
-  with naming('config.optimizer'):
-    schedule = poly_schedule(
-      optimizer.learning_rate,
-      config.train.steps,
-      power=optimizer.power,
-      warmup_steps=optimizer.warmup_steps,
-    )
+  schedule = poly_schedule(
+    optimizer.learning_rate,
+    config.train.steps,
+    power=optimizer.power,
+    warmup_steps=optimizer.warmup_steps,
+  )
   return schedule, make_optimizer(
     optimizer.name,
     schedule,

@@ -197,7 +197,7 @@ def test_what_no_machine_can_hold_is_refused(mode, key, value):
     # A recipe of the paper, and a workdir of a large cluster used elsewhere.
     ('train', {'model.width': 1.0, 'data.crop_size': (513, 513)}),
     ('predict', {'train.batch_size': 10**9, 'eval.batch_size': 10**9}),
-    ('eval', {'train.batch_size': 10**9, 'data.threads': 10**6}),
+    ('eval', {'train.batch_size': 10**9, 'data.workers': 10**6}),
     ('eval', {'eval.crop_size': (10**8, 65)}),  # of whole images it is unused
     ('train', {'eval.batch_size': 10**9, 'data.eval_split': ''}),
     ('train', {'eval.panels': 10**30, 'eval.buckets': 10**30}),

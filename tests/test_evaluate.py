@@ -212,17 +212,22 @@ def test_each_evaluation_has_a_name_of_its_own(protocol, stride, step, name):
   assert found == name
 
 
-def test_an_evaluation_of_another_step_is_not_replaced_silently(
-  trained, tmp_path, caplog
-):
+def test_another_evaluation_is_not_replaced_silently(trained, tmp_path, caplog):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   path = workdir / 'eval' / 'val_whole.json'
   path.parent.mkdir(exist_ok=True)
   path.write_text('{"step": 3}')
+  config = make_config(trained.settings, eval__save_predictions=True)
   with caplog.at_level(logging.WARNING, 'deeplab_jax'):
-    evaluate.evaluate(trained.config, workdir)
-    evaluate.evaluate(trained.config, workdir)
-  assert caplog.messages == [f'{path}: replaces the evaluation of step 3']
+    evaluate.evaluate(config, workdir)
+    assert caplog.messages == [
+      f'{path}: another evaluation, of step 3, is replaced'
+    ]
+    evaluate.evaluate(trained.config, workdir)  # the same once more
+    assert len(caplog.messages) == 1
+    evaluate.evaluate(config, workdir)
+  archive = path.with_name('val_whole.tar.gz')
+  assert caplog.messages[1:] == [f'{archive}: earlier predictions are replaced']
 
 
 def test_the_seeds_geometry_allows_no_padding(trained):

@@ -201,23 +201,51 @@ def test_palettes_that_differ_are_refused_naming_both_files():
 
 
 @pytest.mark.parametrize(
-  'label_map, counts, expected',
+  'label_map, expected',
   [
-    ('', {}, (0, 1, 2)),
-    ('255:1', {0: 5, 255: 3}, (0, 255, 2)),
-    ('5:0,6:0', {0: 9, 5: 3}, (0, 1, 2)),  # the most frequent stands for all
-    ('1:0,2:1,3:2', {1: 1, 2: 1, 3: 1}, (1, 2, 3)),
-    ('0:void,1:0,2:0', {2: 9, 1: 3}, (2, 3, 4)),  # 1 and 2 have no value left
+    ('', (0, 1, 2)),
+    ('255:1', (0, 255, 2)),
+    ('5:0,6:0', (5, 1, 2)),  # the first stands for all
+    ('1:0,2:1,3:2', (1, 2, 3)),
+    ('0:void,2:0,1:0', (2, 3, 4)),  # b and c have no value left
   ],
 )
-def test_each_class_has_a_value_of_its_own_in_predictions(
-  label_map, counts, expected
-):
+def test_each_class_has_a_value_of_its_own_in_predictions(label_map, expected):
   listed = labels.ClassList(('a', 'b', 'c'))
-  found = np.zeros(256, np.int64)
-  found[list(counts)] = list(counts.values())
   meaning = labels.Meaning(listed, label_map=label_map)
-  assert meaning.file_values(found) == expected
+  assert meaning.file_values() == expected
+
+
+def test_a_label_map_beside_colors_is_refused():
+  listed = labels.parse_classes(['a 0 0 0', 'b 255 0 0'])
+  with pytest.raises(UserError, match='label_map=255:1 maps values, and'):
+    labels.Meaning(listed, label_map='255:1')
+
+
+def test_void_in_the_color_of_a_class_is_refused():
+  listed = labels.parse_classes(['a 0 0 0', 'b 255 0 0'])
+  palette = np.zeros((256, 3), np.uint8)
+  palette[1] = 255, 0, 0
+
+  def label(*pixels):
+    return types.SimpleNamespace(
+      path='x.png', pixels=np.uint8([pixels]), palette=palette
+    )
+
+  meaning = labels.Meaning(listed)
+  assert meaning.label_values(label(0, 1)).tolist() == [[0, 1]]
+  with pytest.raises(
+    UserError, match=r"x\.png: index 255 is void, .* class 'a'"
+  ):
+    meaning.label_values(label(0, 255))
+  palette[255] = 9, 9, 9
+  assert meaning.label_values(label(0, 255)).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize('name', ['void', 'Void', 'VOID'])
+def test_a_line_of_voids_color_is_no_class(name):
+  listed = labels.parse_classes(['a 0 0 0', f'{name} 9 9 9', 'b 255 0 0'])
+  assert labels.Meaning(listed).classes == ('a', 'b')
 
 
 def test_unknown_classes_leave_values_as_they_are():

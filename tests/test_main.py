@@ -120,7 +120,11 @@ def received(monkeypatch):
     ),
     ('--config.data.threads=100000', 'config.data.threads=100000: '),
     ('--config.data.workers=1000000', 'processes that load images take at'),
-    ('--config.optimizer.warmup_steps=7', 'warmup_steps=7 must be at most'),
+    (
+      '--config.optimizer.warmup_steps=999',
+      'warmup_steps=999 must be at most config.train.steps=',
+    ),
+    ('--config.data={}', 'is missing: the section was replaced'),
     (
       '--mode=test',
       '--mode=test: value should be one of <prepare|train|import|eval|predict>',

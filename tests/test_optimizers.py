@@ -102,9 +102,3 @@ def test_a_run_can_go_on_with_other_numbers():
     'sgd', 0.1, weight_decay=0.1, head_multiplier=2.0, clip_norm=1.0
   ).init(PARAMS)
   assert jax.tree.structure(plain) == jax.tree.structure(other)
-
-
-def test_a_warm_up_beyond_the_last_step_is_refused():
-  poly_schedule(0.1, 20, warmup_steps=20)
-  with pytest.raises(ValueError, match=r'warmup_steps=21 must .* the 20 steps'):
-    poly_schedule(0.1, 20, warmup_steps=21)

@@ -408,7 +408,8 @@ def test_no_class_is_predicted_between_two_others(random_variables):
   )
   step = jax.jit(functools.partial(steps.predict_step, model=model))
   bias[2] += np.median(logits[..., 0] - logits[..., 2])
-  classes = step(variables, images)
+  sizes = np.full((2, 2), (40, 50), np.int32)
+  classes = step(variables, {'image': images, 'size': sizes})
   assert classes.shape == (2, 40, 50)
   assert set(np.unique(classes)) == {0, 2}
 

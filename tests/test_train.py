@@ -568,9 +568,19 @@ def test_a_warm_up_beyond_the_last_step_is_refused_before_data_is_read(
   config = make_config(
     trained.settings, optimizer__warmup_steps=7, data__dir='/nope'
   )
-  words = r'config\.optimizer: warmup_steps=7 must be at most the 6 steps'
+  words = r'optimizer\.warmup_steps=7 must be at most config\.train\.steps=6'
   with pytest.raises(UserError, match=words):
     train_and_evaluate(config, tmp_path)
+
+
+def test_a_run_that_had_such_a_warm_up_may_go_on(trained, tmp_path):
+  # Before, the default was 20 steps whatever the number of steps.
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  settings = settings_of(workdir)
+  settings['optimizer']['warmup_steps'] = 20
+  (workdir / 'config.json').write_text(json.dumps(settings))
+  config = make_config(trained.settings, optimizer__warmup_steps=20)
+  assert train_and_evaluate(config, workdir) == trained.result
 
 
 def test_evaluation_split_of_void_alone_is_named(trained, tmp_path):

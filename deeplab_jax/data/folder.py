@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import hashlib
 import logging
 import os
 import pathlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,11 @@ import tensorflow_datasets as tfds
 
 from deeplab_jax import errors
 from deeplab_jax.data import datasets, images, labels, records
+from deeplab_jax.disk import near, near_file
 
 log = logging.getLogger(__name__)
 
 ON_BAD_IMAGE = ('stop', 'skip')
-
-# What names may end in without being others.
-_SUFFIXES = {*images.IMAGE_SUFFIXES, *images.LABEL_SUFFIXES, '.txt', '.heic'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +102,7 @@ def make_config(
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
   colors = None if classes.colors is None else classes.colors.tolist()
-  options = (ignore_label, sorted(meaning.label_map.items()), on_bad_image)
+  options = (ignore_label, list(meaning.label_map.items()), on_bad_image)
   fingerprint = _fingerprint((classes.lines, colors), items, *options)
   return FolderConfig(
     name=prefix + fingerprint,
@@ -132,7 +129,6 @@ class FolderSegmentation(records.RecordsBuilder):
     config, meaning = self.builder_config, self.builder_config.meaning
     tally = records.Tally(len(meaning.classes), meaning.stored_ignore_label)
     palettes = labels.Palettes()
-    counts = np.zeros(256, np.int64)  # of values in the files
     for item, pair in records.readable(
       config.items,
       lambda item: read_pair(item, meaning),
@@ -148,7 +144,6 @@ class FolderSegmentation(records.RecordsBuilder):
         remedy='the file, classes.txt or config.data.ignore_label, or say what '
         'the value stands for with config.data.label_map',
       )
-      counts += pair.counts
       label = meaning.to_classes(pair.label)
       tally.add(label)
       yield (
@@ -166,7 +161,7 @@ class FolderSegmentation(records.RecordsBuilder):
         f'{_list_path(config.directory, config.split)}: every listed image is '
         'unreadable; see the warnings above'
       )
-    info = _make_info(config, palettes, counts)
+    info = _make_info(config, palettes)
     self.info.metadata.update(info=info.to_json(), colors=palettes.to_json())
     self.info.metadata['splits'][config.split] = tally.to_json()
 
@@ -179,13 +174,11 @@ class Pair:
     image: bytes to store.
     label: uint8 [H, W], label values.
     colors: of the palette indices in use, see `Meaning.used_colors`.
-    counts: int64 [256], pixels of each value in the label's file; 0 for colors.
   """
 
   image: bytes
   label: np.ndarray
   colors: dict[int, tuple[int, ...]]
-  counts: np.ndarray
 
 
 def read_pair(item: Item, meaning: labels.Meaning) -> Pair:
@@ -197,12 +190,7 @@ def read_pair(item: Item, meaning: labels.Meaning) -> Pair:
   picture = images.open_picture(item.image)
   file = images.open_label(item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
-  counts = np.zeros(256, np.int64)
-  if file.pixels.ndim == 2:
-    counts += np.bincount(file.pixels.ravel(), minlength=256)
-  return Pair(
-    images.storable(picture), values, meaning.used_colors(file), counts
-  )
+  return Pair(images.storable(picture), values, meaning.used_colors(file))
 
 
 def fit_label(
@@ -237,10 +225,10 @@ def fit_label(
 
 
 def _make_info(
-  config: FolderConfig, palettes: labels.Palettes, counts: np.ndarray
+  config: FolderConfig, palettes: labels.Palettes
 ) -> datasets.DatasetInfo:
   meaning = config.meaning
-  values = meaning.file_values(counts)
+  values = meaning.file_values()
   palette = meaning.colors
   if palette is None:
     palette = datasets.voc_palette(256)[list(meaning.values)]
@@ -285,13 +273,13 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise errors.UserError(
-      f'{directory}: no such dataset folder{_near_file(root)}; set '
+      f'{directory}: no such dataset folder{near_file(root)}; set '
       'config.data.dir'
     )
   for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
     if not (root / part).is_dir():
       raise errors.UserError(
-        f'{root / part}: no such folder{_near_file(root / part)}; a dataset '
+        f'{root / part}: no such folder{near_file(root / part)}; a dataset '
         'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
         'and classes.txt'
       )
@@ -318,7 +306,7 @@ def read_classes(root: pathlib.Path) -> labels.ClassList:
   path = root / 'classes.txt'
   if not path.is_file():
     raise errors.UserError(
-      f'{path}: no such file{_near_file(path)}; write one class name a line, '
+      f'{path}: no such file{near_file(path)}; write one class name a line, '
       'index from 0 (--mode=prepare tells how many)'
     )
   lines = _read_lines(path)
@@ -491,37 +479,6 @@ def _refuse_broken_link(path: pathlib.Path, name: str) -> None:
 
 def _normal(name: str) -> str:
   return unicodedata.normalize('NFC', name)
-
-
-def near(name: str, others: Iterable[str]) -> str:
-  """Returns '; there is X' for the names that may be meant, or ''.
-
-  These are the names that differ in case, suffix, punctuation or an addition,
-  else those of few other letters.
-  """
-  others = sorted(others)
-  bare = _bare(name)
-  found = [other for other in others if _bare(other) == bare]
-  if not found and bare:
-    longer = re.compile(re.escape(bare) + '[a-z]')
-    found = [other for other in others if longer.match(_bare(other))]
-  found = found or difflib.get_close_matches(name, others, 3, 0.75)
-  return f'; there is {", ".join(found[:3])}' if found else ''
-
-
-def _near_file(path: pathlib.Path) -> str:
-  """`near` among what lies beside a file."""
-  if not path.parent.is_dir():
-    return ''
-  return near(path.name, (other.name for other in path.parent.iterdir()))
-
-
-def _bare(name: str) -> str:
-  """What two spellings of one name share."""
-  name = unicodedata.normalize('NFKC', name).casefold()
-  while (stem := os.path.splitext(name))[1] in _SUFFIXES:
-    name = stem[0]
-  return re.sub(r'\W|_|\b0+(?=\d)', '', name)
 
 
 def _fingerprint(classes: Any, items: tuple[Item, ...], *options: Any) -> str:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 
-from deeplab_jax import errors
+from deeplab_jax import disk, errors
 
 
 def _built_in(feature: str) -> bool:
@@ -384,7 +384,9 @@ def list_images(inputs: Sequence[str]) -> list[pathlib.Path]:
         for file in _images_below(match)
       ]
     else:
-      raise errors.UserError(f'{text}: no such file or folder')
+      raise errors.UserError(
+        f'{text}: no such file or folder{disk.near_file(path)}'
+      )
     if not files:
       raise errors.UserError(
         f'{text}: no image found (suffixes {" ".join(IMAGE_SUFFIXES)})'

@@ -39,8 +39,9 @@ class ClassList:
   @property
   def void_line(self) -> int | None:
     """The label value of the line that gives void its color, or None."""
-    if self.colors is not None and _VOID in self.lines:
-      return self.lines.index(_VOID)
+    names = [name.casefold() for name in self.lines]
+    if self.colors is not None and _VOID in names:
+      return names.index(_VOID)
     return None
 
 
@@ -132,6 +133,11 @@ class Meaning:
           f'{_LABEL_MAP}: {value}:{target} names class {target}, and '
           f'classes.txt has {len(self.lines)} lines, 0 to {len(self.lines) - 1}'
         )
+    if self.label_map and self._colors is not None:
+      raise errors.UserError(
+        f'{_LABEL_MAP}={label_map} maps values, and classes.txt has colors, by '
+        'which labels are read; leave one of the two out'
+      )
     if self.lines and not self.values:
       raise errors.UserError(
         'classes.txt names no class beside void, '
@@ -147,19 +153,17 @@ class Meaning:
     """The color of each class in classes.txt, uint8 [C, 3], or None."""
     return None if self._colors is None else self._colors[list(self.values)]
 
-  def file_values(self, counts: np.ndarray) -> tuple[int, ...]:
+  def file_values(self) -> tuple[int, ...]:
     """A value that stands for each class in the files, all different.
 
-    Args:
-      counts: int [256], the pixels of each value in the files; of several
-        values of one class the most frequent is taken.
+    Of several values of one class it is the first that the label map names.
     """
     chosen: list[int | None] = []
     for value in self.values:
-      own = np.flatnonzero(self._table == value).tolist()
-      chosen.append(
-        max(own, key=lambda v: (counts[v], v == value), default=None)
-      )
+      named = [v for v, target in self.label_map.items() if target == value]
+      if not named and self._table[value] == value:
+        named = [value]
+      chosen.append(named[0] if named else None)
     taken = {*chosen, *self.label_map, self.ignore_label}
     free = (v for v in range(256) if v not in taken)
     return tuple(next(free) if v is None else v for v in chosen)
@@ -201,6 +205,7 @@ class Meaning:
     values = np.full(file.pixels.shape, self.ignore_label, np.uint8)
     by_color = file.pixels != self.ignore_label
     by_color |= self.ignore_label < len(self.lines)
+    self._refuse_colored_void(file, by_color)
     indices = file.pixels[by_color]
     last = int(indices.max(initial=0))
     if last >= len(file.palette):
@@ -210,6 +215,21 @@ class Meaning:
       )
     values[by_color] = self._of_colors(file.palette[indices], file.path)
     return values
+
+  def _refuse_colored_void(self, file: Any, by_color: np.ndarray) -> None:
+    """Refuses void by its index that has the color of a class."""
+    if by_color.all() or self.ignore_label >= len(file.palette):
+      return
+    color = _color_at(file.palette, self.ignore_label)
+    colors = list(map(tuple, self.colors.tolist()))
+    if color in colors:
+      raise errors.UserError(
+        f'{file.path}: index {self.ignore_label} is void, '
+        'config.data.ignore_label, but has the color of the class '
+        f'{self.classes[colors.index(color)]!r}, {_words(color)}; give that '
+        'index another color, or leave the colors out of classes.txt to read '
+        'indices'
+      )
 
   def _of_colors(self, pixels: np.ndarray, path: Any) -> np.ndarray:
     """The label values [...] of colors uint8 [..., 3]."""

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 from deeplab_jax import errors
+from deeplab_jax.disk import near_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,9 @@ def find_places(directory: str, more_masks: bool) -> Places:
   """
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
-    raise errors.UserError(f'{directory}: no such folder; set config.data.dir')
+    raise errors.UserError(
+      f'{directory}: no such folder{near_file(root)}; set config.data.dir'
+    )
   voc = _first_with(
     'JPEGImages', root / 'VOCdevkit' / 'VOC2012', root / 'VOC2012', root
   ) or _first_file(root, 'VOCtrainval*2012*.tar')

@@ -112,7 +112,8 @@ class DeepLabV3(nn.Module):
       sizes: int [B, 2], the height and width that each image had before it was
         padded at the bottom and the right to the size of the batch. Its logits
         are then those that it has alone, to rounding, whatever the padding
-        shows. None if all of H, W is image. Not used unless `pads_freely`.
+        shows (in training the statistics of the batch see the padding). None
+        if all of H, W is image. Without `pads_freely` it changes nothing.
 
     Returns:
       float32 [B, H, W, num_classes].
@@ -127,10 +128,11 @@ class DeepLabV3(nn.Module):
         "variables with 'prepared' are for inference: gradients would not reach"
         ' the kernels'
       )
-    if sizes is not None and jnp.shape(sizes) != (len(images), 2):
+    sizes = None if sizes is None else jnp.asarray(sizes)
+    if sizes is not None and sizes.shape != (len(images), 2):
       raise ValueError(
         f'sizes must be [{len(images)}, 2], (height, width) of each image, got'
-        f' {list(jnp.shape(sizes))}'
+        f' {list(sizes.shape)}'
       )
     size = images.shape[1:3]
     x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(
@@ -139,15 +141,16 @@ class DeepLabV3(nn.Module):
     extended = tuple(map(self._extended, size))
     bottom, right = (n - own for n, own in zip(extended, size, strict=True))
     x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
-    mask, blanking = None, contextlib.nullcontext()
+    own, blanking = None, contextlib.nullcontext()
     if sizes is not None and self.pads_freely:
       x = jnp.where(within(sizes, extended), x, 0)
-      sizes = self._extended(sizes)
-      blanking = blanked(sizes, extended)
+      own = self._extended(sizes)
+      blanking = blanked(own, extended)
     with blanking:
       x = self.backbone(x.astype(self.dtype), train=train)[self.features]
-      if sizes is not None:
-        mask = within(-(-sizes // self.backbone.output_stride), x.shape[1:3])
+      mask = None
+      if own is not None:
+        mask = within(-(-own // self.backbone.output_stride), x.shape[1:3])
       x = self.aspp(x, train=train, mask=mask)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
     if self.pads_freely:

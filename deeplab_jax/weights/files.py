@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from deeplab_jax.disk import near_file
 from deeplab_jax.errors import UserError
 
 SOURCES = (
@@ -83,7 +84,9 @@ def kind_of(path: Path) -> str:
   if path.is_dir():
     raise UserError(f'{path} is a folder without checkpoints of this project')
   if not path.exists():
-    raise UserError(f'init_from: no file {path}; it may be {SOURCES}')
+    raise UserError(
+      f'init_from: no file {path}{near_file(path)}; it may be {SOURCES}'
+    )
   head = _read(path, 0, 32)
   if head.startswith(b'\x89HDF\r\n\x1a\n'):
     return 'HDF5'
