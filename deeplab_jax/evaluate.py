@@ -139,6 +139,8 @@ class _Archive:
 
   def save(self, path: Path) -> str:
     """Writes the archive; returns a line that says where."""
+    if path.exists():
+      log.warning('%s: earlier predictions are replaced', path)
     name = self._evaluator.info.name
     write_archive(
       path,
@@ -179,46 +181,48 @@ def evaluate(
     model = deeplab_v3(num_classes=dataset.info.num_classes, **network.model)
   evaluator = make_evaluator(model, dataset, config)
   extremes = _Extremes(config.eval.worst_and_best)
-  archive = _Archive(evaluator)
-  visit = [extremes.add]
-  if saves and distributed.is_first_process():
-    visit.append(archive.add)
+  first = distributed.is_first_process()
+  archive = _Archive(evaluator) if saves and first else None
   measures, confusion, picture = evaluate_variables(
     evaluator,
     distributed.replicate(evaluator.prepare(network.variables)),
     config.eval.panels,
-    visit,
+    [extremes.add, *([archive.add] if archive else [])],
   )
   result = {**measures, 'step': network.step}
-  if not distributed.is_first_process():
-    return result
-  folder = workdir / 'eval'
-  folder.mkdir(exist_ok=True)
-  path = folder / result_name(
-    evaluator.description,
-    trained_stride=network.trained_stride,
-    step=None if config.eval.step == 'best' else network.step,
-  )
-  labelled, lines = _has_labels(dataset, split), []
-  # All files before the first line, which nobody may be there to read.
-  _warn_of_replaced(path, result if labelled else None, saves)
-  if labelled:
-    write_json(_beside(path, '.json'), result)
-    if picture is not None:
-      visualize.save_png(_beside(path, '.png'), picture)
-    classes = dataset.info.classes
-    visualize.save_png(
-      _beside(path, '_confusion.png'), confusion_picture(confusion, classes)
+  if first:
+    folder = workdir / 'eval'
+    folder.mkdir(exist_ok=True)
+    path = folder / result_name(
+      evaluator.description,
+      trained_stride=network.trained_stride,
+      step=None if config.eval.step == 'best' else network.step,
     )
-    lines += extremes.save(evaluator, path)
-  if saves:
-    lines.append(archive.save(_beside(path, '.tar.gz')))
-  if labelled:
-    print_report(result)
-    lines.insert(0, f'measures and pictures: {path}*')
-  for line in lines:
-    print(line, flush=True)
+    # All files before the first line, which nobody may be there to read.
+    lines = []
+    if archive:
+      lines.append(archive.save(_beside(path, '.tar.gz')))
+    if _has_labels(dataset, split):
+      matrix = confusion_picture(confusion, evaluator.info.classes)
+      pictures = {'': picture, '_confusion': matrix}
+      lines += _save_measures(path, result, pictures)
+      lines += extremes.save(evaluator, path)
+      print_report(result)
+    for line in lines:
+      print(line, flush=True)
   return result
+
+
+def _save_measures(
+  path: Path, result: dict[str, Any], pictures: dict[str, np.ndarray | None]
+) -> list[str]:
+  """Writes PATH.json and the pictures, by what is added to PATH."""
+  _warn_of_replaced(_beside(path, '.json'), result)
+  write_json(_beside(path, '.json'), result)
+  for ending, picture in pictures.items():
+    if picture is not None:
+      visualize.save_png(_beside(path, f'{ending}.png'), picture)
+  return [f'measures and pictures: {path}*']
 
 
 def result_name(
@@ -251,31 +255,18 @@ def result_name(
   return '_'.join(parts)
 
 
-def _warn_of_replaced(
-  path: Path, result: dict[str, Any] | None, saves: bool
-) -> None:
-  """Tells of what an earlier evaluation wrote that may not be repeatable.
-
-  Args:
-    path: of the results, without an ending.
-    result: the measures to write, None for none.
-    saves: whether an archive of predictions is written.
-  """
-  measures, archive = _beside(path, '.json'), _beside(path, '.tar.gz')
-  if result is not None and measures.exists():
-    try:
-      before = json.loads(measures.read_text())
-    except (OSError, ValueError):
-      before = {}
-    # As it reads when it is written and read.
-    if before != json.loads(json.dumps(result)):
-      log.warning(
-        '%s: another evaluation, of step %s, is replaced',
-        measures,
-        before.get('step', '?'),
-      )
-  if saves and archive.exists():
-    log.warning('%s: earlier predictions are replaced', archive)
+def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
+  """Tells of an earlier evaluation that may not be repeatable any more."""
+  if not path.exists():
+    return
+  try:
+    before = json.loads(path.read_text())
+  except (OSError, ValueError):
+    before = {}
+  # As it reads when it is written and read.
+  if before != json.loads(json.dumps(result)):
+    step = before.get('step', '?')
+    log.warning('%s: another evaluation, of step %s, is replaced', path, step)
 
 
 def _beside(path: Path, ending: str) -> Path:

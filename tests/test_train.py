@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from conftest import as_options, make_config
 from PIL import Image
 
-from deeplab_jax import train
+from deeplab_jax import evaluate, train
 from deeplab_jax.checkpoints import Checkpoints
 from deeplab_jax.errors import UserError
 from deeplab_jax.train import train_and_evaluate
@@ -621,3 +623,39 @@ def test_impossible_network_leaves_no_configuration_behind(trained, tmp_path):
   with pytest.raises(UserError, match=r"config\.model: .*got 'resnet19'"):
     train_and_evaluate(config, tmp_path)
   assert not (tmp_path / 'config.json').exists()
+
+
+CROPS = Path(__file__).parents[2] / 'shared' / 'cases' / 'crop_64_or_65'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CROPS.is_dir(), reason=f'{CROPS} is not here')
+@pytest.mark.parametrize('crop', [64, 65])
+def test_crops_of_any_size_train_masks_in_their_place(tmp_path, crop):
+  config = make_config(
+    {
+      'data.name': 'folder',
+      'data.dir': str(CROPS),
+      'data.prepared_dir': str(tmp_path / 'prepared'),
+      'data.crop_size': (crop, crop),
+      'model.output_stride': 16,
+      'train.steps': 100,
+      'train.batch_size': 16,
+      'train.eval_every': 100,
+      'optimizer.name': 'adam',
+      'optimizer.learning_rate': 0.01,
+      'eval.save_predictions': True,
+    }
+  )
+  assert train_and_evaluate(config, tmp_path)['miou'] > 0.8
+  evaluate.evaluate(config, tmp_path)
+  agreement = np.zeros((25, 25))
+  with tarfile.open(tmp_path / 'eval' / 'val_whole.tar.gz') as archive:
+    for entry in archive:
+      found = np.asarray(Image.open(archive.extractfile(entry)))
+      label = CROPS / 'SegmentationClass' / Path(entry.name).name
+      inner = np.asarray(Image.open(label))[12:-12, 12:-12]
+      windows = np.lib.stride_tricks.sliding_window_view(found, inner.shape)
+      agreement += (windows == inner).mean((2, 3))
+  best = np.unravel_index(agreement.argmax(), agreement.shape)
+  assert np.abs(np.subtract(best, 12)).max() <= 2
