@@ -442,6 +442,35 @@ def test_label_map_makes_a_class_of_255(voc_folder, prepared):
     load.load_dataset('shapes', label_map='0:1')
 
 
+@pytest.mark.parametrize('listed', ['./val_0', './/val_0', 'x/../val_0.jpg'])
+def test_an_id_has_one_spelling_in_all_lists(voc_folder, prepared, listed):
+  path = voc_folder / 'ImageSets' / 'Segmentation' / 'train.txt'
+  path.write_text(f'train_0\n{listed}\n')
+  data = _load(voc_folder, prepared)
+  assert data.shared_names('train', 'val') == ['val_0']
+  path.write_text(f'val_0\n{listed}\n')
+  assert "'val_0' stands 2 times" in _refused(voc_folder, prepared)
+
+
+@pytest.mark.parametrize('up', [True, False])
+def test_ids_that_lead_out_of_the_folder_are_refused(voc_folder, prepared, up):
+  folder = '..' if up else voc_folder
+  path = voc_folder / 'ImageSets' / 'Segmentation' / 'train.txt'
+  path.write_text(f'{folder}/JPEGImages/train_0.jpg\n')
+  message = _refused(voc_folder, prepared)
+  assert 'leads out of' in message and message.endswith("as 'train_0'")
+
+
+def test_an_id_with_a_suffix_says_which_of_two_images(voc_folder, prepared):
+  image = Image.open(voc_folder / 'JPEGImages' / 'val_0.jpg')
+  image.save(voc_folder / 'JPEGImages' / 'val_0.png')
+  path = voc_folder / 'ImageSets' / 'Segmentation' / 'val.txt'
+  assert 'share the id' in _refused(voc_folder, prepared)
+  path.write_text('val_0.png\n')
+  (record,) = _load(voc_folder, prepared).source('val')
+  assert record['file_name'] == b'val_0.png'
+
+
 def _write_colored(source, colors):
   """Stores all labels as RGB; values beyond the colors get the last."""
   table = np.array([*colors, *[colors[-1]] * (256 - len(colors))], np.uint8)

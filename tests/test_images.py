@@ -6,7 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from deeplab_jax import errors
 from deeplab_jax.data import images
@@ -294,19 +294,21 @@ def test_pixels_without_black_and_white_are_refused(tmp_path, array, words):
 
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 @pytest.mark.parametrize('channels', [1, 3, 4])
-def test_12_bits_in_16_are_refused_by_their_largest_value(
-  tmp_path, suffix, channels
+@pytest.mark.parametrize('bits', [12, 14])
+def test_fewer_bits_in_16_are_refused_by_their_largest_value(
+  tmp_path, suffix, channels, bits
 ):
-  values = np.full((4, 5, channels), 4095, np.uint16)
+  largest = 2**bits - 1
+  values = np.full((4, 5, channels), largest, np.uint16)
   if channels == 4:
     values[..., 3] = 65535
   path = tmp_path / f'a.{suffix}'
   cv2.imwrite(str(path), values)
   message = _read_refused(path)
-  assert 'no value above 4095' in message and '12 bits' in message
-  values[0, 0, :3] = 4096
+  assert f'no value above {largest}' in message and '14 bits' in message
+  values[0, 0, :3] = 2**14
   cv2.imwrite(str(path), values)
-  assert images.read_image(path)[0, 0].tolist() == [16, 16, 16]
+  assert images.read_image(path)[0, 0].tolist() == [64, 64, 64]
   values[..., :3] = 0
   cv2.imwrite(str(path), values)
   assert not images.read_image(path).any()  # black is black
@@ -580,3 +582,40 @@ def test_every_suffix_that_is_listed_is_read(tmp_path, suffix):
   color = images.read_image(path)[8, 8].astype(int)
   assert np.abs(color - ([76] * 3 if gray else [255, 0, 0])).max() < 4
   assert images.list_images([str(tmp_path)]) == [path]
+
+
+@pytest.mark.parametrize(
+  'dtype, kind',
+  [
+    (np.float32, '3 float samples of 32 bits'),
+    (np.float64, '3 float samples of 64 bits'),
+    (np.int32, '3 signed samples of 32 bits'),
+  ],
+)
+def test_color_tiff_of_other_numbers_is_refused_with_kind_and_range(
+  tmp_path, dtype, kind
+):
+  values = np.full((8, 9, 3), 1, dtype)
+  values[0, 0] = 0
+  cv2.imwrite(str(tmp_path / 'a.tif'), values)
+  message = _read_refused(tmp_path / 'a.tif')
+  assert f'{kind} a pixel, from 0 to 1; ' in message
+  assert 'unreadable' not in message and 'store 8 bits' in message
+
+
+def test_floats_in_a_portable_map_are_refused(tmp_path):
+  data = b'Pf\n2 1\n-1.0\n' + np.float32([0.5, 0.25]).tobytes()
+  (tmp_path / 'a.pfm').write_bytes(data)
+  assert 'float pixels' in _read_refused(tmp_path / 'a.pfm')
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'')
+  with pytest.raises(
+    errors.UnreadableError, match=r'a\.png: the file is empty'
+  ):
+    images.read_image(tmp_path / 'a.png')
+
+
+def test_jpeg_2000_is_read_where_pillow_reads_it():
+  assert features.check('jpg_2000') == ('.jp2' in images.IMAGE_SUFFIXES)

@@ -216,10 +216,19 @@ def test_each_class_has_a_value_of_its_own_in_predictions(label_map, expected):
   assert meaning.file_values() == expected
 
 
-def test_a_label_map_beside_colors_is_refused():
+def test_a_label_map_beside_colors_is_for_gray_labels():
   listed = labels.parse_classes(['a 0 0 0', 'b 255 0 0'])
-  with pytest.raises(UserError, match='label_map=255:1 maps values, and'):
-    labels.Meaning(listed, label_map='255:1')
+  meaning = labels.Meaning(listed, label_map='255:1')
+  label = types.SimpleNamespace(
+    path='x.png',
+    pixels=np.uint8([[0, 255]]),
+    palette=None,
+    indices=lambda: label.pixels,
+  )
+  assert meaning.label_values(label).tolist() == [[0, 1]]
+  label.palette = np.zeros((256, 3), np.uint8)
+  with pytest.raises(UserError, match=r'x\.png: .*label_map maps values, but'):
+    meaning.label_values(label)
 
 
 def test_void_in_the_color_of_a_class_is_refused():

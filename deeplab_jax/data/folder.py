@@ -292,8 +292,10 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   except FileNotFoundError as error:
     raise errors.UserError(f'{path}: no such file') from error
   except (OSError, UnicodeDecodeError) as error:
-    raise errors.UserError(f'{path}: no readable text ({error})') from error
-  return [line.strip() for line in text.rstrip().splitlines()]
+    raise errors.UserError(
+      f'{path}: no readable text ({error}); save it as UTF-8'
+    ) from error
+  return [_normal(line.strip()) for line in text.rstrip().splitlines()]
 
 
 def read_classes(root: pathlib.Path) -> labels.ClassList:
@@ -335,7 +337,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
   files = {
     _normal(file.stem): file
     for file in sorted(folder.iterdir())
-    if file.suffix == '.txt'
+    if file.suffix.lower() == '.txt'
   }
   if _normal(split) not in files:
     known = ', '.join(files)
@@ -399,12 +401,19 @@ class ImageFiles:
     Raises:
       UserError: if one is missing, or two files have that id.
     """
-    name = _normal(name)
+    # One spelling for each place, so that other lists name it alike.
+    listed, name = name, _normal(os.path.normpath(name))
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+      raise errors.UserError(
+        f'{listed!r} leads out of {self._root / "JPEGImages"}; list ids, as'
+        f' {os.path.splitext(os.path.basename(name))[0]!r}'
+      )
     found = self._files('JPEGImages', name, images.IMAGE_SUFFIXES)
     bare, suffix = os.path.splitext(name)
     if not found and suffix.lower() in images.IMAGE_SUFFIXES:
       found = self._files('JPEGImages', bare, images.IMAGE_SUFFIXES)
-      name = bare if found else name
+      own = [f for f in found if _normal(f.name) == os.path.basename(name)]
+      found, name = own or found, bare if found else name
     if not found:
       raise self._missing('JPEGImages', name, 'image', images.IMAGE_SUFFIXES)
     suffixes = images.LABEL_SUFFIXES

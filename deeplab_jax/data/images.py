@@ -22,7 +22,8 @@ from deeplab_jax import disk, errors
 
 
 def _built_in(feature: str) -> bool:
-  return feature in features.modules and features.check(feature)
+  known = feature in (*features.modules, *features.codecs)
+  return known and bool(features.check(feature))
 
 
 # Suffixes of the formats that the installed Pillow reads and viewers show.
@@ -62,6 +63,7 @@ logging.getLogger('PIL.TiffImagePlugin').setLevel(logging.CRITICAL)
 # OpenCV decodes no more, and so no more can be trained on.
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
 
+_DARK = 2**14  # 16 bits with no value from here on are probably fewer
 _HALF_TRANSPARENT = 0.1  # share of pixels, beyond what smooth edges have
 _TIFF_COLORS = {2: 3, 5: 4, 6: 3, 8: 3}  # channels by photometric tag; else 1
 _ORIENTATION = ExifTags.Base.Orientation
@@ -443,6 +445,11 @@ def _opened(data: bytes, path: str | os.PathLike[str]) -> Iterator[Image.Image]:
   except errors.UserError:
     raise
   except Image.UnidentifiedImageError as error:
+    if not data:
+      raise errors.UnreadableError(
+        f'{path}: the file is empty; replace it or take it out'
+      ) from error
+    _refuse_samples(data, path)
     raise errors.UnreadableError(
       f'{path}: unreadable image ({_unknown_format(data)}); replace the file '
       f'or take it out; formats that are read: {" ".join(IMAGE_SUFFIXES)}'
@@ -491,6 +498,21 @@ def _unknown_format(data: bytes) -> str:
       kind = _tiff_kind(data) if name == 'TIFF' else ''
       return f'{name}: {" ".join(str(error).split())}{kind}'
   return 'no image format that is known'
+
+
+def _refuse_samples(data: bytes, path: str | os.PathLike[str]) -> None:
+  """Refuses a whole TIFF of samples that PIL does not know, by its kind."""
+  kind = _tiff_kind(data).removeprefix(', ')
+  values = None
+  if kind:
+    with contextlib.suppress(cv2.error):
+      values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+  if values is not None:
+    raise errors.UserError(
+      f'{path}: {kind}, from {np.nanmin(values):.6g} to'
+      f' {np.nanmax(values):.6g}; gray and RGB of 8 or 16 bits are read: store'
+      ' 8 bits, 0 to 255'
+    )
 
 
 def _tiff_kind(data: bytes) -> str:
@@ -566,7 +588,7 @@ def _refuse_lossy(image: Image.Image, path: str | os.PathLike[str]) -> None:
   elif form in _LOSSLESS:
     return
   raise errors.UserError(
-    f'{path}: a label must be lossless, this is a {form}, which changes '
+    f'{path}: a label must be lossless, this is a {form}, which may change '
     'values; export it as PNG again from where it was drawn'
   )
 
@@ -628,7 +650,8 @@ def _deep_gray(
 ) -> np.ndarray:
   """Returns gray of more than 8 bits, a loaded picture, as uint8 [H, W]."""
   values = np.array(image)
-  if not image.mode.startswith('I;16') and form != 'PPM':
+  scaled = form == 'PPM' and image.mode != 'F'
+  if not image.mode.startswith('I;16') and not scaled:
     kind = 'float' if image.mode == 'F' else '32-bit or signed'
     raise errors.UserError(
       f'{path}: {kind} pixels (mode {image.mode}) from {np.nanmin(values):.6g} '
@@ -637,8 +660,8 @@ def _deep_gray(
     )
   if raw == 'I;12':
     return (values >> 4).astype(np.uint8)
-  # PPM and JPEG 2000 say how many bits they have, and PIL scales them.
-  if form not in ('PPM', 'JPEG2000') and 0 < values.max(initial=0) < 4096:
+  # A PPM says how many bits it has, and PIL scales them.
+  if not scaled and 0 < values.max(initial=0) < _DARK:
     raise _too_dark(path, values.max())
   gray = (values >> 8).astype(np.uint8)
   clear = image.info.get('transparency')
@@ -650,11 +673,11 @@ def _deep_gray(
 def _refuse_dark(
   pixels: np.ndarray, data: bytes, path: str | os.PathLike[str]
 ) -> None:
-  """Refuses 16 bits a channel of which the upper four are not used."""
-  if pixels.max(initial=0) >= 16:
+  """Refuses 16 bits a channel of which the upper two are not used."""
+  if pixels.max(initial=0) >= _DARK >> 8:
     return
   deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-  top = 16 * 256 - 1 if deep is None else int(deep[..., :3].max(initial=0))
+  top = _DARK - 1 if deep is None else int(deep[..., :3].max(initial=0))
   if top:
     raise _too_dark(path, top)
 
@@ -662,7 +685,7 @@ def _refuse_dark(
 def _too_dark(path: str | os.PathLike[str], top: int) -> errors.UserError:
   return errors.UserError(
     f'{path}: 16 bits a channel, but no value above {top}, so it probably '
-    'holds 12 bits or fewer; store 8 bits, or use the whole range of 16'
+    'holds 14 bits or fewer; store 8 bits, or use the whole range of 16'
   )
 
 

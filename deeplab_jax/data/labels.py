@@ -133,11 +133,6 @@ class Meaning:
           f'{_LABEL_MAP}: {value}:{target} names class {target}, and '
           f'classes.txt has {len(self.lines)} lines, 0 to {len(self.lines) - 1}'
         )
-    if self.label_map and self._colors is not None:
-      raise errors.UserError(
-        f'{_LABEL_MAP}={label_map} maps values, and classes.txt has colors, by '
-        'which labels are read; leave one of the two out'
-      )
     if self.lines and not self.values:
       raise errors.UserError(
         'classes.txt names no class beside void, '
@@ -174,12 +169,17 @@ class Meaning:
     Raises:
       UserError: if it holds colors that are no class's.
     """
-    if self._colors is not None and file.pixels.ndim == 3:
+    if self._colors is None or (file.palette is None and file.pixels.ndim == 2):
+      indices = file.indices()
+      return self._table[indices] if self.label_map else indices
+    if self.label_map:
+      raise errors.UserError(
+        f'{file.path}: {_LABEL_MAP} maps values, but this label is read by the '
+        'colors in classes.txt; leave one of the two out'
+      )
+    if file.pixels.ndim == 3:
       return self._of_colors(file.pixels, file.path)
-    if self._colors is not None and file.palette is not None:
-      return self._of_palette(file)
-    indices = file.indices()
-    return self._table[indices] if self.label_map else indices
+    return self._of_palette(file)
 
   def to_classes(self, values: np.ndarray) -> np.ndarray:
     """Returns classes and the stored ignore label for label values uint8."""

@@ -92,6 +92,7 @@ class Survey:
     ignore_label: label value of void pixels.
     pixels: int64 [256], pixels of each label value.
     findings: the problems.
+    void_line: the line that gives void its color, counted from 0, or None.
   """
 
   root: pathlib.Path
@@ -100,6 +101,7 @@ class Survey:
   ignore_label: int
   pixels: np.ndarray
   findings: tuple[Finding, ...]
+  void_line: int | None = None
 
   @property
   def num_lines(self) -> int:
@@ -110,7 +112,8 @@ class Survey:
   @property
   def num_classes(self) -> int:
     """The number proposed: the lines but for that of the ignore label."""
-    return self.num_lines - (self.ignore_label < self.num_lines)
+    void = {self.ignore_label, self.void_line} - {None}
+    return self.num_lines - sum(line < self.num_lines for line in void)
 
   def __str__(self) -> str:
     """One line: the number of classes proposed, and why."""
@@ -125,8 +128,9 @@ class Survey:
       advice = f'but {path} has {len(self.lines)} names'
     else:
       advice = 'as classes.txt has names'
-    if self.ignore_label < count:
-      advice += f'; line {self.ignore_label + 1} is void and no class'
+    for line in sorted({self.ignore_label, self.void_line} - {None}):
+      if line < count:
+        advice += f'; line {line + 1} is void and no class'
     return f'num_classes: {self.num_classes} ({held}; {advice})'
 
 
@@ -203,6 +207,7 @@ def survey_folder(
     ignore_label=ignore_label,
     pixels=values.pixels,
     findings=findings,
+    void_line=None if classes is None else classes.void_line,
   )
 
 
