@@ -110,7 +110,10 @@ def named_options(known: Sequence[str] = ()) -> Iterator[None]:
     yield
   except flags.UnrecognizedFlagError as error:
     settings = [f'config.{key}' for key in default_config.all_keys()]
-    near = default_config.did_you_mean(error.flagname, [*known, *settings])
+    near = next(
+      (s for s in settings if s.endswith(f'.{error.flagname}')),
+      default_config.did_you_mean(error.flagname, [*known, *settings]),
+    )
     raise UserError(
       f"option: Unknown command line flag '{error.flagname}'"
       + (f'; did you mean --{near}?' if near else '')

@@ -108,6 +108,8 @@ def received(monkeypatch):
     ('--nodebgu', "flag 'nodebgu'; did you mean --debug?"),
     ('--confg.train.steps=3', 'did you mean --config.train.steps?'),
     ('--train.steps=3', 'did you mean --config.train.steps?'),
+    ('--steps=3', 'did you mean --config.train.steps?'),
+    ('--seed=3', 'did you mean --config.seed?'),
     ('--config.train.steps=%s' % (10**22), 'steps must be in 1..2^31 - 1, '),
     ('--config.train.batch_size=1000000000', 'loaded batches take at least'),
     ('--config.eval.batch_size=1000000000', 'batches of evaluation take'),
