@@ -400,8 +400,10 @@ def test_the_image_is_normalised_to_minus_one_and_one():
   )
   images = np.stack([np.zeros((3, 3, 3)), np.full((3, 3, 3), 255.0)])
   model.init(jax.random.key(0), images, train=False)
-  np.testing.assert_array_equal(seen[0][0], -1)
-  np.testing.assert_array_equal(seen[0][1], 1)
+  assert seen[0].shape == (2, 17, 17, 3)  # with the next feature's pixel
+  np.testing.assert_array_equal(seen[0][0, :3, :3], -1)
+  np.testing.assert_array_equal(seen[0][1, :3, :3], 1)
+  assert np.abs(seen[0]).sum() == 2 * 3 * 3 * 3  # and nothing else
 
 
 @pytest.mark.parametrize(
