@@ -55,6 +55,19 @@ SETTINGS = {
   'eval.batch_size': 4,
 }
 
+
+@pytest.fixture(autouse=True, scope='module')
+def programs_of_one_file():
+  """Frees the compiled programs of each file.
+
+  On a CPU a program maps memory several times, and Linux gives a process 65,530
+  mappings: beyond, the next program crashes it.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
+
+
 needs_cpu = pytest.mark.skipif(
   jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
 )
