@@ -22,8 +22,8 @@ from typing import Any
 import ml_collections
 from flax.traverse_util import flatten_dict
 
-from deeplab_jax.disk import near_file
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import near_file
 
 MEDIAN_FREQUENCY = 'median_frequency'
 
@@ -399,21 +399,6 @@ def make_paths_absolute(
 def parse_numbers(text: str) -> list[float]:
   """Reads numbers by commas; raises `ValueError` for anything else."""
   return [float(number) for number in text.split(',')]
-
-
-def dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """What `load_dataset` takes, but for the splits."""
-  data = config.data
-  return {
-    'name': data.name,
-    'directory': data.dir,
-    'prepared_dir': data.prepared_dir,
-    'ignore_label': data.ignore_label,
-    'label_map': data.label_map,
-    'on_bad_image': data.on_bad_image,
-    'list_file': data.list,
-    'holdout': data.holdout,
-  }
 
 
 def with_preset(

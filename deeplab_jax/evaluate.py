@@ -9,49 +9,24 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from deeplab_jax import checkpoints, distributed, metrics, visualize
-from deeplab_jax.config import dataset_arguments
-from deeplab_jax.confusion_picture import confusion_picture
-from deeplab_jax.data.load import Dataset, load_dataset
-from deeplab_jax.errors import UserError, naming
-from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
-from deeplab_jax.protocols import Protocol, in_words
-from deeplab_jax.scoring import Evaluator, ScoredImage
-from deeplab_jax.submission import write_archive
-from deeplab_jax.writers import write_json
+from deeplab_jax import build
+from deeplab_jax.data.load import Dataset
+from deeplab_jax.evaluation import metrics
+from deeplab_jax.evaluation.evaluator import (
+  Evaluator,
+  ScoredImage,
+  write_archive,
+)
+from deeplab_jax.evaluation.protocols import Protocol, in_words
+from deeplab_jax.models.deeplab import deeplab_v3
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.training.writers import write_json
+from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.visualize.confusion import confusion_picture
+from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
-
-
-def open_dataset(config: ml_collections.ConfigDict, *splits: str) -> Dataset:
-  """The data set of `config.data`, prepared, with at least these splits."""
-  named = tuple(dict.fromkeys(filter(None, splits)))
-  return load_dataset(**dataset_arguments(config), splits=named)
-
-
-def make_evaluator(
-  model: DeepLabV3, dataset: Dataset, config: ml_collections.ConfigDict
-) -> Evaluator:
-  """The evaluator of `config.data.eval_split` that `config.eval` describes."""
-  split = config.data.eval_split
-  protocol = Protocol(
-    config.eval.protocol,
-    crop_size=tuple(config.eval.crop_size),
-    overlap=config.eval.overlap,
-    scales=tuple(config.eval.scales),
-    flip=config.eval.flip,
-  )
-  return Evaluator(
-    model,
-    dataset.source(split),
-    dataset.sizes(split),
-    dataset.info,
-    protocol,
-    split=split,
-    batch_size=config.eval.batch_size,
-    buckets=config.eval.buckets,
-    threads=config.data.threads,
-  )
 
 
 def evaluate_variables(
@@ -170,7 +145,7 @@ def evaluate(
   """
   split, saves = config.data.eval_split, config.eval.save_predictions
   _check(config)
-  dataset = open_dataset(config, split)
+  dataset = build.open_dataset(config, split)
   _warn_of_trained(dataset, config.data.train_split, split)
   if not saves:
     check_labels(dataset, split)
@@ -179,7 +154,7 @@ def evaluate(
   )
   with naming('config.model'):
     model = deeplab_v3(num_classes=dataset.info.num_classes, **network.model)
-  evaluator = make_evaluator(model, dataset, config)
+  evaluator = build.make_evaluator(model, dataset, config)
   extremes = _Extremes(config.eval.worst_and_best)
   first = distributed.is_first_process()
   archive = _Archive(evaluator) if saves and first else None

@@ -10,23 +10,24 @@ import jax
 import ml_collections
 import optax
 
-from deeplab_jax import checkpoints, distributed, steps
+from deeplab_jax import build
 from deeplab_jax.config import (
-  dataset_arguments,
   from_json,
   get_config,
   to_json,
 )
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo
-from deeplab_jax.data.load import load_dataset
-from deeplab_jax.errors import UserError, naming
 from deeplab_jax.models.deeplab import PRESETS, deeplab_v3
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.training import steps
+from deeplab_jax.training.writers import write_json
+from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights.load import (
   Pretrained,
   open_pretrained,
   own_checkpoint,
 )
-from deeplab_jax.writers import write_json
 
 log = logging.getLogger(__name__)
 
@@ -180,4 +181,4 @@ def _dataset_info(
     if pretrained.num_classes == voc.num_classes:
       return voc
   splits = (config.data.eval_split or config.data.train_split,)
-  return load_dataset(**dataset_arguments(config), splits=splits).info
+  return build.open_dataset(config, *splits).info

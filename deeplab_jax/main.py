@@ -15,8 +15,9 @@ import ml_collections
 from absl import app, flags
 
 from deeplab_jax import config as default_config
-from deeplab_jax import host, options
-from deeplab_jax.errors import UserError
+from deeplab_jax import options
+from deeplab_jax.runtime import host
+from deeplab_jax.runtime.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, logs and results.'
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
   if not _DEBUG.value:
     host.hide_alarms()
   host.cache_programs(workdir / 'compilation_cache')
-  distributed = importlib.import_module('deeplab_jax.distributed')
+  distributed = importlib.import_module('deeplab_jax.runtime.distributed')
   distributed.initialize()
   default_config.check_machine(config, _MODE.value, **host.limits())
   if _MODE.value in ('train', 'import'):

@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from deeplab_jax import config as default_config
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 

@@ -10,11 +10,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from deeplab_jax import checkpoints, distributed, steps, visualize
 from deeplab_jax.data import buckets, images
 from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.errors import UserError, naming
+from deeplab_jax.evaluation import evaluator
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,7 @@ def _segment(
   The images are padded to at most `limit` sizes; those that cannot be read are
   named and left out.
   """
-  predict_step = steps.pmap_predict_step(model=model)
+  predict_step = evaluator.pmap_predict_step(model=model)
   sizes = {
     path: size for path in paths if (size := _read(path, images.read_size))
   }

@@ -8,17 +8,18 @@ from typing import Any
 
 import ml_collections
 
-from deeplab_jax import samples, visualize
-from deeplab_jax.config import dataset_arguments
+from deeplab_jax import build
 from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.data.load import Dataset, load_dataset
+from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.records import Tally
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
-from deeplab_jax.disk import replacing
-from deeplab_jax.errors import UserError
-from deeplab_jax.losses import median_frequency_weights
-from deeplab_jax.writers import write_json
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import replacing
+from deeplab_jax.training.losses import median_frequency_weights
+from deeplab_jax.training.writers import write_json
+from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.visualize import samples
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def prepare(
   splits = tuple(dict.fromkeys(filter(None, splits)))
   surveyed = config.data.name == 'folder' and config.data.dir
   text, findings = _survey(config, splits) if surveyed else ('', ())
-  dataset = load_dataset(**dataset_arguments(config), splits=splits)
+  dataset = build.open_dataset(config, *splits)
   name = dataset.info.name if surveyed else config.data.name
   tallies = {split: dataset.tally(split) for split in dataset.builders}
   published = _published(dataset)

@@ -3,43 +3,31 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from deeplab_jax import (
-  checkpoints,
-  distributed,
-  evaluate,
-  import_weights,
-  steps,
-  visualize,
-)
+from deeplab_jax import build, evaluate, import_weights
 from deeplab_jax.config import (
-  MEDIAN_FREQUENCY,
   from_json,
-  parse_numbers,
   to_json,
   with_preset,
 )
-from deeplab_jax.data import transforms
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.data.survey import check_tallies
-from deeplab_jax.errors import UserError, naming
-from deeplab_jax.losses import median_frequency_weights
-from deeplab_jax.metrics import format_table, summary
-from deeplab_jax.models.deeplab import deeplab_v3
-from deeplab_jax.optimizers import make_optimizer, poly_schedule
-from deeplab_jax.signals import StopSignal
+from deeplab_jax.evaluation.metrics import format_table, summary
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.training import steps
+from deeplab_jax.training.faults import StopSignal
+from deeplab_jax.training.writers import Progress, Writer, write_json
+from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights.load import Pretrained
-from deeplab_jax.writers import Progress, Writer, write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +54,7 @@ def train_and_evaluate(
   _check_batch(config)
   _check_warmup(config, workdir)
   data = config.data
-  dataset = evaluate.open_dataset(config, data.train_split, data.eval_split)
+  dataset = build.open_dataset(config, data.train_split, data.eval_split)
   _check_splits(dataset, data.train_split, data.eval_split)
   suspect = check_tallies(
     dataset.info,
@@ -150,31 +138,6 @@ def _report_unevaluated(step: int, workdir: Path) -> dict[str, Any]:
   return {'step': step}
 
 
-def _class_weights(
-  config: ml_collections.ConfigDict, dataset: Dataset
-) -> tuple[float, ...] | None:
-  """The numbers that `config.loss.class_weights` stands for."""
-  text, classes = config.loss.class_weights, dataset.info.classes
-  if not text:
-    return None
-  if text == MEDIAN_FREQUENCY:
-    tally = dataset.tally(config.data.train_split)
-    weights = median_frequency_weights(
-      tally.class_pixels, tally.class_image_pixels
-    ).tolist()
-  else:
-    weights = parse_numbers(text)
-  if len(weights) != len(classes):
-    raise UserError(
-      f'config.loss.class_weights={text} has {len(weights)} numbers, and'
-      f' {dataset.info.name} {len(classes)} classes: {", ".join(classes)}'
-    )
-  pairs = zip(classes, weights, strict=True)
-  shown = ', '.join(f'{name} {weight:.4g}' for name, weight in pairs)
-  log.info('class weights: %s', shown)
-  return tuple(weights)
-
-
 def _settings_of(workdir: Path) -> ml_collections.ConfigDict | None:
   """What the workdir was last trained with, None where that is not known."""
   try:
@@ -224,82 +187,6 @@ def _check_batch(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Any:
-  """The network of `config.model` as training uses it."""
-  axis_name = steps.AXIS_NAME if config.train.sync_bn else None
-  with naming('config.model'):
-    return deeplab_v3(
-      num_classes=num_classes, axis_name=axis_name, **config.model
-    )
-
-
-def make_schedule_and_optimizer(
-  config: ml_collections.ConfigDict,
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """What `config.optimizer` describes, over `config.train.steps` steps."""
-  optimizer = config.optimizer
-  schedule = poly_schedule(
-    optimizer.learning_rate,
-    config.train.steps,
-    power=optimizer.power,
-    warmup_steps=optimizer.warmup_steps,
-  )
-  return schedule, make_optimizer(
-    optimizer.name,
-    schedule,
-    momentum=optimizer.momentum,
-    weight_decay=optimizer.weight_decay,
-    head_multiplier=optimizer.head_multiplier,
-    clip_norm=optimizer.clip_norm,
-  )
-
-
-def make_train_step(
-  config: ml_collections.ConfigDict,
-  model: Any,
-  optimizer: optax.GradientTransformation,
-  **of_data: Any,
-) -> Callable[..., Any]:
-  """The step as training takes it, see `steps.pmap_train_step`.
-
-  What depends on the data, `ignore_label` and `class_weights`, is given.
-  """
-  return steps.pmap_train_step(
-    model=model,
-    optimizer=optimizer,
-    freeze_bn=config.train.freeze_bn,
-    hardest=config.loss.hardest,
-    label_smoothing=config.loss.label_smoothing,
-    **of_data,
-  )
-
-
-def make_iterator(
-  config: ml_collections.ConfigDict, dataset: Dataset, start_step: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-  """This host's share of the training batches, from `start_step` on."""
-  data = config.data
-  return make_train_iterator(
-    dataset.source(data.train_split),
-    (
-      transforms.RandomScaleCropFlip(
-        data.crop_size,
-        data.scale,
-        data.flip,
-        ignore_label=dataset.info.ignore_label,
-      ),
-      transforms.ColorJitter(*data.color_jitter),
-    ),
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    start_step=start_step,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-    threads=data.threads,
-    workers=data.workers,
-  )
-
-
 class _Training:
   """The loop and what it holds on to."""
 
@@ -314,18 +201,18 @@ class _Training:
   ) -> None:
     self.config, self.workdir, self.dataset = config, workdir, dataset
     self.saved, self.description = saved, description
-    model = make_model(config, dataset.info.num_classes)
-    self.schedule, transformation = make_schedule_and_optimizer(config)
-    self.train_step = make_train_step(
+    model = build.make_model(config, dataset.info.num_classes)
+    self.schedule, transformation = build.make_schedule_and_optimizer(config)
+    self.train_step = build.make_train_step(
       config,
       model,
       transformation,
       ignore_label=dataset.info.ignore_label,
-      class_weights=_class_weights(config, dataset),
+      class_weights=build.class_weights(config, dataset),
     )
     if config.data.eval_split:
       evaluate.check_labels(dataset, config.data.eval_split)
-      self.evaluator = evaluate.make_evaluator(model, dataset, config)
+      self.evaluator = build.make_evaluator(model, dataset, config)
     self.state = self._initial_state(model, transformation, pretrained)
     self.start = int(self.state.step)
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -363,7 +250,7 @@ class _Training:
       raise SystemExit(stop.exit_status(self.start))
     train = self.config.train
     first = distributed.is_first_process()
-    iterator = make_iterator(self.config, self.dataset, self.start)
+    iterator = build.make_iterator(self.config, self.dataset, self.start)
     with (
       Writer(self.workdir, enabled=first, start_step=self.start) as writer,
       Progress(train.steps, self.start, enabled=first) as progress,

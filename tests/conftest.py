@@ -4,7 +4,6 @@ The suite runs on four simulated devices. Compiling takes most of its time, so
 programs are optimised little and kept for all tests and their subprocesses.
 """
 
-import functools
 import gc
 import os
 import tempfile
@@ -33,27 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from deeplab_jax import config as default_config  # noqa: E402
-from deeplab_jax import steps  # noqa: E402
-
-# A network and a run as small as they get.
-SETTINGS = {
-  'model.backbone': 'resnet18',
-  'model.width': 0.125,
-  'model.output_stride': 16,
-  'model.aspp_features': 8,
-  'data.name': 'folder',
-  'data.crop_size': (33, 33),
-  'train.steps': 6,
-  'train.batch_size': 4,
-  'train.log_every': 1,
-  'train.eval_every': 2,
-  'optimizer.learning_rate': 0.05,
-  'optimizer.warmup_steps': 2,
-  'eval.batch_size': 4,
-}
+from miniature import SETTINGS, make_config, write_voc_folder  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -66,24 +45,6 @@ def programs_of_one_file():
   yield
   jax.clear_caches()
   gc.collect()
-
-
-needs_cpu = pytest.mark.skipif(
-  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
-)
-
-
-def xla_conv(x, kernel, stride=1, rate=1):
-  """The oracle of convolution, symmetrically padded."""
-  pad = rate * (kernel.shape[0] // 2)
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    [(pad, pad)] * 2,
-    rhs_dilation=(rate, rate),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
 
 
 @pytest.fixture(scope='session')
@@ -117,57 +78,10 @@ def trained(tmp_path_factory):
   )
 
 
-def one_device_step(**settings):
-  """The training step over the first device alone."""
-  return jax.pmap(
-    functools.partial(steps.train_step, **settings),
-    axis_name=steps.AXIS_NAME,
-    in_axes=(None, 0),
-    out_axes=(None, 0),
-    devices=jax.devices()[:1],
-  )
-
-
-def make_config(settings, **changes):
-  """The default with settings by dotted key, and `section__key=value`."""
-  config = default_config.get_config()
-  changes = {key.replace('__', '.'): value for key, value in changes.items()}
-  config.update_from_flattened_dict({**settings, **changes})
-  return config
-
-
-def as_options(settings):
-  """The same settings for the command line."""
-  return [f'--config.{key}={value}' for key, value in settings.items()]
-
-
 @pytest.fixture
 def voc_folder(tmp_path):
   """A miniature folder in VOC devkit layout: 6 + 3 images, 3 classes."""
   return write_voc_folder(tmp_path / 'mini', {'train': 6, 'val': 3})
-
-
-def write_voc_folder(root, counts, seed=0):
-  """Writes JPEGs of differing sizes and palette PNGs of 0, 1, 2 and 255."""
-  rng = np.random.default_rng(seed)
-  for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
-    (root / part).mkdir(parents=True)
-  (root / 'classes.txt').write_text('ground\nleft\nright\n')
-  for split, count in counts.items():
-    names = [f'{split}_{index}' for index in range(count)]
-    lists = root / 'ImageSets' / 'Segmentation'
-    (lists / f'{split}.txt').write_text('\n'.join(names) + '\n')
-    for name in names:
-      height, width = rng.integers(40, 70, 2)
-      image = rng.integers(0, 256, (height, width, 3), np.uint8)
-      label = np.zeros((height, width), np.uint8)
-      label[10:30, 5:20], label[10:30, 20:35], label[0] = 1, 2, 255
-      Image.fromarray(image).save(root / 'JPEGImages' / f'{name}.jpg')
-      indexed = Image.fromarray(label, 'P')
-      # all 256 colours: with fewer, PIL would write too few bits for 255
-      indexed.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0] + [7] * 759)
-      indexed.save(root / 'SegmentationClass' / f'{name}.png')
-  return root
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from lower ones."""
+"""The plan of the house: who may import whom, by folder."""
 
 import ast
 import subprocess
@@ -10,71 +10,124 @@ import pytest
 import deeplab_jax
 
 ROOT = Path(deeplab_jax.__file__).parent
-# Below the floors.
-BASE = {
-  'lettering', 'models.convolutions', 'models.linear', 'data.images',
-}  # fmt: skip
-FLOORS = [
-  {
-    'download', 'host', 'signals', 'losses', 'metrics', 'optimizers',
-    'checkpoints', 'distributed', 'writers', 'visualize', 'config',
-    'profile', 'timing', 'models.layers',
-    'data.datasets', 'data.transforms', 'data.records', 'data.labels',
-    'weights.mapping', 'weights.files', 'confusion_picture', 'submission',
-    'data.buckets', 'data.archives', 'data.voc_lists', 'data.voc_places',
-  },
-  {
-    'models.resnet', 'models.aspp', 'models.padding', 'data.pipeline',
-    'data.voc', 'data.shapes', 'data.folder', 'steps', 'protocols', 'samples',
-    'weights.tf_slim', 'weights.keras', 'weights.timm', 'flops',
-  },
-  {'models.deeplab', 'data.load', 'data.survey', 'weights.load', 'scoring'},
-  {'prepare', 'evaluate', 'predict', 'import_weights', 'options'},
-  {'train', 'startup'},
-  {'main', 'benchmark', 'measure'},
-]  # fmt: skip
-FLOOR = {name: number for number, row in enumerate(FLOORS) for name in row}
-FLOOR |= dict.fromkeys(BASE, -1) | {
-  'models.winograd': -2,
-  'errors': -2,
-  'disk': -2,
-}
-FILES = {
-  '.'.join(path.relative_to(ROOT).with_suffix('').parts): path
-  for path in ROOT.rglob('*.py')
-  if path.name != '__init__.py'
+# Top-level files and the benchmark, from those that import to the imported.
+ORDER = (
+  ('main', 'benchmark', 'serve'),
+  ('train', 'export'),
+  ('evaluate', 'predict', 'prepare', 'import_weights'),
+  ('build',),
+  ('config',),
+)
+LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
+# What each folder may import, beside itself.
+MAY_IMPORT = {
+  'runtime': (),
+  'ops': ('runtime',),
+  'models': ('runtime', 'ops'),
+  'data': ('runtime',),
+  'weights': ('runtime', 'models'),
+  'training': ('runtime', 'models'),
+  'visualize': ('runtime', 'data'),
+  'evaluation': ('runtime', 'models', 'data', 'visualize'),
 }
 
 
-def imports(path):
-  """Modules of this package that a file imports, wherever in the file."""
-  for node in ast.walk(ast.parse(path.read_text())):
+def modules(root):
+  """The imports of every module of a package, by its dotted name."""
+  files = {}
+  for path in sorted(root.rglob('*.py')):
+    parts = path.relative_to(root).with_suffix('').parts
+    name = '.'.join(part for part in parts if part != '__init__')
+    files[name] = ast.parse(path.read_text())
+  return {name: set(imports(tree, files)) for name, tree in files.items()}
+
+
+def imports(tree, files):
+  for node in ast.walk(tree):
+    names = []
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      assert node.level == 0, f'{path} imports relatively'
+      assert node.level == 0, 'imports are absolute'
       names = [f'{node.module}.{alias.name}' for alias in node.names]
-    else:
-      continue
     for name in names:
-      for found in (name, name.rpartition('.')[0]):
-        if found.removeprefix('deeplab_jax.') in FILES:
-          yield found.removeprefix('deeplab_jax.')
+      if name.partition('.')[0] == 'deeplab_jax':
+        name = name.removeprefix('deeplab_jax').removeprefix('.')
+        yield name if name in files else name.rpartition('.')[0]
 
 
-def test_every_file_has_a_floor():
-  assert set(FILES) <= set(FLOOR)
+def violations(root):
+  """Every forbidden import in a package, as a line."""
+  graph = modules(root)
+  for name, imported in graph.items():
+    folder = name.partition('.')[0]
+    for other in imported - {name, ''}:
+      target = other.partition('.')[0]
+      if folder in MAY_IMPORT:
+        allowed = target == folder or target in MAY_IMPORT[folder]
+      else:  # a top-level file; the package itself gives the public names
+        higher = LEVEL.get(target, len(ORDER)) > LEVEL.get(folder, -1)
+        allowed = target in MAY_IMPORT or target == folder or higher
+      if not allowed:
+        yield f'{name} imports {other}'
+  yield from (f'a circle: {" -> ".join(path)}' for path in circles(graph))
 
 
-@pytest.mark.parametrize('name', sorted(FILES))
-def test_file_imports_from_lower_floors_alone(name):
-  part = name.partition('.')[0]
-  for other in imports(FILES[name]):
-    assert FLOOR[other] < FLOOR[name], f'{name} imports {other}'
-    if {part, other.partition('.')[0]} <= {'models', 'data', 'weights'}:
-      assert other.startswith(f'{part}.'), f'{name} imports {other}'
-    if FLOOR[name] < 3:
-      assert other != 'config', f'{name} reads the config'
+def circles(graph):
+  done = set()
+
+  def visit(name, path):
+    if name in path:
+      yield [*path[path.index(name) :], name]
+    elif name not in done:
+      for other in graph.get(name, ()):
+        if other != name:
+          yield from visit(other, [*path, name])
+      done.add(name)
+
+  for name in graph:
+    yield from visit(name, [])
+
+
+def test_every_import_follows_the_plan():
+  assert list(violations(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+  ('file', 'line', 'found'),
+  [
+    ('runtime/a', 'from deeplab_jax.ops import x', 'runtime.a imports ops'),
+    ('ops/a', 'import deeplab_jax.models.b', 'ops.a imports models.b'),
+    ('models/a', 'from deeplab_jax.data import b', 'models.a imports data'),
+    ('data/a', 'from deeplab_jax.models import b', 'data.a imports models'),
+    ('weights/a', 'from deeplab_jax.ops import x', 'weights.a imports ops'),
+    ('training/a', 'import deeplab_jax.data.b', 'training.a imports data'),
+    (
+      'visualize/a',
+      'import deeplab_jax.models.b',
+      'visualize.a imports models',
+    ),
+    (
+      'evaluation/a',
+      'from deeplab_jax.training import b',
+      'evaluation.a imports training',
+    ),
+    ('data/a', 'from deeplab_jax import config', 'data.a imports config'),
+    ('config', 'from deeplab_jax import build', 'config imports build'),
+    ('build', 'from deeplab_jax import train', 'build imports train'),
+    ('predict', 'from deeplab_jax import main', 'predict imports main'),
+    ('data/a', 'from deeplab_jax.data import b', 'a circle'),
+  ],
+)
+def test_a_planted_import_is_found(file, line, found, tmp_path):
+  root = tmp_path / 'deeplab_jax'
+  for name in (*MAY_IMPORT, 'data/b', 'models/b', 'training/b', *LEVEL):
+    path = root / (f'{name}/__init__' if name in MAY_IMPORT else name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix('.py').write_text('')
+  (root / 'data/b.py').write_text('import deeplab_jax.data.a')
+  (root / f'{file}.py').write_text(line)
+  assert any(text.startswith(found) for text in violations(root))
 
 
 @pytest.mark.parametrize('module', ['deeplab_jax', 'deeplab_jax.train'])

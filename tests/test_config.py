@@ -9,7 +9,7 @@ import pytest
 
 from deeplab_jax import config as default_config
 from deeplab_jax import deeplab_v3
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 
 
 def changed(key, value):

@@ -10,24 +10,20 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import make_config
+from miniature import make_config
 from PIL import Image
 
-from deeplab_jax import (
-  DeepLabV3,
-  deeplab_v3,
-  distributed,
-  evaluate,
-  metrics,
-)
-from deeplab_jax.checkpoints import Checkpoints
+from deeplab_jax import DeepLabV3, build, deeplab_v3, evaluate
+from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER
 from deeplab_jax.data.transforms import CenterCrop, pad_to
-from deeplab_jax.errors import UserError
-from deeplab_jax.protocols import Protocol
-from deeplab_jax.scoring import ScoredImage
-from deeplab_jax.timing import compilations
+from deeplab_jax.evaluation import metrics
+from deeplab_jax.evaluation.evaluator import ScoredImage
+from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 
 def read_variables(workdir):
@@ -84,11 +80,11 @@ def run(trained):
 
   def run(**changes):
     config = make_config(trained.settings, **changes)
-    dataset = evaluate.open_dataset(config, config.data.eval_split)
+    dataset = build.open_dataset(config, config.data.eval_split)
     model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
     variables = distributed.replicate(read_variables(trained.workdir))
     measures, confusion, picture = evaluate.evaluate_variables(
-      evaluate.make_evaluator(model, dataset, config),
+      build.make_evaluator(model, dataset, config),
       variables,
       config.eval.panels,
     )
@@ -234,9 +230,9 @@ def test_the_seeds_geometry_allows_no_padding(trained):
   config = make_config(
     trained.settings, data__eval_split='train', eval__buckets=2
   )
-  dataset = evaluate.open_dataset(config, 'train')
+  dataset = build.open_dataset(config, 'train')
   model = deeplab_v3(num_classes=4, preset='seed')
-  plan = evaluate.make_evaluator(model, dataset, config)._plan
+  plan = build.make_evaluator(model, dataset, config)._plan
   sizes = dataset.sizes('train')
   assert {batch.size for batch in plan} == set(sizes)
   for batch in plan:
@@ -247,10 +243,10 @@ def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
   config = make_config(
     trained.settings, data__eval_split='train', eval__buckets=2
   )
-  dataset = evaluate.open_dataset(config, 'train')
+  dataset = build.open_dataset(config, 'train')
   model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
   assert len(set(dataset.sizes('train'))) > 2
-  evaluator = evaluate.make_evaluator(model, dataset, config)
+  evaluator = build.make_evaluator(model, dataset, config)
   variables = distributed.replicate(read_variables(trained.workdir))
   for expected in (2, 0):  # later evaluations compile nothing
     with compilations() as compiled:
@@ -286,7 +282,7 @@ def test_worst_and_best_are_drawn_and_named(trained, tmp_path, capsys):
   config = make_config(trained.settings, eval__worst_and_best=2)
   evaluate.evaluate(config, workdir)
   output = capsys.readouterr().out
-  dataset = evaluate.open_dataset(config, 'val')
+  dataset = build.open_dataset(config, 'val')
   heights = dict(
     zip(dataset.names('val'), (h for h, _ in dataset.sizes('val')), strict=True)
   )
@@ -328,7 +324,7 @@ def test_archive_holds_the_predictions_at_the_original_sizes(trained, tmp_path):
   evaluate.evaluate(config, workdir)
   path = workdir / 'eval/val_whole.tar.gz'
   maps = read_archive(path)
-  dataset = evaluate.open_dataset(config, 'val')
+  dataset = build.open_dataset(config, 'val')
   variables = read_variables(trained.workdir)
   names = [f'val_{index}' for index in range(3)]
   folder = 'results/mini/Segmentation/comp6_test_cls'

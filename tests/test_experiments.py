@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_device_step
+from miniature import one_device_step
 
 from deeplab_jax import config as default
-from deeplab_jax import deeplab_v3, steps
-from deeplab_jax.errors import UserError
+from deeplab_jax import deeplab_v3
 from deeplab_jax.import_weights import open_source
-from deeplab_jax.optimizers import make_optimizer
+from deeplab_jax.runtime.distributed import AXIS_NAME
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.training import steps
+from deeplab_jax.training.optimizers import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
 RECIPES = sorted(EXPERIMENTS.glob('*.py'))
@@ -153,9 +155,7 @@ def test_voc_step_at_crop_513_in_bfloat16_stays_within_2_percent():
   losses = {}
   for dtype in ('float32', 'bfloat16'):
     config.model.dtype = dtype
-    model = deeplab_v3(
-      num_classes=21, axis_name=steps.AXIS_NAME, **config.model
-    )
+    model = deeplab_v3(num_classes=21, axis_name=AXIS_NAME, **config.model)
     step = one_device_step(model=model, optimizer=optimizer)
     state, measures = step(steps.create_state(model, optimizer, 0), batch)
     losses[dtype] = float(measures['loss'][0])

@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import as_options, make_config
+from miniature import as_options, make_config
 from reference import fill, keras_shapes, slim_shapes, write_keras
 
 from deeplab_jax import config as default_config
 from deeplab_jax import import_weights, train
-from deeplab_jax.checkpoints import Checkpoints
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights import load
+from deeplab_jax.weights.checkpoints import Checkpoints
 from deeplab_jax.weights.mapping import flatten
 
 BASE = 4

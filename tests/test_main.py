@@ -12,12 +12,12 @@ import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from conftest import as_options, make_config
+from miniature import as_options, make_config
 from PIL import Image
 
 from deeplab_jax import config as default_config
 from deeplab_jax import main
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import make_config
+from miniature import make_config
 from PIL import Image
 
 from deeplab_jax import deeplab_v3
-from deeplab_jax.checkpoints import Checkpoints
+from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.errors import UserError
 from deeplab_jax.predict import _write, predict
-from deeplab_jax.timing import compilations
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 
 @pytest.fixture

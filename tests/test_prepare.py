@@ -6,13 +6,13 @@ import json
 import miniature_voc
 import numpy as np
 import pytest
-from conftest import SETTINGS, make_config
+from miniature import SETTINGS, make_config
 from PIL import Image
 
 from deeplab_jax import config as default_config
 from deeplab_jax.data import load, shapes
-from deeplab_jax.errors import UserError
 from deeplab_jax.prepare import prepare
+from deeplab_jax.runtime.errors import UserError
 
 PAGES = ['prepare.json', 'prepare.txt', 'train.png', 'val.png']
 

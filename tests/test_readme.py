@@ -10,9 +10,9 @@ import jax
 import miniature_voc
 import numpy as np
 import pytest
-from conftest import as_options
+from miniature import as_options
 
-from deeplab_jax.checkpoints import Checkpoints
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()

@@ -16,13 +16,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import as_options, make_config
+from miniature import as_options, make_config
 from PIL import Image
 
-from deeplab_jax import evaluate, train
-from deeplab_jax.checkpoints import Checkpoints
-from deeplab_jax.errors import UserError
+from deeplab_jax import build, evaluate, train
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.train import train_and_evaluate
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 MEASURES = {
   'miou',
@@ -366,8 +366,8 @@ def test_median_frequency_weights_are_those_of_the_training_labels(trained):
   frequency = pixels[:3] / held[:3]
   expected = (*(np.median(frequency) / frequency), 0)  # one class is absent
   config = make_config(trained.settings, loss__class_weights='median_frequency')
-  dataset = train.evaluate.open_dataset(config, 'train')
-  weights = train._class_weights(config, dataset)
+  dataset = build.open_dataset(config, 'train')
+  weights = build.class_weights(config, dataset)
   np.testing.assert_allclose(weights, expected)
 
 
@@ -446,7 +446,7 @@ def settings_of(workdir):
 def test_a_run_that_dies_before_it_saves_leaves_the_settings_as_they_were(
   trained, stopped, tmp_path, monkeypatch
 ):
-  make = train.make_train_step
+  make = build.make_train_step
 
   def diverging(*arguments, **named):
     step = make(*arguments, **named)
@@ -457,7 +457,7 @@ def test_a_run_that_dies_before_it_saves_leaves_the_settings_as_they_were(
 
     return run
 
-  monkeypatch.setattr(train, 'make_train_step', diverging)
+  monkeypatch.setattr(build, 'make_train_step', diverging)
   workdir = shutil.copytree(stopped, tmp_path / 'w')
   before = (workdir / 'config.json').read_text()
   config = make_config(trained.settings, train__log_every=2)
@@ -511,7 +511,7 @@ def test_batches_without_a_valid_pixel_are_warned_of_once_and_counted(
   trained, tmp_path, capsys, monkeypatch, weights
 ):
   # The last class occurs in no label, and 255 is void.
-  make = train.make_iterator
+  make = build.make_iterator
 
   def all_void(*arguments):
     iterator = make(*arguments)
@@ -530,7 +530,7 @@ def test_batches_without_a_valid_pixel_are_warned_of_once_and_counted(
     return Void()
 
   if not weights:
-    monkeypatch.setattr(train, 'make_iterator', all_void)
+    monkeypatch.setattr(build, 'make_iterator', all_void)
   config = make_config(
     trained.settings,
     data__eval_split='',

@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
-from deeplab_jax import errors
+from deeplab_jax.runtime import errors
 
 # What reading a truncated or damaged archive raises.
 _BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError)

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax import errors
 from deeplab_jax.data import datasets, images, labels, records
-from deeplab_jax.disk import near, near_file
+from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.files import near, near_file
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 
-from deeplab_jax import disk, errors
+from deeplab_jax.runtime import errors
+from deeplab_jax.runtime import files as disk
 
 
 def _built_in(feature: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from deeplab_jax import errors
+from deeplab_jax.runtime import errors
 
 _COLOR = re.compile(r'(.*\S)\s+(\d+)\s+(\d+)\s+(\d+)')
 _VOID = 'void'

@@ -16,8 +16,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from deeplab_jax import disk, errors
 from deeplab_jax.data import datasets, folder, labels, records, shapes, voc
+from deeplab_jax.runtime import errors
+from deeplab_jax.runtime import files as disk
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from deeplab_jax import errors
 from deeplab_jax.data import buckets, images, transforms
+from deeplab_jax.runtime import errors
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]

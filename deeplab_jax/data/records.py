@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from deeplab_jax import errors
+from deeplab_jax.runtime import errors
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from deeplab_jax import errors
 from deeplab_jax.data import datasets, folder, images, labels, records
+from deeplab_jax.runtime import errors
 
 TINY = 64  # pixels; a tiny image has a shorter side
 HUGE = 4096  # pixels; a huge image has a longer side

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax import download, errors
 from deeplab_jax.data import (
   archives,
   datasets,
@@ -36,6 +35,7 @@ from deeplab_jax.data import (
   voc_lists,
   voc_places,
 )
+from deeplab_jax.runtime import download, errors
 
 log = logging.getLogger(__name__)
 

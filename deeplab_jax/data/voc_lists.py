@@ -7,7 +7,7 @@ import logging
 import pathlib
 from collections.abc import Sequence
 
-from deeplab_jax import errors
+from deeplab_jax.runtime import errors
 
 log = logging.getLogger(__name__)
 

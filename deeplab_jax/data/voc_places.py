@@ -6,8 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from deeplab_jax import errors
-from deeplab_jax.disk import near_file
+from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.files import near_file
 
 
 @dataclasses.dataclass(frozen=True)

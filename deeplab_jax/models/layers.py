@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from deeplab_jax.models import convolutions
-from deeplab_jax.models.linear import linear_call
+from deeplab_jax.ops import convolutions
+from deeplab_jax.ops.linear import linear_call
 
 # From this rate on, XLA's convolution on CPU takes about twice the time of one
 # matrix product a tap, forward and backward, and spends much of it on padding.

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from deeplab_jax.disk import near_file
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import near_file
 
 SOURCES = (
   "'keras', hf://timm/REPOSITORY, a TF-slim checkpoint or its .tar.gz, an .h5"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.mapping import NameMap
 
 _URL = 'https://storage.googleapis.com/tensorflow/keras-applications/resnet/'

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplab_jax.download import download
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.download import download
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.files import kind_of, unpacked
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import (
@@ -244,7 +244,7 @@ def own_checkpoint(path: Path) -> tuple[Path, str] | None:
 
 def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   # Imported here: Orbax takes longer to import than all the rest.
-  from deeplab_jax.checkpoints import Checkpoints, preset_of
+  from deeplab_jax.weights.checkpoints import Checkpoints, preset_of
 
   with Checkpoints(workdir) as saved:
     step = saved.step_named(name)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 
 # Names shown in full in an error or a report.
 _SHOWN = 6

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.mapping import NameMap
 
 _LEAVES = {

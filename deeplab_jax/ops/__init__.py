@@ -1,0 +1,1 @@
+"""The fast forms of what the network needs."""

@@ -1,0 +1,1 @@
+"""Steps, losses, optimizers, and what a run leaves."""

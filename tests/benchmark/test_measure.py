@@ -1,0 +1,161 @@
+import json
+
+import jax
+import pytest
+
+from deeplab_jax import deeplab_v3, options
+from deeplab_jax.benchmark import flops, measure, startup
+from deeplab_jax.config import get_config
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.training import steps
+
+_TINY = [
+  '--crop=33',
+  '--batch=4',
+  '--repeat=2',
+  '--config.model.backbone=resnet18',
+  '--config.model.width=0.125',
+  '--config.model.aspp_features=8',
+]
+
+
+@pytest.fixture
+def measured(capsys):
+  """Function (*options) -> the JSON object of the last line."""
+
+  def run(*arguments):
+    measure.main([*_TINY, *arguments])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+  return run
+
+
+def test_the_default_network_is_that_of_the_paper():
+  config = measure.default_network()
+  model = config.model
+  assert (model.backbone, model.width, model.output_stride) == (
+    'resnet50',
+    1.0,
+    16,
+  )
+  assert config.data.crop_size == (513, 513)
+  assert config.train.batch_size == jax.local_device_count()
+
+
+def test_a_train_step_compiles_once_and_names_its_layers(measured):
+  result = measured('--mode=train', '--layers')
+  assert result['compilations'] == 1
+  assert result['devices'] == jax.device_count() == 4
+  assert result['crop'] == [33, 33] and result['batch'] == 4
+  assert 0 < result['seconds'] < result['first_seconds']
+  assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
+  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  counts = flops.count_flops(model, (33, 33), batch_size=4)
+  forward, stem = flops.total(counts), counts['backbone/stem']
+  # The images need no gradient.
+  assert result['flops'] == 3 * forward.padded - stem.padded
+  assert result['flops_on_map'] == 3 * forward.on_map - stem.on_map
+  assert result['utilization'] == pytest.approx(
+    result['flops'] / result['seconds'] / result['matmul_flops_per_second']
+  )
+  assert result['peak_memory'] > 10**8
+  assert len(result['layers']) == 10
+  assert any('block' in layer['name'] for layer in result['layers'])
+
+
+def test_a_forward_pass_computes_the_logits_once(measured):
+  result = measured('--mode=forward')
+  assert result['compilations'] == result['devices'] == 1
+  assert 0 < result['seconds'] < result['first_seconds']
+  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  counts = flops.count_flops(model, (33, 33), batch_size=4)
+  assert result['flops_on_map'] == flops.total(counts).on_map
+
+
+def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
+  used = {}
+
+  def noting(**settings):
+    used.update(settings)
+    raise UserError('noted')
+
+  monkeypatch.setattr(steps, 'pmap_train_step', noting)
+  with pytest.raises(UserError, match='noted'):
+    measured(
+      '--mode=train',
+      '--classes=3',
+      '--config.loss.hardest=0.5',
+      '--config.loss.label_smoothing=0.1',
+      '--config.loss.class_weights=median_frequency',
+      '--config.train.freeze_bn=True',
+    )
+  assert (used['hardest'], used['label_smoothing']) == (0.5, 0.1)
+  assert used['freeze_bn'] and len(used['class_weights']) == 3
+
+
+def test_input_and_evaluation_run_over_a_data_set(
+  measured, voc_folder, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(measure, '_WINDOW', 16)
+  data = [
+    '--config.data.name=folder',
+    f'--config.data.dir={voc_folder}',
+    f'--config.data.prepared_dir={tmp_path}',
+  ]
+  result = measured('--mode=input', *data)
+  assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
+  result = measured('--mode=evaluation', *data)
+  assert result['images'] == 3 and result['images_per_second'] > 0
+  assert 'crop' not in result
+
+
+@pytest.mark.slow
+def test_compiling_is_timed_in_parts(measured):
+  result = measured('--mode=compile')
+  parts = [
+    f'{step}_{part}_seconds'
+    for step in ('forward', 'train')
+    for part in ('trace', 'compile')
+  ]
+  parts.append('prepare_seconds')
+  assert all(result[part] > 0 for part in parts)
+  assert result['seconds'] == pytest.approx(
+    sum(result[part] for part in [*parts, 'create_seconds'])
+  )
+
+
+def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
+  commands = []
+
+  def note(command, environment):
+    commands.append(command)
+    return float(len(commands))
+
+  monkeypatch.setattr(startup, 'first_step_seconds', note)
+  measure.main(['--mode=startup', '--crop=33', '--batch=2', '--config.seed=7'])
+  result = json.loads(capsys.readouterr().out)
+  assert (result['cold_seconds'], result['warm_seconds']) == (1, 2)
+  for command in commands:
+    config, _ = options.override(get_config(), command[3:])
+    assert config.data.crop_size == (33, 33)
+    assert (config.train.batch_size, config.seed) == (2, 7)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--mode=forward', '--crop=0'], '--crop'),
+    (['--mode=forward', '--crop=9'], 'crop_size'),
+    (['--mode=sleep'], '--mode'),
+    ([], '--mode'),
+    (['--mode=train', '--batch=3'], 'batch of 3 .* 4 devices'),
+    (['--mode=compile', '--batch=3'], 'batch of 3 .* 4 devices'),
+    (['--mode=train', '--config.model.depth=3'], 'model.depth'),
+    (['--mode=train', 'photo.jpg'], 'photo.jpg: not an option'),
+    (['--mode=train', '--config=missing.py'], 'missing.py'),
+  ],
+)
+def test_wrong_options_are_refused_in_one_line(arguments, message):
+  with pytest.raises(UserError, match=message) as error:
+    measure.main(arguments)
+  assert '\n' not in str(error.value)

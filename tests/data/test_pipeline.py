@@ -1,0 +1,278 @@
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from deeplab_jax.data import buckets, images, load, pipeline, transforms
+from deeplab_jax.runtime import errors
+
+_CHAIN = (
+  transforms.RandomScaleCropFlip((32, 24)),
+  transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+)
+
+
+def _records(count, size=(8, 8)):
+  """Records whose pixels all show their number."""
+  return [
+    {
+      'image': images.encode_image(np.full((*size, 3), index, np.uint8)),
+      'label': images.encode_label(np.full(size, index % 5, np.uint8)),
+      'name': f'record_{index}'.encode(),
+    }
+    for index in range(count)
+  ]
+
+
+@pytest.fixture
+def source(voc_folder, tmp_path):
+  data = load.load_dataset(
+    'folder',
+    directory=str(voc_folder),
+    prepared_dir=str(tmp_path / 'prepared'),
+  )
+  return data.source('train')
+
+
+def _take(count, source, chain=_CHAIN, **options):
+  options = {'batch_size': 4, 'seed': 1, 'threads': 2, **options}
+  iterator = pipeline.make_train_iterator(source, chain, **options)
+  try:
+    return [dict(batch) for batch in itertools.islice(iterator, count)]
+  finally:
+    iterator.close()
+
+
+def _same(first, second):
+  assert len(first) == len(second)
+  for one, other in zip(first, second, strict=True):
+    assert set(one) == set(other)
+    for key in one:
+      np.testing.assert_array_equal(one[key], other[key])
+
+
+def _numbers(batches):
+  return [batch['image'][:, 0, 0, 0].tolist() for batch in batches]
+
+
+def test_batches_have_the_shape_of_the_crop(source):
+  (batch,) = _take(1, source)
+  assert set(batch) == {'image', 'label'}
+  assert batch['image'].shape == (4, 32, 24, 3)
+  assert batch['label'].shape == (4, 32, 24)
+  assert batch['image'].dtype == batch['label'].dtype == np.uint8
+  assert set(np.unique(batch['label'])) <= {0, 1, 2, 255}
+
+
+def test_stream_is_the_same_for_any_number_of_threads(source):
+  expected = _take(5, source, threads=0)
+  _same(_take(5, source, threads=1), expected)
+  _same(_take(5, source, threads=4), expected)
+
+
+def test_stream_is_the_same_for_any_number_of_workers(source):
+  _same(_take(5, source, workers=2, threads=1), _take(5, source))
+
+
+def test_resumed_stream_goes_on_where_it_stopped(source):
+  whole = _take(9, source)  # six epochs of six images
+  _same(_take(4, source, start_step=5), whole[5:])
+
+
+def test_hosts_together_see_the_batch_of_one(source):
+  whole = _take(5, source, start_step=2)
+  hosts = [
+    _take(5, source, host=host, hosts=2, start_step=2) for host in range(2)
+  ]
+  for step, batch in enumerate(whole):
+    for key, value in batch.items():
+      for host in range(2):
+        np.testing.assert_array_equal(hosts[host][step][key], value[host::2])
+
+
+def test_seeds_give_other_orders_and_other_crops():
+  records = _records(50)
+  first = _numbers(_take(10, records, (), batch_size=5))
+  assert first == _numbers(_take(10, records, (), batch_size=5))
+  assert first != _numbers(_take(10, records, (), batch_size=5, seed=2))
+
+
+def test_every_epoch_shows_every_record_once_in_a_new_order():
+  numbers = np.ravel(_numbers(_take(9, _records(12), (), batch_size=4)))
+  epochs = numbers.reshape(3, 12)
+  np.testing.assert_array_equal(np.sort(epochs), [list(range(12))] * 3)
+  assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+
+
+def test_one_record_looks_different_every_time():
+  noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+  record = {
+    'image': images.encode_image(noise),
+    'label': images.encode_label(np.zeros((40, 40), np.uint8)),
+    'name': b'noise',
+  }
+  batch = _take(1, [record], _CHAIN, batch_size=8)[0]['image']
+  assert len(np.unique(batch.reshape(8, -1), axis=0)) == 8
+
+
+def test_batch_may_be_larger_than_the_data_set():
+  (batch,) = _take(1, _records(3), (), batch_size=7)
+  counts = np.bincount(batch['image'][:, 0, 0, 0], minlength=3)
+  assert counts.sum() == 7 and counts.min() == 2
+
+
+def _plan(sizes, batch_size, limit=1):
+  return buckets.plan_batches(sizes, limit=limit, batch_size=batch_size)
+
+
+@pytest.mark.parametrize('count', [1, 5, 8])
+@pytest.mark.parametrize('batch_size', [1, 3, 10])
+@pytest.mark.parametrize('hosts', [1, 2, 3])
+@pytest.mark.parametrize('limit', [1, 3])
+def test_evaluation_shows_every_image_once(count, batch_size, hosts, limit):
+  sizes = [(8, 8 + index % 4) for index in range(count)]
+  records = [_records(count, size)[i] for i, size in enumerate(sizes)]
+  plan = _plan(sizes, batch_size * hosts, limit)
+  numbers, shapes = [], []
+  for host in range(hosts):
+    iterator = pipeline.make_eval_iterator(
+      records, plan, host=host, hosts=hosts, threads=1
+    )
+    seen = list(iterator)
+    iterator.close()
+    shapes.append([batch['image'].shape for batch in seen])
+    for batch in seen:
+      filler = batch['index'] == buckets.FILLER
+      assert (batch['label'][filler] == 255).all()
+      for row in np.flatnonzero(~filler):
+        index = batch['index'][row]
+        height, width = batch['size'][row]
+        assert (height, width) == sizes[index]
+        assert (batch['image'][row, :height, :width] == index).all()
+        assert (batch['label'][row, :height, :width] == index % 5).all()
+        numbers.append(index)
+  assert sorted(numbers) == list(range(count))
+  assert all(one == shapes[0] for one in shapes)
+  assert shapes[0] == [(batch_size, *batch.size, 3) for batch in plan]
+
+
+def test_evaluation_pads_and_does_not_scale(source):
+  (planned,) = _plan([(80, 90)] * len(source), len(source))
+  iterator = pipeline.make_eval_iterator(
+    source, [planned], fill=(1, 2, 3), ignore_label=9
+  )
+  (batch,) = list(iterator)
+  iterator.close()
+  for index, record in enumerate(source):
+    image = images.decode_image(record['image'])
+    label = images.decode_label(record['label'])
+    height, width = label.shape
+    assert batch['index'][index] == index
+    np.testing.assert_array_equal(batch['image'][index, :height, :width], image)
+    np.testing.assert_array_equal(batch['label'][index, :height, :width], label)
+    assert (batch['image'][index, height:] == (1, 2, 3)).all()
+    assert (batch['label'][index, :, width:] == 9).all()
+
+
+def test_evaluation_transforms_each_record(source):
+  chain = (transforms.CenterCrop((20, 30)),)
+  plan = _plan([(20, 30)] * len(source), 4)
+  iterator = pipeline.make_eval_iterator(source, plan, chain)
+  first = next(iterator)
+  iterator.close()
+  for row in range(4):
+    image, label = pipeline.load_example(source[row], chain)
+    assert label.shape == (20, 30)
+    np.testing.assert_array_equal(first['image'][row], image)
+    np.testing.assert_array_equal(first['label'][row], label)
+
+
+def test_record_larger_than_its_batch_is_named():
+  iterator = pipeline.make_eval_iterator(
+    _records(1), _plan([(9, 7)], 1), threads=0
+  )
+  with pytest.raises(ValueError, match=r"'record_0'.*8 wide.*\(9, 7\)"):
+    next(iterator)
+
+
+@pytest.mark.parametrize('key', ['image', 'label'])
+@pytest.mark.parametrize('threads', [0, 2])
+def test_damaged_record_is_named(key, threads):
+  records = _records(3)
+  records[1][key] = records[1][key][:20]
+  with pytest.raises(errors.UserError, match=r"'record_1'.*damaged") as caught:
+    _take(3, records, (), threads=threads)
+  assert '\n' not in str(caught.value)
+  iterator = pipeline.make_eval_iterator(
+    records, _plan([(8, 8)] * 3, 3), threads=threads
+  )
+  with pytest.raises(errors.UserError, match=r"'record_1'.*damaged"):
+    next(iterator)
+
+
+def test_numbers_that_cannot_work_are_shown():
+  with pytest.raises(ValueError, match='hosts=3, got 4'):
+    _take(1, _records(3), host=0, hosts=3)
+  with pytest.raises(ValueError, match='0 to 1, got 2'):
+    _take(1, _records(3), host=2, hosts=2)
+  with pytest.raises(ValueError, match='no records'):
+    _take(1, [])
+
+
+_SCRIPT = """
+import multiprocessing, sys
+import numpy as np
+from deeplab_jax.data import images, pipeline
+if __name__ == '__main__':
+  image = images.encode_image(np.zeros((8, 8, 3), np.uint8))
+  label = images.encode_label(np.zeros((8, 8), np.uint8))
+  records = [{'image': image, 'label': label, 'name': b'x'}]
+  iterator = pipeline.make_train_iterator(
+    records, (), batch_size=2, seed=0, threads=1, workers=1
+  )
+  next(iterator)
+  (worker,) = multiprocessing.active_children()
+  print(worker.pid, flush=True)
+  for line in sys.stdin:
+    for _ in range(20):  # more than is buffered
+      next(iterator)
+    print('more', flush=True)
+"""
+
+
+def _runs(pid):
+  try:
+    state = pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1]
+  except FileNotFoundError:
+    return False
+  return state.split()[0] != 'Z'
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads /proc')
+def test_worker_outlives_a_signal_but_not_its_parent(tmp_path):
+  script = tmp_path / 'loads.py'
+  script.write_text(_SCRIPT)
+  with subprocess.Popen(
+    [sys.executable, script],
+    env={**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[2])},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as parent:
+    worker = int(parent.stdout.readline())
+    os.kill(worker, signal.SIGTERM)
+    parent.stdin.write('\n')
+    parent.stdin.flush()
+    assert parent.stdout.readline() == 'more\n'
+    assert _runs(worker)
+    parent.kill()
+  deadline = time.monotonic() + 10
+  while _runs(worker) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not _runs(worker)

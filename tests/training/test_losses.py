@@ -1,0 +1,198 @@
+"""Losses and weights against NumPy and optax."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deeplab_jax.training.losses import (
+  hardest_pixels,
+  median_frequency_weights,
+  pixel_weights,
+  softmax_cross_entropy,
+)
+
+
+def test_loss_of_each_pixel_equals_the_numpy_formula_and_void_is_zero():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 3, (2, 4, 5, 6))
+  labels = rng.integers(0, 6, (2, 4, 5)).astype(np.uint8)
+  labels[0, :2] = 255
+  losses = softmax_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  for index in np.ndindex(labels.shape):
+    void = labels[index] == 255
+    expected = 0 if void else -np.log(p[index][labels[index]])
+    np.testing.assert_allclose(losses[index], expected, atol=1e-5)
+
+
+def test_gradient_equals_optax_and_is_zero_at_void():
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.normal(size=(3, 7, 4)).astype(np.float32))
+  labels = rng.integers(0, 4, (3, 7))
+  labels[1, 2:5] = 9
+  valid = labels != 9
+
+  def theirs(logits):
+    safe = np.where(valid, labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
+    return jnp.sum(jnp.where(valid, losses, 0))
+
+  ours = jax.grad(
+    lambda x: softmax_cross_entropy(x, jnp.asarray(labels), 9).sum()
+  )(logits)
+  np.testing.assert_allclose(ours, jax.grad(theirs)(logits), atol=1e-6)
+  np.testing.assert_array_equal(np.asarray(ours)[~valid], 0)
+
+
+@pytest.mark.parametrize(
+  'shape', [(2, 4, 5, 1), (2, 4, 5, 6), (4, 5), (2, 5, 4), (1, 4, 5)]
+)
+def test_labels_of_another_shape_are_refused(shape):
+  labels = jnp.zeros(shape, jnp.uint8)
+  words = re.escape(
+    'labels must be [2, 4, 5], one for each pixel of the logits'
+    f' [2, 4, 5, 6], got {list(shape)}'
+  )
+  with pytest.raises(ValueError, match=words):
+    jax.jit(softmax_cross_entropy)(jnp.zeros((2, 4, 5, 6)), labels)
+
+
+@pytest.mark.parametrize('shapes', [((4, 5), (4, 5)), ((2, 4, 5), (1, 4, 5))])
+def test_hardest_pixels_of_other_shapes_are_refused(shapes):
+  losses, counted = (jnp.zeros(shape) for shape in shapes)
+  words = re.escape(f'got {list(shapes[0])} and {list(shapes[1])}')
+  with pytest.raises(ValueError, match=words):
+    hardest_pixels(losses, counted > 0, 0.5)
+
+
+def test_huge_logits_do_not_overflow():
+  logits = jnp.asarray([[1e4, -1e4], [-1e4, 1e4]])
+  losses = softmax_cross_entropy(logits, jnp.asarray([0, 0]))
+  np.testing.assert_allclose(losses, [0, 2e4])
+
+
+@pytest.mark.parametrize('smoothing', [0.1, 0.5])
+def test_smoothed_loss_is_the_cross_entropy_with_the_smoothed_target(smoothing):
+  rng = np.random.default_rng(2)
+  logits = rng.normal(0, 3, (2, 4, 5, 6))
+  labels = rng.integers(0, 6, (2, 4, 5)).astype(np.uint8)
+  labels[1, :2] = 255
+  losses = softmax_cross_entropy(
+    jnp.asarray(logits), jnp.asarray(labels), label_smoothing=smoothing
+  )
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  for index in np.ndindex(labels.shape):
+    expected = 0
+    if labels[index] != 255:
+      target = np.full(6, smoothing / 6)
+      target[labels[index]] += 1 - smoothing
+      expected = -(target * np.log(p[index])).sum()
+    np.testing.assert_allclose(losses[index], expected, atol=1e-5)
+
+
+def test_gradient_of_the_smoothed_loss_is_prediction_minus_target():
+  rng = np.random.default_rng(3)
+  logits = rng.normal(size=(3, 7, 4))
+  labels = rng.integers(0, 4, (3, 7))
+  labels[1, 2:5] = 9
+  ours = jax.grad(
+    lambda x: softmax_cross_entropy(x, jnp.asarray(labels), 9, 0.2).sum()
+  )(jnp.asarray(logits, jnp.float32))
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  expected = p - (0.8 * np.eye(10)[labels][..., :4] + 0.2 / 4)
+  expected[labels == 9] = 0
+  np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_each_pixel_weighs_as_its_class_and_void_nothing():
+  labels = np.array([[[0, 1, 2], [2, 1, 255]]], np.uint8)
+  weights = pixel_weights(jnp.asarray(labels), (0.5, 0, 3))
+  assert weights.dtype == jnp.float32
+  np.testing.assert_array_equal(weights, [[[0.5, 0, 3], [3, 0, 0]]])
+
+
+def test_ignore_label_among_the_classes_weighs_nothing():
+  weights = pixel_weights(jnp.arange(3), (4, 5, 6), ignore_label=1)
+  np.testing.assert_array_equal(weights, [4, 0, 6])
+
+
+def test_gradient_of_the_weighted_loss_is_weighted_and_has_no_scatter():
+  rng = np.random.default_rng(4)
+  logits = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+  labels = jnp.asarray(rng.integers(0, 4, (2, 3, 5)))
+  table = np.array([0.2, 1, 0, 7])
+
+  def weighted(logits):
+    losses = softmax_cross_entropy(logits, labels, label_smoothing=0.1)
+    return (pixel_weights(labels, table) * losses).sum()
+
+  one = jax.grad(
+    lambda x: softmax_cross_entropy(x, labels, label_smoothing=0.1).sum()
+  )(logits)
+  np.testing.assert_allclose(
+    jax.grad(weighted)(logits), table[labels][..., None] * one, atol=1e-6
+  )
+  assert 'scatter' not in jax.jit(jax.grad(weighted)).lower(logits).as_text()
+
+
+def plain_hardest(losses, counted, share):
+  """One image at a time: the rounded share of those counted, and ties."""
+  mask = np.zeros(losses.shape, bool)
+  for index in range(len(losses)):
+    values = np.sort(losses[index][counted[index]])[::-1]
+    if values.size:
+      last = values[max(1, round(share * values.size)) - 1]
+      mask[index] = counted[index] & (losses[index] >= last)
+  return mask
+
+
+@pytest.mark.parametrize('share', [1e-6, 0.07, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize('levels', [3, 10_000])
+def test_hardest_pixels_equal_a_loop_over_the_images(share, levels):
+  rng = np.random.default_rng(5)
+  losses = (rng.integers(0, levels, (4, 9, 11)) / levels).astype(np.float32)
+  counted = rng.random((4, 9, 11)) < np.array([0, 0.2, 0.7, 1])[:, None, None]
+  mask = hardest_pixels(jnp.asarray(losses), jnp.asarray(counted), share)
+  expected = plain_hardest(losses, counted, share)
+  np.testing.assert_array_equal(mask, expected)
+  assert not expected[0].any() and expected[1:].any((1, 2)).all()
+  if share == 1:
+    np.testing.assert_array_equal(mask, counted)
+
+
+def test_ties_at_the_limit_are_kept():
+  losses = jnp.asarray([[[3.0, 2, 2, 2, 1, 0, 0, 0]]])
+  mask = hardest_pixels(losses, losses >= 0, 0.25)
+  np.testing.assert_array_equal(mask, [[[1, 1, 1, 1, 0, 0, 0, 0]]])
+
+
+def test_hardest_pixels_of_an_image_do_not_depend_on_the_others():
+  rng = np.random.default_rng(6)
+  losses = rng.random((3, 5, 7)) * np.array([1, 100, 1e-3])[:, None, None]
+  counted = np.ones(losses.shape, bool)
+  mask = hardest_pixels(jnp.asarray(losses), jnp.asarray(counted), 0.2)
+  np.testing.assert_array_equal(mask.sum((1, 2)), 7)
+
+
+def test_median_frequency_weights_of_a_set_counted_by_hand():
+  # Images of 10 pixels: one of 8 and 2 of the classes 0 and 1, one of class 0
+  # alone, one of 5 and 5 of the classes 0 and 3. Frequencies 23/30, 2/10, 5/10.
+  weights = median_frequency_weights(
+    np.array([23, 2, 0, 5]), np.array([30, 10, 0, 10])
+  )
+  assert weights.dtype == np.float64
+  np.testing.assert_allclose(weights, [15 / 23, 2.5, 0, 1], rtol=1e-12)
+
+
+def test_median_of_an_even_number_of_classes_lies_between_the_middle_two():
+  weights = median_frequency_weights(np.array([1, 3]), np.array([10, 10]))
+  np.testing.assert_allclose(weights, [2, 2 / 3], rtol=1e-12)
+
+
+def test_a_set_without_labelled_pixels_has_no_weights():
+  none = np.zeros(3, np.int64)
+  np.testing.assert_array_equal(median_frequency_weights(none, none), 0)

@@ -1,0 +1,433 @@
+"""What the writers leave on disk and on the screen, read back from there."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
+
+from deeplab_jax.training import writers
+
+
+def crc32c(data):
+  """CRC-32C (RFC 3720), bit by bit, masked as in TFRecord files."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+  crc ^= 0xFFFFFFFF
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_events(workdir):
+  """The events of all files: length, its CRC, the proto, its CRC, and again."""
+  events = []
+  for path in sorted((workdir / 'tensorboard').iterdir()):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack('<Q', data[:8])
+      payload = data[12 : 12 + length]
+      checks = struct.unpack('<I', data[8:12]) + struct.unpack(
+        '<I', data[12 + length : 16 + length]
+      )
+      assert checks == (crc32c(data[:8]), crc32c(payload))
+      events.append(event_pb2.Event.FromString(payload))
+      data = data[16 + length :]
+  return events
+
+
+def event_values(workdir):
+  return [
+    (event.step, value)
+    for event in read_events(workdir)
+    for value in event.summary.value
+  ]
+
+
+def event_scalars(workdir):
+  return [
+    (step, value.tag, pytest.approx(value.simple_value))
+    for step, value in event_values(workdir)
+  ]
+
+
+def read_lines(workdir):
+  def refuse(name):
+    raise AssertionError(f'{name} is not JSON')
+
+  text = (workdir / 'metrics.jsonl').read_text()
+  assert text == '' or text.endswith('\n')
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_scalars_reach_tensorboard_and_metrics_jsonl(tmp_path):
+  with writers.Writer(tmp_path / 'new' / 'run') as writer:
+    writer.scalars(10, {'train/loss': 0.5, 'train/lr': jnp.float32(0.25)})
+    writer.scalars(np.int64(20), {'val/miou': np.float64(0.75), 'images': 7})
+  run = tmp_path / 'new' / 'run'
+  lines = read_lines(run)
+  assert lines == [
+    {'step': 10, 'train/loss': 0.5, 'train/lr': 0.25},
+    {'step': 20, 'val/miou': 0.75, 'images': 7},
+  ]
+  assert list(lines[0]) == ['step', 'train/loss', 'train/lr']
+  assert isinstance(lines[1]['images'], int)
+  assert event_scalars(run) == [
+    (10, 'train/loss', 0.5),
+    (10, 'train/lr', 0.25),
+    (20, 'val/miou', 0.75),
+    (20, 'images', 7),
+  ]
+
+
+def test_scalars_of_every_dtype_become_numbers(tmp_path):
+  values = {
+    'bfloat16': jnp.asarray(1.5, jnp.bfloat16),
+    'int32': jnp.asarray(3, jnp.int32),
+    'one element': np.ones((1, 1), np.float16),
+  }
+  with writers.Writer(tmp_path) as writer:
+    writer.scalars(1, values)
+  assert read_lines(tmp_path) == [
+    {'step': 1, 'bfloat16': 1.5, 'int32': 3, 'one element': 1.0}
+  ]
+
+
+def test_nan_infinity_and_none_are_null_in_the_line(tmp_path):
+  with writers.Writer(tmp_path) as writer:
+    writer.scalars(
+      3, {'a': float('nan'), 'b': np.float32('inf'), 'c': None, 'd': 1.0}
+    )
+  assert read_lines(tmp_path) == [
+    {'step': 3, 'a': None, 'b': None, 'c': None, 'd': 1.0}
+  ]
+  values = {v.tag: v.simple_value for _, v in event_values(tmp_path)}
+  assert values.keys() == {'a', 'b', 'd'}
+  assert np.isnan(values['a'])
+  assert values['b'] == np.inf
+
+
+@pytest.mark.parametrize('value', [np.zeros(2), 'text', 1j, {}])
+def test_what_is_not_one_number_is_refused_by_name(tmp_path, value):
+  with (
+    writers.Writer(tmp_path) as writer,
+    pytest.raises(ValueError, match="'loss' must be one number"),
+  ):
+    writer.scalars(1, {'loss': value})
+  assert read_lines(tmp_path) == []
+
+
+def test_a_value_named_step_is_refused(tmp_path):
+  with (
+    writers.Writer(tmp_path) as writer,
+    pytest.raises(ValueError, match="'step'"),
+  ):
+    writer.scalars(1, {'step': 2})
+
+
+def test_lines_are_on_disk_at_once(tmp_path):
+  with writers.Writer(tmp_path) as writer:
+    writer.scalars(1, {'loss': 1.0})
+    assert read_lines(tmp_path) == [{'step': 1, 'loss': 1.0}]
+
+
+def test_image_comes_back_pixel_for_pixel(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  with writers.Writer(tmp_path) as writer:
+    writer.image(5, 'val/panel', image)
+  ((step, value),) = event_values(tmp_path)
+  assert (step, value.tag) == (5, 'val/panel')
+  picture = Image.open(io.BytesIO(value.image.encoded_image_string))
+  np.testing.assert_array_equal(np.asarray(picture), image)
+
+
+def test_text_is_stored_as_a_verbatim_block(tmp_path):
+  with writers.Writer(tmp_path) as writer:
+    writer.text(0, 'config', 'a: 1\n  b: *2*')
+  ((_, value),) = event_values(tmp_path)
+  assert value.tag.startswith('config')
+  assert value.metadata.plugin_data.plugin_name == 'text'
+  assert value.tensor.string_val[0] == b'    a: 1\n      b: *2*'
+
+
+def test_disabled_writer_leaves_nothing(tmp_path):
+  with writers.Writer(tmp_path / 'run', enabled=False, start_step=3) as writer:
+    writer.scalars(1, {'loss': 1.0})
+    writer.image(1, 'panel', np.zeros((2, 2, 3), np.uint8))
+    writer.text(1, 'config', 'x')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_close_may_be_called_twice_and_ends_writing(tmp_path):
+  writer = writers.Writer(tmp_path)
+  writer.scalars(1, {'loss': 1.0})
+  writer.close()
+  writer.close()
+  writer.scalars(2, {'loss': 2.0})
+  assert len(read_lines(tmp_path)) == 1
+
+
+def write_steps(workdir, steps, **options):
+  with writers.Writer(workdir, **options) as writer:
+    for step in steps:
+      writer.scalars(step, {'loss': float(step)})
+
+
+def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
+  write_steps(tmp_path, range(0, 60, 10), start_step=0)
+  write_steps(tmp_path, (30, 40), start_step=20)
+  assert [line['step'] for line in read_lines(tmp_path)] == [0, 10, 20, 30, 40]
+  assert sorted(os.listdir(tmp_path)) == ['metrics.jsonl', 'tensorboard']
+
+
+def test_resuming_tells_tensorboard_to_hide_the_steps_after_it(tmp_path):
+  write_steps(tmp_path, range(0, 60, 10), start_step=0)
+  write_steps(tmp_path, (30, 40), start_step=20)
+  starts = [
+    event.step
+    for event in read_events(tmp_path)
+    if event.session_log.status == event_pb2.SessionLog.START
+  ]
+  # TensorBoard drops earlier events whose step is this one or a later one.
+  assert starts == [1, 21]
+
+
+def test_writers_of_the_same_second_do_not_share_an_event_file(tmp_path):
+  for step in range(3):
+    write_steps(tmp_path, [step])
+  assert len(os.listdir(tmp_path / 'tensorboard')) == 3
+  assert [step for step, *_ in event_scalars(tmp_path)] == [0, 1, 2]
+
+
+def test_without_start_step_the_history_stays(tmp_path):
+  write_steps(tmp_path, (10, 20))
+  before = (tmp_path / 'metrics.jsonl').stat()
+  write_steps(tmp_path, ())
+  assert (tmp_path / 'metrics.jsonl').stat().st_ino == before.st_ino
+  write_steps(tmp_path, (5,))
+  assert [line['step'] for line in read_lines(tmp_path)] == [10, 20, 5]
+
+
+@pytest.mark.parametrize('start_step', [None, 20])
+@pytest.mark.parametrize(
+  'torn', ['{"step": 20, "lo', '{"step": 2', '3', '\xff']
+)
+def test_a_line_torn_by_a_kill_is_dropped(tmp_path, torn, start_step):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 10}\n' + torn.encode('latin-1'))
+  write_steps(tmp_path, (30,), start_step=start_step)
+  assert [line['step'] for line in read_lines(tmp_path)] == [10, 30]
+
+
+def test_a_killed_run_resumes_with_every_line_once(tmp_path):
+  script = (
+    'import sys, time\n'
+    'from deeplab_jax import writers\n'
+    'writer = writers.Writer(sys.argv[1], start_step=0)\n'
+    'for step in range(1, 6):\n'
+    "  writer.scalars(step, {'loss': step})\n"
+    "print('written', flush=True)\n"
+    'time.sleep(60)\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', script, str(tmp_path)], stdout=subprocess.PIPE
+  ) as process:
+    assert process.stdout.readline() == b'written\n'
+    process.send_signal(signal.SIGKILL)
+  write_steps(tmp_path, (4, 5, 6), start_step=3)
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_importing_the_module_does_not_import_tensorboardx():
+  script = (
+    'import sys, deeplab_jax.writers; '
+    "sys.exit('tensorboardX' in sys.modules or 'torch' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, '-c', script]).returncode == 0
+
+
+def test_write_json_makes_numpy_and_nan_valid_json(tmp_path):
+  path = tmp_path / 'eval.json'
+  writers.write_json(
+    path,
+    {
+      'miou': np.float32(0.5),
+      'bad': [float('nan'), np.float64('-inf')],
+      'per_class_iou': {'sky': None, 3: 1},
+      'counts': np.arange(3),
+      'pair': (1, jnp.asarray(2)),
+    },
+  )
+  assert json.loads(path.read_text()) == {
+    'miou': 0.5,
+    'bad': [None, None],
+    'per_class_iou': {'sky': None, '3': 1},
+    'counts': [0, 1, 2],
+    'pair': [1, 2],
+  }
+  assert 'NaN' not in path.read_text()
+
+
+def test_write_json_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+  path = tmp_path / 'eval.json'
+  writers.write_json(path, {'miou': 1})
+  with pytest.raises(TypeError):
+    writers.write_json(path, {'miou': object()})
+
+  def fail(*_):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(os, 'replace', fail)
+  with pytest.raises(OSError, match='disk full'):
+    writers.write_json(path, {'miou': 2})
+  assert json.loads(path.read_text()) == {'miou': 1}
+  assert os.listdir(tmp_path) == ['eval.json']
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that stands still until it is set: clock(seconds)."""
+  now = [0.0]
+  monkeypatch.setattr(writers.time, 'monotonic', lambda: now[0])
+  return lambda seconds: now.__setitem__(0, seconds)
+
+
+def test_progress_writes_one_plain_line_an_update(clock):
+  stream = io.StringIO()
+  with writers.Progress(800, initial=0, stream=stream) as progress:
+    progress.status('compiling ...')
+    clock(60)
+    progress.start_clock(1)
+    clock(90)
+    progress.update(101, 20.0, 2.5, 0.007)
+    clock(99)
+    progress.update(131, 54.12, np.float32(0.8123), jnp.float32(0.0061))
+    progress.write('step 120: mIoU 0.41')
+  # Since they were compiled, 100 steps took 30 s, and 130 took 39 s, so 699
+  # more take 209.7 s, and 669 more 200.7 s.
+  assert stream.getvalue().splitlines() == [
+    'compiling ...',
+    'step 101/800  loss 2.5000  lr 0.007  20.0 images/s  3m30s left',
+    'step 131/800  loss 0.8123  lr 0.0061  54.1 images/s  3m21s left',
+    'step 120: mIoU 0.41',
+  ]
+
+
+def test_progress_knows_no_time_left_when_one_step_alone_was_compiled(clock):
+  stream = io.StringIO()
+  progress = writers.Progress(9, initial=4, stream=stream)
+  clock(60)
+  progress.update(5, 1.0, 1.0, 1.0)
+  clock(62)
+  progress.update(6, 1.0, 1.0, 1.0)
+  first, second = stream.getvalue().splitlines()
+  assert first.endswith('images/s')
+  assert second.endswith('  6s left')  # 3 steps of 2 s
+
+
+def test_progress_after_a_resume_counts_only_its_own_steps(clock):
+  stream = io.StringIO()
+  progress = writers.Progress(1000, initial=900, stream=stream)
+  clock(10)
+  progress.update(910, 1.0, 1.0, 1.0)
+  clock(20)
+  progress.update(1000, 1.0, 1.0, 1.0)
+  first, last = stream.getvalue().splitlines()
+  assert first.startswith('step  910/1000')
+  assert first.endswith('1m30s left')
+  assert last.endswith('0s left')
+
+
+def test_progress_goes_to_standard_error_by_default(capsys):
+  writers.Progress(2).update(1, 1.0, float('nan'), 1e-5)
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.startswith('step 1/2  loss nan  lr 1e-05  1.0 images/s')
+
+
+def read_to_the_end(terminal):
+  shown = b''
+  with contextlib.suppress(OSError):  # EIO: all read and the other side closed
+    while chunk := os.read(terminal, 65536):
+      shown += chunk
+  os.close(terminal)
+  return shown
+
+
+def progress_on_a_terminal(clock, rows, columns):
+  """What a terminal of that size is sent."""
+  master, slave = pty.openpty()
+  size = struct.pack('HHHH', rows, columns, 0, 0)
+  fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+  with (
+    os.fdopen(slave, 'w') as terminal,
+    writers.Progress(800, initial=80, stream=terminal) as progress,
+  ):
+    progress.status('compiling ...')
+    clock(10)
+    progress.update(400, 54.1, 0.8123, 0.0061)
+    progress.write('step 400: mIoU 0.41')
+  return re.split(r'[\r\n]+', read_to_the_end(master).decode())
+
+
+STATE = 'step 400/800  loss 0.8123  lr 0.0061  54.1 images/s  12s left'
+
+
+@pytest.mark.parametrize('columns', [80, 120])
+def test_progress_is_a_bar_on_a_terminal(clock, columns):
+  shown = progress_on_a_terminal(clock, 24, columns)
+  assert shown[1].startswith(' 10%|')  # where it resumed
+  (bar,) = {state for state in shown if 'loss' in state}
+  assert bar.startswith(' 50%|█')
+  assert bar.rstrip().endswith('| ' + STATE)
+  assert len(bar) <= columns
+  assert any(state.rstrip().endswith('| compiling ...') for state in shown)
+  assert 'step 400: mIoU 0.41' in shown
+
+
+def test_progress_on_a_terminal_of_unknown_size_is_plain_lines(clock):
+  shown = progress_on_a_terminal(clock, 0, 0)
+  assert shown == ['compiling ...', STATE, 'step 400: mIoU 0.41', '']
+
+
+def test_disabled_progress_shows_nothing():
+  stream = io.StringIO()
+  with writers.Progress(10, enabled=False, stream=stream) as progress:
+    progress.update(1, 1.0, 1.0, 1.0)
+    progress.write('hello')
+  assert stream.getvalue() == ''
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [
+    (0.2, '0s'),
+    (59.6, '1m00s'),
+    (92, '1m32s'),
+    (7500, '2h05m'),
+    (273600, '3d04h'),
+  ],
+)
+def test_durations_are_short(seconds, text):
+  assert writers._duration(seconds) == text
+
+
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path):
+  path = tmp_path / 'missing' / 'a.json'
+  with pytest.raises(FileNotFoundError) as error:
+    writers.write_json(path, {})
+  assert error.value.filename == str(path)
