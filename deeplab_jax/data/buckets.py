@@ -16,30 +16,19 @@ _PAIRED_UP_TO = 256
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-  """One batch of all hosts together.
+  """One batch of all hosts together."""
 
-  Attributes:
-    size: (height, width) to which its images are padded.
-    indices: of its records; `FILLER` where a row has none.
-  """
-
-  size: Size
-  indices: tuple[int, ...]
+  size: Size  # to which its images are padded
+  indices: tuple[int, ...]  # of its records; `FILLER` where a row has none
 
 
 def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
-  """Merges sizes until at most `limit` are left; None merges none.
+  """Merges sizes, of so many images each, until at most `limit` are left.
 
   Each time, those two are merged, to the larger height and the larger width,
   that add the smallest area of padding over all images. Of more than a few
-  hundred sizes, those that lie close together are merged first.
-
-  Args:
-    counts: number of images by (height, width).
-    limit: at least 1, or None.
-
-  Returns:
-    The sizes left, by area; every image fits one of them.
+  hundred sizes, those that lie close together are merged first. None merges
+  none. Returns the sizes left, by area.
   """
   if limit is None or len(counts) <= limit:
     return sorted(counts, key=math.prod)
@@ -58,8 +47,7 @@ def _merge_neighbors(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Merges the sizes [N, 2] of `images` [N] that lie in one cell of a grid.
 
-  It is the finest grid with few enough cells. A cell gets the largest height
-  and width that are in it.
+  It is the finest with few enough cells. The largest height and width are kept.
   """
   cells, grid = sizes, 1
   while len(cells) > limit:
@@ -102,10 +90,7 @@ def _added(
 
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
-  """Returns for each size, (height, width), the smallest that holds it.
-
-  It is one of `merge_sizes(..., limit)`.
-  """
+  """Returns for each size the smallest of `merge_sizes` that holds it."""
   counts = collections.Counter(map(tuple, sizes))
   buckets = merge_sizes(counts, limit)
   if len(buckets) == len(counts):  # none was merged
@@ -122,16 +107,10 @@ def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
 def plan_batches(
   sizes: Sequence[Size], *, limit: int | None, batch_size: int
 ) -> list[PlannedBatch]:
-  """Deals records to batches whose images are all padded to one size.
+  """Deals records of these sizes to batches, each padded to one size.
 
-  Args:
-    sizes: (height, width) of each record.
-    limit: of the number of sizes; None to pad no image.
-    batch_size: of all hosts together.
-
-  Returns:
-    Batches that hold every record once, in ascending order within each size;
-    the last batch of a size is filled up. Sizes ascend by area.
+  There are at most `limit` sizes; None pads no image. Sizes ascend by area, and
+  records within each size. The last batch of a size is filled up.
   """
   rows: dict[Size, list[int]] = {}
   for index, size in enumerate(bucket_of_each(sizes, limit)):

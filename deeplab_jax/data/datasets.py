@@ -81,24 +81,18 @@ class DatasetInfo:
 
 
 class Tally:
-  """Counts the images and pixels of a split.
-
-  Attributes:
-    num_images: number of labels added.
-    sizes: number of images by (height, width).
-    class_pixels: int64 [C], pixels of each class.
-    class_images: int64 [C], images in which each class occurs.
-    class_image_pixels: int64 [C], pixels of those images that are not void.
-    void_pixels: pixels of the ignore label.
-  """
+  """Counts the images and pixels of a split."""
 
   def __init__(self, num_classes: int, ignore_label: int) -> None:
+    def zeros() -> np.ndarray:
+      return np.zeros(num_classes, np.int64)
+
     self._ignore_label = ignore_label
     self.num_images = self.void_pixels = 0
-    self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    self.class_pixels, self.class_images, self.class_image_pixels = np.zeros(
-      (3, num_classes), np.int64
-    )
+    self.sizes = collections.Counter()  # images of each (height, width)
+    self.class_pixels = zeros()  # of each class
+    self.class_images = zeros()  # in which each class occurs
+    self.class_image_pixels = zeros()  # of those images, without void
 
   def add(self, label: np.ndarray) -> None:
     """Adds a label uint8 [H, W] of classes and void."""
@@ -111,12 +105,6 @@ class Tally:
     self.class_pixels += pixels
     self.class_images += pixels > 0
     self.class_image_pixels += np.where(pixels > 0, pixels.sum(), 0)
-
-  @property
-  def max_size(self) -> tuple[int, int]:
-    """The largest height and the largest width, maybe of different images."""
-    height, width = np.max(list(self.sizes), axis=0).tolist()
-    return height, width
 
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""

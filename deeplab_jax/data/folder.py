@@ -26,7 +26,7 @@ from deeplab_jax.data import (
 )
 from deeplab_jax.data.folder_files import Item
 from deeplab_jax.data.image_files import turn
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -51,7 +51,7 @@ def load(
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   if not directory:
-    raise errors.UserError(
+    raise UserError(
       "config.data.dir is empty; the data set 'folder' needs its directory"
     )
   root = folder_files.find_root(directory)
@@ -87,7 +87,7 @@ def _make_config(
     raise found[missing[0]]
   if missing:
     names = ', '.join(missing[:5]) + ', ...' * (len(missing) > 5)
-    raise errors.UserError(
+    raise UserError(
       f'{listed}: {len(missing)} listed ids without exactly one image and a '
       f'label ({names}), the first: {found[missing[0]]}'
     )
@@ -181,7 +181,7 @@ def fit_label(
   if picture.orientation != 1 and not file.turned:
     stored = shown[::-1] if picture.orientation >= 5 else shown
     if values.shape == stored == shown:
-      raise errors.UserError(
+      raise UserError(
         f'{item.image} has the EXIF orientation {picture.orientation} and its '
         f'label {item.label} has none, so which way up the label is cannot be '
         'told from its size; store the image upright, without that tag'
@@ -224,7 +224,7 @@ def _first_palette(root: str) -> np.ndarray:
     if path.suffix.lower() in label_files.LABEL_SUFFIXES:
       try:
         palette = label_files.label_palette(path)
-      except errors.UserError:
+      except UserError:
         continue  # the check of the records reports it
       if palette is not None:
         return palette

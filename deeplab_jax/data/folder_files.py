@@ -18,7 +18,7 @@ from typing import NamedTuple
 from deeplab_jax.data import labels
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file
 
 
@@ -37,13 +37,13 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   """
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
-    raise errors.UserError(
+    raise UserError(
       f'{directory}: no such dataset folder{near_file(root)}; set '
       'config.data.dir'
     )
   for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
     if not (root / part).is_dir():
-      raise errors.UserError(
+      raise UserError(
         f'{root / part}: no such folder{near_file(root / part)}; a dataset '
         'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
         'and classes.txt'
@@ -55,7 +55,7 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   try:
     text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
-    raise errors.UserError(
+    raise UserError(
       f'{path}: no readable text ({error}); save it as UTF-8'
     ) from error
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
@@ -69,16 +69,16 @@ def read_classes(root: pathlib.Path) -> labels.ClassList:
   """
   path = root / 'classes.txt'
   if not path.is_file():
-    raise errors.UserError(
+    raise UserError(
       f'{path}: no such file{near_file(path)}; write one class name a line, '
       'index from 0 (--mode=prepare tells how many)'
     )
   lines = _read_lines(path)
   if not 1 <= len(lines) <= 256 or '' in lines:
-    raise errors.UserError(
+    raise UserError(
       f'{path}: needs 1 to 256 lines with one class name each, none blank'
     )
-  with errors.naming(str(path)):
+  with naming(str(path)):
     classes = labels.parse_classes(lines)
   refuse_repeats(path, classes.lines)
   return classes
@@ -101,13 +101,13 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
     if file.suffix.lower() == '.txt'
   }
   if _normal(split) not in files:
-    raise errors.UserError(
+    raise UserError(
       f'{path}: no such list{near(split, files)}; known splits: '
       f'{", ".join(files) or "none"}'
     )
   names = [line for line in _read_lines(files[_normal(split)]) if line]
   if not names:
-    raise errors.UserError(f'{path}: the split is empty; list one id a line')
+    raise UserError(f'{path}: the split is empty; list one id a line')
   refuse_repeats(path, names)
   return names
 
@@ -116,12 +116,12 @@ def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
   """Raises `UserError` if one of the names in a file stands there twice."""
   name, count = collections.Counter(names).most_common(1)[0]
   if count > 1:
-    raise errors.UserError(f'{path}: {name!r} stands {count} times; keep one')
+    raise UserError(f'{path}: {name!r} stands {count} times; keep one')
 
 
 def find_items(
   root: pathlib.Path, names: Iterable[str]
-) -> dict[str, Item | errors.UserError]:
+) -> dict[str, Item | UserError]:
   """Finds the files of each id, or the error that says what is missing.
 
   Ids may have the suffix of their image. Names are compared in Unicode's
@@ -131,7 +131,7 @@ def find_items(
   for name in names:
     try:
       found[name] = files.item(name)
-    except errors.UserError as error:
+    except UserError as error:
       found[name] = error
   return found
 
@@ -150,7 +150,7 @@ class _Files:
     listed, name = name, _normal(os.path.normpath(name))
     bare, suffix = os.path.splitext(name)
     if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-      raise errors.UserError(
+      raise UserError(
         f'{listed!r} leads out of {self._root / "JPEGImages"}; list ids, as'
         f' {os.path.basename(bare)!r}'
       )
@@ -168,7 +168,7 @@ class _Files:
       raise self._missing(part, name, 'label', LABEL_SUFFIXES)
     for files in (found, masks):
       if len(files) > 1:
-        raise errors.UserError(
+        raise UserError(
           f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
         )
       if not files[0].is_file():
@@ -176,9 +176,7 @@ class _Files:
         if files[0].is_symlink():
           kind = f'a symbolic link to {os.readlink(files[0])}, which is not '
           kind += 'there; mend the link'
-        raise errors.UserError(
-          f'{files[0]} is {kind} or take {name!r} off the list'
-        )
+        raise UserError(f'{files[0]} is {kind} or take {name!r} off the list')
     return Item(name, found[0], masks[0])
 
   def _find(
@@ -200,7 +198,7 @@ class _Files:
 
   def _missing(
     self, part: str, name: str, kind: str, suffixes: Sequence[str]
-  ) -> errors.UserError:
+  ) -> UserError:
     """Says what is there instead."""
     path, hint = self._root / part / name, ''
     listing = self._listing(path.parent)
@@ -212,7 +210,7 @@ class _Files:
       # An id with a folder too many is looked for without it.
       listing = listing or self._listing(self._root / part)
       hint = near(path.name, (f.name for fs in listing.values() for f in fs))
-    return errors.UserError(
+    return UserError(
       f'{path}{".png" if kind == "label" else ""}: listed, but there is no '
       f'{kind} file of that name{hint}; add it or take {name!r} off the list'
     )

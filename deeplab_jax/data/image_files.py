@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, features
 
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -71,9 +71,9 @@ def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
         )
       yield image
   except Unusable as error:
-    raise errors.UserError(f'{path}: {error}') from error
+    raise UserError(f'{path}: {error}') from error
   except FileNotFoundError as error:
-    raise errors.UserError(f'{path}: no such file') from error
+    raise UserError(f'{path}: no such file') from error
   except Image.UnidentifiedImageError as error:
     data = pathlib.Path(path).read_bytes() if data is None else data
     raise _unidentified(path, data) from error
@@ -81,10 +81,10 @@ def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     raise unreadable(path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> errors.UnreadableError:
+def unreadable(path: Path, error: Exception) -> UnreadableError:
   """Returns the error that says that a file is damaged."""
   reason = ' '.join(str(error).split()) or type(error).__name__
-  return errors.UnreadableError(
+  return UnreadableError(
     f'{path}: unreadable image ({reason}); replace the file or take it out'
   )
 
@@ -106,10 +106,10 @@ def _any_size() -> Iterator[None]:
       Image.MAX_IMAGE_PIXELS = _limits.pop()
 
 
-def _unidentified(path: Path, data: bytes) -> errors.UserError:
+def _unidentified(path: Path, data: bytes) -> UserError:
   """Returns the error that says why Pillow opens no image in `data`."""
   if not data:
-    return errors.UnreadableError(
+    return UnreadableError(
       f'{path}: the file is empty; replace it or take it out'
     )
   kind, values = _tiff_kind(data), None
@@ -117,32 +117,18 @@ def _unidentified(path: Path, data: bytes) -> errors.UserError:
     with contextlib.suppress(cv2.error):
       values = decode(data, cv2.IMREAD_UNCHANGED)
   if values is not None:  # a whole TIFF of numbers that Pillow does not know
-    return errors.UserError(
+    return UserError(
       f'{path}: {kind}, from {np.nanmin(values):.6g} to'
       f' {np.nanmax(values):.6g}; gray and RGB of 8 or 16 bits are read: store'
       ' 8 bits, 0 to 255'
     )
-  return errors.UnreadableError(
-    f'{path}: unreadable image ({_reason(data, kind)}); replace the file or '
-    f'take it out; formats that are read: {" ".join(IMAGE_SUFFIXES)}'
-  )
-
-
-def _reason(data: bytes, kind: str) -> str:
-  """Returns what the plugin of Pillow raises that should open `data`."""
+  reason = f'TIFF: damaged or unknown, {kind}' if kind else 'damaged or unknown'
   if data[4:8] == b'ftyp' and data[8:11] in (b'hei', b'hev', b'mif'):
-    return 'HEIC, which is not read'
-  for name, (factory, accept) in list(Image.OPEN.items()):
-    try:
-      verdict = accept(data[:16]) if accept else False
-      if isinstance(verdict, str):
-        return verdict
-      if verdict:
-        factory(io.BytesIO(data), '')
-    except Exception as error:  # readers of damaged files raise anything
-      text = f'{name}: {" ".join(str(error).split())}'
-      return f'{text}, {kind}' if kind else text
-  return 'no image format that is known'
+    reason = 'HEIC, which is not read'
+  return UnreadableError(
+    f'{path}: unreadable image ({reason}); replace the file or take it out; '
+    f'formats that are read: {" ".join(IMAGE_SUFFIXES)}'
+  )
 
 
 def _tiff_kind(data: bytes) -> str:

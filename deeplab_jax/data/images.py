@@ -12,7 +12,7 @@ from PIL import Image
 
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES, Path, Unusable
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
 _DARK = 2**14  # 16 bits with no value from here on are probably fewer
@@ -21,23 +21,14 @@ _HALF_TRANSPARENT = 0.1  # share of pixels, more than smooth edges have
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-  """An image file, read.
+  """An image file, read."""
 
-  Attributes:
-    pixels: uint8 RGB [H, W, 3], as a viewer shows them.
-    orientation: the EXIF orientation that was applied, 1 to 8; 1 is none.
-    data: the bytes of the file.
-  """
-
-  pixels: np.ndarray
-  orientation: int
-  data: bytes
+  pixels: np.ndarray  # uint8 RGB [H, W, 3], as a viewer shows them
+  orientation: int  # the EXIF orientation that was applied, 1 to 8
+  data: bytes  # of the file
 
   def storable(self) -> bytes:
-    """Returns bytes that `decode_image` turns into the pixels.
-
-    They are those of the file, if it is a JPEG or PNG that does, else a PNG.
-    """
+    """Returns a JPEG or PNG, the file if possible, that has these pixels."""
     if self.data.startswith((b'\xff\xd8', b'\x89PNG')):
       found = image_files.decode(self.data, cv2.IMREAD_COLOR_RGB)
       alike = found is not None and found.shape == self.pixels.shape
@@ -55,11 +46,9 @@ def read_image(path: Path) -> np.ndarray:
   become 8, transparent pixels show a white page, and the EXIF rotation is
   applied. ICC profiles are not. Of several frames, the first is read.
 
-  Raises:
-    UserError: if the file is missing, truncated or no image, or if it is
-      unclear which picture is meant: floats, 32 bits, 12 bits in 16, channels
-      that are neither color nor alpha, many half-transparent pixels, or several
-      pages.
+  Raises `UserError` if the file is missing, truncated or no image, or if it is
+  unclear which picture is meant: floats, 32 bits, 12 bits in 16, channels that
+  are neither color nor alpha, many half-transparent pixels, or several pages.
   """
   return open_picture(path).pixels
 
@@ -85,10 +74,7 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-  """Returns (height, width) by the head of an image file.
-
-  Raises `UserError` if the file is missing or no image.
-  """
+  """Returns (height, width) by the head of an image file, or `UserError`."""
   with image_files.opened(path) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5
@@ -178,10 +164,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-  """Decodes the image of a record, uint8 RGB [H, W, 3].
-
-  Raises `ValueError` if `data` is no image.
-  """
+  """Decodes a record's image, uint8 RGB [H, W, 3]; else `ValueError`."""
   image = image_files.decode(data, cv2.IMREAD_COLOR_RGB)
   if image is None:
     raise ValueError(f'{len(data)} bytes that are no image')
@@ -189,10 +172,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def decode_label(data: bytes) -> np.ndarray:
-  """Decodes the label of a record, a gray PNG, as uint8 [H, W].
-
-  Raises `ValueError` if `data` is no gray image of 8 bits.
-  """
+  """Decodes a record's label, a gray PNG, uint8 [H, W]; else `ValueError`."""
   label = image_files.decode(data, cv2.IMREAD_UNCHANGED)
   if label is None or label.ndim != 2 or label.dtype != np.uint8:
     raise ValueError(f'{len(data)} bytes that are no gray image of 8 bits')
@@ -218,44 +198,35 @@ def encode_label(label: np.ndarray) -> bytes:
 def list_images(inputs: Sequence[str]) -> list[pathlib.Path]:
   """Lists image files, each once, in the order of `inputs`.
 
-  Args:
-    inputs: files of any name, folders (searched recursively for image files,
-      sorted, without hidden ones) or globs ('photos/*.jpg', '**' recursive).
-
-  Raises:
-    UserError: if an input is not there, or holds no image.
+  Inputs are files of any name, folders (searched recursively for image files,
+  sorted, without hidden ones) or globs ('photos/*.jpg', '**' recursive). Raises
+  `UserError` if one is not there, or holds no image.
   """
-  found: dict[pathlib.Path, None] = {}
+  found: list[pathlib.Path] = []
   for text in inputs:
     path = pathlib.Path(text).expanduser()
-    if path.exists():
+    if path.is_file():
+      files = [path]
+    elif path.exists():
       files = _images_below(path)
     elif glob.has_magic(text):
       matches = map(pathlib.Path, sorted(glob.glob(str(path), recursive=True)))
-      files = [
-        file
-        for match in matches
-        if match.is_dir() or match.suffix.lower() in IMAGE_SUFFIXES
-        for file in _images_below(match)
-      ]
+      files = [file for match in matches for file in _images_below(match)]
     else:
-      raise errors.UserError(f'{text}: no such file or folder{near_file(path)}')
+      raise UserError(f'{text}: no such file or folder{near_file(path)}')
     if not files:
-      raise errors.UserError(
-        f'{text}: no image found (suffixes {" ".join(IMAGE_SUFFIXES)})'
-      )
-    found.update(dict.fromkeys(files))
+      suffixes = ' '.join(IMAGE_SUFFIXES)
+      raise UserError(f'{text}: no image found (suffixes {suffixes})')
+    found += files
   if not found:
-    raise errors.UserError('no image given; name files, folders or globs')
-  return list(found)
+    raise UserError('no image given; name files, folders or globs')
+  return list(dict.fromkeys(found))
 
 
 def _images_below(path: pathlib.Path) -> list[pathlib.Path]:
-  if not path.is_dir():
-    return [path]
-  found = []
+  """The images in a folder, or the file itself if it is one."""
+  files = [] if path.is_dir() else [path]
   for folder, subfolders, names in os.walk(path):
     subfolders[:] = sorted(n for n in subfolders if n[0] != '.')
-    files = [pathlib.Path(folder, n) for n in sorted(names) if n[0] != '.']
-    found += [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
-  return found
+    files += [pathlib.Path(folder, n) for n in sorted(names) if n[0] != '.']
+  return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError
 
 LABEL_SUFFIXES = (
   *('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm', '.tga'),
@@ -25,24 +25,17 @@ _GRAY_SCALE = {'L;2': 85, 'L;4': 17}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelFile:
-  """A label file, read as it is stored.
-
-  Attributes:
-    path: for messages.
-    pixels: uint8 [H, W], gray values or palette indices, or [H, W, 3], colors.
-    palette: uint8 [N, 3], the colors of palette indices, or None.
-    turned: whether the file has an EXIF orientation, which was applied.
-  """
+  """A label file, read as it is stored."""
 
   path: Path
-  pixels: np.ndarray
-  palette: np.ndarray | None
-  turned: bool
+  pixels: np.ndarray  # uint8 [H, W], values or indices, or [H, W, 3], colors
+  palette: np.ndarray | None  # uint8 [N, 3], the colors of palette indices
+  turned: bool  # whether the file has an EXIF orientation, which was applied
 
   def indices(self) -> np.ndarray:
     """Returns the pixels, uint8 [H, W]; raises `UserError` for colors."""
     if self.pixels.ndim == 3:
-      raise errors.UserError(
+      raise UserError(
         f'{self.path}: a label must be a palette or gray PNG of class indices, '
         'but its mode is RGB; convert its colors to indices, or give each '
         'class its color in classes.txt, as in "name 255 0 0"'
@@ -171,7 +164,7 @@ def read_mat_label(path: Path, data: bytes) -> np.ndarray:
     if label.ndim != 2 or not np.array_equal(label, mask):
       raise TypeError
   except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-    raise errors.UserError(
+    raise UserError(
       f'{path}: a mask of SBD must hold GTcls.Segmentation, a matrix of class '
       "indices; take the files in 'cls', as benchmark.tgz has them"
     ) from error

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from deeplab_jax.data.label_files import LabelFile
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError
 
 _COLOR = re.compile(r'(.*\S)\s+(\d+)\s+(\d+)\s+(\d+)')
 _VOID = 'void'
@@ -72,13 +72,13 @@ def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
   for pair in filter(None, map(str.strip, text.split(','))):
     match = re.fullmatch(r'(\d+)\s*:\s*(\d+|void)', pair)
     if not match or int(match[1]) > 255:
-      raise errors.UserError(
+      raise UserError(
         f'{_LABEL_MAP}: {pair!r} is no pair of a value 0..255 in the files and '
         "a class index or void, as in '255:1' or '0:void,1:0'"
       )
     value = int(match[1])
     if value in result:
-      raise errors.UserError(f'{_LABEL_MAP}: the value {value} stands twice')
+      raise UserError(f'{_LABEL_MAP}: the value {value} stands twice')
     result[value] = ignore_label if match[2] == _VOID else int(match[2])
   return result
 
@@ -88,10 +88,8 @@ class Meaning:
 
   Attributes:
     lines: the names in classes.txt, by label value; none where it is unknown.
-    classes: the names without those of void.
-    values: the label value of each class.
-    void_values: the label values of void.
-    ignore_label: the one of them that is configured.
+    classes: the names without those of void; `values` are their label values.
+    void_values: the label values of void; `ignore_label` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
     label_map: the label values of those file values that mean another one.
   """
@@ -114,12 +112,12 @@ class Meaning:
     self.label_map = parse_label_map(label_map or '', ignore_label)
     for value, target in self.label_map.items():
       if self.lines and target >= count and target != ignore_label:
-        raise errors.UserError(
+        raise UserError(
           f'{_LABEL_MAP}: {value}:{target} names class {target}, and '
           f'classes.txt has {count} lines, 0 to {count - 1}'
         )
     if self.lines and not self.values:
-      raise errors.UserError(
+      raise UserError(
         'classes.txt names no class beside void, '
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
@@ -158,7 +156,7 @@ class Meaning:
       indices = file.indices()
       return self._table[indices] if self.label_map else indices
     if self.label_map:
-      raise errors.UserError(
+      raise UserError(
         f'{file.path}: {_LABEL_MAP} maps values, but this label is read by the '
         'colors in classes.txt; leave one of the two out'
       )
@@ -202,7 +200,7 @@ class Meaning:
       names = dict(zip(map(tuple, self.colors), self.classes, strict=True))
       color = tuple(palette[void]) if void < len(palette) else None
       if counts[void] and color in names:
-        raise errors.UserError(
+        raise UserError(
           f'{file.path}: index {void} is void, config.data.ignore_label, but '
           f'has the color of the class {names[color]!r}, {_words(color)}; give '
           'that index another color, or leave the colors out of classes.txt to '
@@ -211,7 +209,7 @@ class Meaning:
       counts[void] = 0
     used = np.flatnonzero(counts)
     if used.max(initial=0) >= len(palette):
-      raise errors.UserError(
+      raise UserError(
         f'{file.path}: index {used[-1]} has no color, as the palette has only '
         f'{len(palette)}; correct the file'
       )
@@ -227,7 +225,7 @@ class Meaning:
     values = [known.get(tuple(color), -1) for color in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))
-      raise errors.UserError(
+      raise UserError(
         f'{path}: the color {_words(colors[index])} ({counts[index]:.0f} '
         'pixels) is none of those in classes.txt; correct the file, or give '
         f"the color to a class or to '{_VOID}' there"
@@ -247,7 +245,7 @@ class Palettes(dict[int, list[Any]]):
       index, *color, path = row
       _, *other, first = self.setdefault(index, row)
       if color != other:
-        raise errors.UserError(
+        raise UserError(
           f'{path}: index {index} has the color {_words(color)}, but in '
           f'{first} {_words(other)}, so indices of one class differ; store '
           'gray PNGs of class indices, or give each class its color in '

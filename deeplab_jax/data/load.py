@@ -11,14 +11,13 @@ from tensorflow_datasets.proto import tf_example_pb2
 from deeplab_jax.data import folder, records, shapes, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.records import Builders
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UserError
 
 
 class Records(Sequence[dict[str, Any]]):
-  """The stored records at random access, images as their bytes."""
+  """Stored records, of which TFDS gives the bytes, at random access."""
 
   def __init__(self, serialized: Sequence[bytes]) -> None:
-    """Wraps `builder.as_data_source(split, deserialize_method=RAW_BYTES)`."""
     self._serialized = serialized
 
   def __len__(self) -> int:
@@ -46,9 +45,8 @@ class Dataset:
   def source(self, split: str) -> Records:
     """Returns the records of a split.
 
-    A record is a dict of `image` (JPEG or PNG bytes), `label` (bytes of a gray
-    PNG of class indices), `name` and `file_name` (bytes), `height` and `width`;
-    `images.decode_image` and `images.decode_label` decode the first two.
+    A record is a dict of `image` and `label` (bytes for `images.decode_image`
+    and `decode_label`), `name`, `file_name`, `height` and `width`.
     """
     builder, key = self._builder(split), records.split_key(split)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -56,10 +54,7 @@ class Dataset:
 
   def sizes(self, split: str) -> list[tuple[int, int]]:
     """Returns (height, width) of each record; decodes no image."""
-    return [
-      (int(record['height']), int(record['width']))
-      for record in self.source(split)
-    ]
+    return [(int(x['height']), int(x['width'])) for x in self.source(split)]
 
   def names(self, split: str) -> list[str]:
     """Returns the ids of a split, in the order of its records."""
@@ -76,7 +71,7 @@ class Dataset:
 
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:
-      raise errors.UserError(
+      raise UserError(
         f'no split {split!r} in {self.info.name}; known: '
         f'{", ".join(self.builders)}'
       )
@@ -113,26 +108,24 @@ def load_dataset(
       (TFDS_DATA_DIR, else ~/tensorflow_datasets).
     splits: the splits wanted.
     ignore_label: label value of void pixels in the files.
-    label_map: of 'folder', what other values in the files stand for, see
-      `labels.parse_label_map`.
+    label_map: of 'folder', see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
-    options: of this data set alone, by name.
+    options: of this data set only, by name.
 
   Raises:
-    UserError: if the name, a split, an option or anything in the source is
-      wrong.
+    UserError: if an argument, or anything in the source, is wrong.
   """
   loader = name if callable(name) else LOADERS.get(name)
   if loader is None:
-    raise errors.UserError(
+    raise UserError(
       f'config.data.name: no data set {name!r}; known: {", ".join(LOADERS)}'
     )
   if not 0 <= ignore_label <= 255:
-    raise errors.UserError(
+    raise UserError(
       f'config.data.ignore_label must be 0 to 255, got {ignore_label}'
     )
   if on_bad_image not in ('stop', 'skip'):
-    raise errors.UserError(
+    raise UserError(
       f"config.data.on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}"
     )
   if not splits:
@@ -159,11 +152,7 @@ def _taken(
   arguments: Mapping[str, Any],
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Returns the arguments that a loader takes, and its options.
-
-  Raises:
-    UserError: if one is given that it does not take.
-  """
+  """Returns what a loader takes; refuses what is set and it does not take."""
   name = getattr(name, '__name__', name)
   fixed = getattr(loader, 'keywords', {})  # by functools.partial
   parameters = inspect.signature(loader).parameters
@@ -171,13 +160,13 @@ def _taken(
   known = [key for key in takes if key not in arguments]
   for key in options:
     if key not in known:
-      raise errors.UserError(
+      raise UserError(
         f'config.data.options.{key}: data set {name} has no such option; '
         f'known: {", ".join(known) or "none"}'
       )
   for key, setting in (('directory', 'dir'), ('label_map', 'label_map')):
     if arguments[key] and key not in takes:
-      raise errors.UserError(
+      raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
         f"it, as 'folder' does; {name} does not"
       )

@@ -1,7 +1,6 @@
 """Batches for training and evaluation, loaded in the background by grain.
 
-Both iterators are pure functions of their arguments: neither the number of
-threads nor that of workers changes a single pixel.
+Neither the number of threads nor that of workers changes a single pixel.
 """
 
 import functools
@@ -20,13 +19,8 @@ from absl import flags
 
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
-from deeplab_jax.data.transforms import (
-  MEAN_COLOR,
-  Pair,
-  Transform,
-  apply_transforms,
-)
-from deeplab_jax.runtime import errors
+from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
+from deeplab_jax.runtime.errors import UserError
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
@@ -81,7 +75,7 @@ def make_train_iterator(
       epoch, index = divmod(row, len(source))
       record = source[_order(len(source), seed, epoch)[index]]
       rng = np.random.default_rng((seed, 1, row))
-      pair = apply_transforms(transforms, *_decode(record), rng)
+      pair = _load_pair(record, transforms, rng)
       for name, picture in zip(('image', 'label'), pair, strict=True):
         if not place:
           batch[name] = np.empty((len(rows), *picture.shape), np.uint8)
@@ -111,12 +105,11 @@ def make_eval_iterator(
 
   A batch is image uint8 [B / hosts, *size, 3], label uint8 [B / hosts, *size],
   size int32 [B / hosts, 2], (height, width) before padding, and index int32
-  [B / hosts]; its rows are dealt to the hosts in turn. Filler rows have the
-  index `buckets.FILLER`, and the size of the batch. Padding has `MEAN_COLOR`
-  and `ignore_label`. Every host yields the same number of batches of the same
-  shapes. For the rest see `make_train_iterator`; the transforms get no
-  randomness. Also raises `ValueError` on `next`, if an image is larger than its
-  batch.
+  [B / hosts]. Filler rows have the index `buckets.FILLER`, and the size of the
+  batch. Padding has `MEAN_COLOR` and `ignore_label`. All hosts, to which rows
+  are dealt in turn, yield the same number of batches of the same shapes. For
+  the rest see `make_train_iterator`; transforms are without randomness. Raises
+  `ValueError` on `next`, if an image is larger than its batch.
   """
   for batch in plan:
     _check_hosts(len(batch.indices), host, hosts)
@@ -184,11 +177,12 @@ def _iterate(
 
 def load_example(record: Record, transforms: Sequence[Transform] = ()) -> Pair:
   """Returns the image and label that `make_eval_iterator` pads."""
-  rng = np.random.default_rng(0)
-  return apply_transforms(transforms, *_decode(record), rng)
+  return _load_pair(record, transforms, np.random.default_rng(0))
 
 
-def _decode(record: Record) -> Pair:
+def _load_pair(
+  record: Record, transforms: Sequence[Transform], rng: np.random.Generator
+) -> Pair:
   """Returns image uint8 [H, W, 3] and label uint8 [H, W] of a record."""
   try:
     image = images.decode_image(record['image'])
@@ -196,11 +190,13 @@ def _decode(record: Record) -> Pair:
     if image.shape[:2] != label.shape:
       raise ValueError(f'image {image.shape} but label {label.shape}')
   except (ValueError, cv2.error) as error:
-    raise errors.UserError(
+    raise UserError(
       f'record {_name(record)!r} of the prepared data set is damaged '
       f'({" ".join(str(error).split())}); remove the prepared folder, it will '
       'be made again'
     ) from error
+  for transform in transforms:
+    image, label = transform(image, label, rng)
   return image, label
 
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import encode_label
-from deeplab_jax.runtime import errors
 from deeplab_jax.runtime import files as disk
+from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def split_key(split: str) -> str:
-  """Returns the name under which TFDS stores a split.
-
-  TFDS takes no dots, spaces or brackets, and 'all' means something else to it.
-  """
+  """Returns a name for a split that TFDS takes, and that is not its 'all'."""
   if re.fullmatch('[a-z][a-z0-9_]{0,39}', split) and split != 'all':
     return split
   readable = re.sub('[^a-z0-9]+', '_', split.lower())[:20]
@@ -76,10 +73,9 @@ class Sample(NamedTuple):
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   """Stores samples in the order in which they are generated.
 
-  TFDS itself shuffles a split in memory, and needs TensorFlow above 1 GB.
-
+  TFDS itself shuffles in memory, and needs TensorFlow above 1 GB. Here,
   `_split_generators` returns for each split an empty `Tally` and an iterator of
-  `Sample`, and puts `info`, a `DatasetInfo.to_json()`, into the metadata. The
+  `Sample`, and sets `info`, a `DatasetInfo.to_json()`, in the metadata. The
   base class adds `names`, the ids of each split, and `splits`, the tallies.
   """
 
@@ -144,64 +140,57 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
 def require_ignore_label(info: DatasetInfo, given: int) -> None:
   """Raises `UserError` unless void has the value that `info` has for it."""
   if given != info.ignore_label:
-    raise errors.UserError(
+    raise UserError(
       f'config.data.ignore_label of {info.name!r} is {info.ignore_label}, got '
       f'{given}'
     )
 
 
-class Item(Protocol):
-  """One listed image: its id, and its two files as messages name them."""
-
-  name: str
-  image: Any
-  label: Any
-
-
-_Item = TypeVar('_Item', bound=Item)
-_Read = TypeVar('_Read')
+# One listed image: `name` is its id, `image` and `label` name its files.
+Item = TypeVar('Item')
+Read = TypeVar('Read')
 
 
 def readable(
-  items: Sequence[_Item],
-  read: Callable[[_Item], _Read],
+  items: Sequence[Item],
+  read: Callable[[Item], Read],
   *,
   origin: object,
   on_bad_image: str,
-) -> Iterator[tuple[_Item, _Read]]:
+) -> Iterator[tuple[Item, Read]]:
   """Yields each item with what `read` returns for it, in order.
 
-  `read` is called on all cores, and raises `UnreadableError` for a damaged
-  file. `on_bad_image` says whether to 'skip' its item, or to 'stop' with a
-  `UserError`, as is done if all are skipped. `origin` is where they are listed.
+  `read` is called on all cores. If it raises `UnreadableError`, `on_bad_image`
+  says whether to 'skip' the item, or to 'stop' with a `UserError`, as is done
+  if all are skipped. `origin` is where they are listed.
   """
 
-  def attempt(item: _Item) -> Any:
+  def attempt(item: Item) -> Read | UnreadableError:
     try:
       return read(item)
-    except errors.UnreadableError as error:
+    except UnreadableError as error:
       return error
 
   skipped = 0
   for item, value in zip(items, in_threads(items, attempt), strict=True):
-    if not isinstance(value, errors.UnreadableError):
+    if not isinstance(value, UnreadableError):
       yield item, value
     elif on_bad_image == 'stop':
-      raise errors.UserError(
+      raise UserError(
         f"{value}, or set config.data.on_bad_image='skip'"
       ) from value
     else:
       skipped += 1
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
   if skipped == len(items):
-    raise errors.UserError(
+    raise UserError(
       f'{origin}: every listed image is unreadable; see the warnings above'
     )
 
 
 def in_threads(
-  items: Iterable[Any], function: Callable[[Any], _Read]
-) -> Iterator[_Read]:
+  items: Iterable[Item], function: Callable[[Item], Read]
+) -> Iterator[Read]:
   """Yields the function's results in order, computed on all cores."""
   items = iter(items)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -210,11 +199,11 @@ def in_threads(
 
 
 def check_size(
-  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
+  item: Any, image_size: tuple[int, ...], label_size: tuple[int, ...]
 ) -> None:
   """Raises `UserError` unless both sizes (height, width) are the same."""
   if image_size != label_size:
-    raise errors.UserError(
+    raise UserError(
       f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
       f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
       'size'
@@ -222,32 +211,24 @@ def check_size(
 
 
 def check_values(
-  item: Item,
+  item: Any,
   label: np.ndarray,
   num_classes: int,
   ignore_label: int,
   *,
   remedy: str,
 ) -> None:
-  """Raises `UserError` unless a label uint8 [H, W] holds classes and void.
-
-  These are values below `num_classes`, and `ignore_label`. `remedy` says what
-  to correct.
-  """
+  """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
   counts = np.bincount(label.ravel(), minlength=256)
   counts[:num_classes] = 0
   counts[ignore_label] = 0
   if counts.any():
     value = int(counts.argmax())
-    raise errors.UserError(
+    raise UserError(
       f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
       f'one of the {num_classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'
     )
-
-
-def _is_for_users(record: Any) -> bool:
-  return not str(record.msg).startswith('Using custom data configuration')
 
 
 @contextlib.contextmanager
@@ -255,13 +236,13 @@ def _quiet() -> Iterator[None]:
   """Hides TFDS's greeting on stdout and its notes to authors of builders."""
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
-  logger = absl_logging.get_absl_logger()
-  logger.addFilter(_is_for_users)
+  logger, note = absl_logging.get_absl_logger(), 'Using custom data config'
+  logger.addFilter(others := lambda record: note not in str(record.msg))
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       yield
   finally:
-    logger.removeFilter(_is_for_users)
+    logger.removeFilter(others)
 
 
 @_quiet()
@@ -273,9 +254,8 @@ def prepared(
   """Returns the builder of `config`, with its records on disk.
 
   TFDS writes into a folder of another name and renames it at the end, so a
-  prepared folder is complete. A second process waits for the first. An empty
-  `prepared_dir` is the place that TFDS uses. Raises `UserError` if it cannot be
-  written.
+  prepared folder is complete. A second process waits for the first. Raises
+  `UserError` if `prepared_dir` (empty: TFDS's own) cannot be written.
   """
   make = functools.partial(
     builder_class, data_dir=prepared_dir or None, config=config
@@ -290,7 +270,7 @@ def prepared(
     try:
       stack.enter_context(disk.locked(home / f'.{config.name}.lock'))
     except OSError as error:
-      raise errors.UserError(
+      raise UserError(
         f'{home}: cannot be written ({error.strerror}); set '
         'config.data.prepared_dir to another folder'
       ) from error
@@ -301,18 +281,13 @@ def prepared(
       shutil.rmtree(leftover, ignore_errors=True)
     builder.download_and_prepare(file_format='array_record')
     builder = make()  # read back, as every later run will
-  if config.prefix:
-    _report_older(home, config)
-  return builder
-
-
-def _report_older(home: pathlib.Path, config: SourceConfig) -> None:
-  """Logs which other preparations of the same source lie in `home`."""
-  # One that failed has left a folder without a version.
-  for version in sorted(home.glob(f'{config.prefix}{"[0-9a-f]" * 12}/[0-9]*')):
+  # A preparation that failed has left a folder without a version.
+  others = home.glob(f'{config.prefix}{"[0-9a-f]" * 12}/[0-9]*')
+  for version in sorted(others) if config.prefix else ():
     if version.parent.name != config.name:
       log.info(
         '%s was prepared from another state of the same source or with other '
         'options; remove it if it is not needed',
         version.parent,
       )
+  return builder

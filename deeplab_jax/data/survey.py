@@ -19,7 +19,7 @@ from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.folder_files import Item
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.runtime import errors
+from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
 HUGE = 4096  # pixels; a huge image has a longer side
@@ -40,11 +40,7 @@ _ABSENT = 'classes without a pixel'
 _SHARED = 'ids in two lists, which makes the score worthless'
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
-# Problems that are refused, besides unreadable files, which may be skipped.
-_FATAL = (
-  *(_LIST, _SHARED, _CLASSES, _FILES, _NO_PICTURES, _NO_INDICES, _PALETTES),
-  *(_SIZES, _VALUES, _ALL_VOID),
-)
+_WARNINGS = (_ABSENT, _TINY, _HUGE)  # all other problems are errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +70,17 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
-  """What a survey found; as text, the number of classes proposed, and why."""
+  """What a survey found; `str` says how many classes there are, and why."""
 
   root: pathlib.Path
   num_images: int  # ids listed, each once
-  num_classes: int  # as proposed
-  proposal: str
+  num_classes: int
+  text: str
   pixels: np.ndarray  # int64 [256], of each label value
   findings: tuple[Finding, ...]
 
   def __str__(self) -> str:
-    return self.proposal
+    return self.text
 
 
 class _Notes(collections.defaultdict[str, list[str]]):
@@ -96,15 +92,15 @@ class _Notes(collections.defaultdict[str, list[str]]):
     """Returns the function's result; notes its `UserError` and returns None."""
     try:
       return function(*arguments)
-    except errors.UserError as error:
-      damaged = isinstance(error, errors.UnreadableError)
+    except UserError as error:
+      damaged = isinstance(error, UnreadableError)
       self[_UNREADABLE if damaged else title].append(str(error))
 
   def findings(self, skip: bool = False) -> tuple[Finding, ...]:
     """Returns the problems; `skip` says that unreadable files are no error."""
-    fatal = _FATAL if skip else (*_FATAL, _UNREADABLE)
+    allowed = (*_WARNINGS, _UNREADABLE) if skip else _WARNINGS
     return tuple(
-      Finding(title, len(found), tuple(found[:EXAMPLES]), title in fatal)
+      Finding(title, len(found), tuple(found[:EXAMPLES]), title not in allowed)
       for title, found in self.items()
       if found
     )
@@ -131,67 +127,56 @@ def survey_folder(
   listed = _read_lists(root, splits, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
-  palettes = labels.Palettes()
-  pixels = {split: np.zeros(256, np.int64) for split in listed}
-  total, files = np.zeros((2, 256), np.int64)
-  first: dict[int, pathlib.Path] = {}
+  palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
   results = records.in_threads(items, lambda item: _read(item, meaning))
-  for item, (counts, colors, problems) in zip(items, results, strict=True):
+  for row, (own, colors, problems) in enumerate(results):
+    counts[row] = own
     for title, examples in problems.items():
       notes[title] += examples
     notes.catch(_PALETTES, palettes.add, colors)
-    total += counts
-    files += counts > 0
-    for value in np.flatnonzero(counts).tolist():
-      first.setdefault(value, item.label)
-    for split, names in listed.items():
-      pixels[split] += counts if item.name in names else 0
-  values = [v for v in np.flatnonzero(total).tolist() if v != ignore_label]
-  held = f'the labels hold {_ranges(values) or "no class"}'
-  if total[ignore_label]:
-    held += f' and void, {ignore_label}'
+  of_classes: tuple[Finding, ...] = ()
   if classes is not None:
-    notes[_VALUES] += [
-      f'{value}: {total[value]:,} pixels in {files[value]:,} files, first '
-      f'{first[value]}'
-      for value in values
-      if value >= len(classes.lines)
-    ]
-  findings = notes.findings(skip=on_bad_image == 'skip')
-  if classes is not None:
+    for value in np.flatnonzero(counts.any(0)).tolist():
+      if value >= len(classes.lines) and value != ignore_label:
+        (rows,) = counts[:, value].nonzero()
+        notes[_VALUES].append(
+          f'{value}: {counts[:, value].sum():,} pixels in {len(rows):,} files, '
+          f'first {items[rows[0]].label}'
+        )
     known, void = list(meaning.values), list(meaning.void_values)
-    findings += label_findings(
-      {split: (p[known], int(p[void].sum())) for split, p in pixels.items()},
-      meaning.classes,
-      meaning.values,
-      ignore_label,
-      splits[0],
+    pixels = {}
+    for split, names in listed.items():
+      of_split = counts[[i for i, x in enumerate(items) if x.name in names]]
+      pixels[split] = of_split[:, known].sum(0), int(of_split[:, void].sum())
+    of_classes = label_findings(
+      pixels, meaning.classes, meaning.values, ignore_label, splits[0]
     )
-  num_images = len(set().union(*listed.values()))
-  lines = max(len(meaning.lines), max(values, default=-1) + 1)
-  num_classes, advice = _propose(root, classes, meaning, lines)
-  proposal = f'num_classes: {num_classes} ({held}; {advice})'
-  return Survey(root, num_images, num_classes, proposal, total, findings)
+  findings = notes.findings(skip=on_bad_image == 'skip') + of_classes
+  num_images, total = len(set().union(*listed.values())), counts.sum(0)
+  num_classes, text = _propose(root / 'classes.txt', meaning, total)
+  return Survey(root, num_images, num_classes, text, total, findings)
 
 
 def _propose(
-  root: pathlib.Path,
-  classes: labels.ClassList | None,
-  meaning: labels.Meaning,
-  lines: int,
+  path: pathlib.Path, meaning: labels.Meaning, pixels: np.ndarray
 ) -> tuple[int, str]:
-  """Returns the number of classes if classes.txt has `lines`, and advice."""
-  path = root / 'classes.txt'
-  if classes is None:
-    advice = f'write {path}: {lines} lines, one class name each'
-  elif lines > len(classes.lines):
-    advice = f'but {path} has {len(classes.lines)} names'
+  """Returns the number of classes for so many pixels of each value, and why."""
+  ignored, names = meaning.ignore_label, len(meaning.lines)
+  values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
+  count = max(names, max(values, default=-1) + 1)
+  text = f'the labels hold {_ranges(values) or "no class"}'
+  if pixels[ignored]:
+    text += f' and void, {ignored}'
+  if not names:
+    text += f'; write {path}: {count} lines, one class name each'
+  elif count > names:
+    text += f'; but {path} has {names} names'
   else:
-    advice = 'as classes.txt has names'
-  void = [line for line in sorted(meaning.void_values) if line < lines]
+    text += '; as classes.txt has names'
+  void = [line for line in sorted(meaning.void_values) if line < count]
   for line in void:
-    advice += f'; line {line + 1} is void and no class'
-  return lines - len(void), advice
+    text += f'; line {line + 1} is void and no class'
+  return count - len(void), f'num_classes: {count - len(void)} ({text})'
 
 
 def _read_lists(
@@ -258,13 +243,8 @@ def label_findings(
 ) -> tuple[Finding, ...]:
   """Finds splits that lack classes, and labels that nothing is learned from.
 
-  Args:
-    split_pixels: for every split the pixels of each class, int [C], and those
-      of void.
-    classes: the C class names.
-    values: their values in the label files.
-    void_value: that of void.
-    trained: the split to train on.
+  `split_pixels` are, for every split, the pixels of each class, int [C], and
+  those of void. The `values` of the classes are those in the label files.
   """
   notes, found = _Notes(list), ()
   for split, (pixels, void) in split_pixels.items():
@@ -320,7 +300,7 @@ def check_tallies(
   )
   for finding in found:
     if finding.fatal:
-      raise errors.UserError(
+      raise UserError(
         f'config.data.train_split={trained} of {info.name}: {finding.line}'
       )
   return found

@@ -1,12 +1,10 @@
 """Transforms that change an image and its label together.
 
-Each is a frozen dataclass called as
-
     image, label = transform(image, label, rng)
 
-with image uint8 RGB [H, W, 3], label uint8 [H, W] and a numpy Generator, the
-only source of randomness. Images stay in 0..255: the model normalizes them on
-the device.
+The image is uint8 RGB [H, W, 3], the label uint8 [H, W], and the numpy
+Generator the only source of randomness. Images stay in 0..255: the model
+normalizes them on the device.
 """
 
 import dataclasses
@@ -20,7 +18,6 @@ Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], Pair]
 
 # The mean of ImageNet's pixels, RGB: the padding of a crop.
 MEAN_COLOR = (124, 117, 104)
-_LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +28,23 @@ class RandomScaleCropFlip:
   image, so each axis scales by the factor drawn to within half such a pixel
   over the window. Where the scaled image is smaller than the window, it is
   padded at the bottom and, before it is mirrored, at the right.
-
-  Attributes:
-    size: height and width of the window.
-    scale: smallest and largest factor; uniform between them.
-    flip: probability to mirror left and right.
-    fill: RGB of the padding in the image.
-    ignore_label: of the padding in the label.
   """
 
-  size: tuple[int, int]
-  scale: tuple[float, float] = (0.5, 2.0)
-  flip: float = 0.5
-  fill: tuple[int, int, int] = MEAN_COLOR
-  ignore_label: int = 255
+  size: tuple[int, int]  # height and width of the window
+  scale: tuple[float, float] = (0.5, 2.0)  # smallest and largest; uniform
+  flip: float = 0.5  # probability to mirror left and right
+  ignore_label: int = 255  # of the padding, which has `MEAN_COLOR`
 
   def __post_init__(self) -> None:
     _check_size(self.size)
-    if len(self.scale) != 2 or not (
-      0 < self.scale[0] <= self.scale[1] <= _LARGEST
-    ):
+    low, high = self.scale if len(self.scale) == 2 else (0, 0)
+    if not 0 < low <= high < 2**31:
       raise ValueError(
         'scale must be (smallest, largest), above 0 and at most 2^31 - 1, got '
         f'{self.scale}'
       )
     if not 0 <= self.flip <= 1:
       raise ValueError(f'flip must be a probability, 0 to 1, got {self.flip}')
-    if len(self.fill) != 3 or not all(0 <= v <= 255 for v in self.fill):
-      raise ValueError(
-        f'fill must be three values in 0..255 (RGB), got {self.fill}'
-      )
     if not 0 <= self.ignore_label <= 255:
       raise ValueError(
         f'ignore_label must be 0 to 255, got {self.ignore_label}'
@@ -77,7 +61,7 @@ class RandomScaleCropFlip:
     left = self.size[1] - width if mirrored else 0
     results = []
     for picture, fill, interpolation in (
-      (image, self.fill, cv2.INTER_LINEAR),
+      (image, MEAN_COLOR, cv2.INTER_LINEAR),
       (label, self.ignore_label, cv2.INTER_NEAREST_EXACT),
     ):
       result = np.empty((*self.size, *picture.shape[2:]), np.uint8)
@@ -119,14 +103,10 @@ def _check_size(size: Sequence[int]) -> None:
 class CenterCrop:
   """Resizes so that the image just covers a window, and cuts out the middle.
 
-  With a square window the shorter side is resized to its side, as validation
-  does in many PyTorch repositories.
-
-  Attributes:
-    size: height and width of the window.
+  Many PyTorch repositories validate so, with a square window.
   """
 
-  size: tuple[int, int]
+  size: tuple[int, int]  # height and width of the window
 
   def __post_init__(self) -> None:
     _check_size(self.size)
@@ -150,17 +130,13 @@ class CenterCrop:
 class ColorJitter:
   """Changes the colors as torchvision does; the label stays.
 
-  In this order, each result rounded to uint8: the image is multiplied by a
-  factor in [1 - brightness, 1 + brightness], blended with its mean gray by a
-  factor in [1 - contrast, 1 + contrast], blended with its own gray by a factor
-  in [1 - saturation, 1 + saturation], and its hue is rotated by up to `hue`
-  turns either way.
-
-  Attributes:
-    strengths: of brightness, contrast, saturation and hue; 0 changes nothing.
+  Strengths are of brightness, contrast, saturation and hue, applied in this
+  order, each rounded to uint8. Factors are uniform in [1 - s, 1 + s]: they
+  multiply the image, blend it with its mean gray, and blend it with its own
+  gray. The hue is rotated by up to `s` turns either way.
   """
 
-  strengths: tuple[float, float, float, float]
+  strengths: tuple[float, float, float, float]  # 0 changes nothing
 
   def __post_init__(self) -> None:
     if len(self.strengths) != 4 or not (
@@ -202,15 +178,3 @@ def _blend_table(factor: float, other: float) -> np.ndarray:
   """Returns `factor * value + (1 - factor) * other` of 0..255, uint8 [256]."""
   table = factor * np.arange(256) + (1 - factor) * other
   return np.clip(np.rint(table), 0, 255).astype(np.uint8)
-
-
-def apply_transforms(
-  transforms: Sequence[Transform],
-  image: np.ndarray,
-  label: np.ndarray,
-  rng: np.random.Generator,
-) -> Pair:
-  """Applies `transforms` in order, all drawing from the one generator."""
-  for transform in transforms:
-    image, label = transform(image, label, rng)
-  return image, label

@@ -88,7 +88,6 @@ def test_tally_counts_a_hand_made_split():
   for copy in (tally, datasets.Tally.from_json(tally.to_json())):
     assert copy.num_images == 2 and copy.void_pixels == 2
     assert copy.sizes == {(2, 3): 1, (1, 2): 1}
-    assert copy.max_size == (2, 3)
     assert copy.class_pixels.tolist() == [4, 2, 0]
     assert copy.class_images.tolist() == [2, 1, 0]
     assert copy.class_image_pixels.tolist() == [6, 5, 0]
@@ -99,10 +98,3 @@ def test_ignore_label_among_the_classes_is_void():
   tally.add(np.array([[0, 1, 2, 2]], np.uint8))
   assert tally.class_pixels.tolist() == [0, 1, 2]
   assert tally.void_pixels == 1
-
-
-def test_max_size_need_not_be_one_image():
-  tally = datasets.Tally(1, 255)
-  tally.add(np.zeros((5, 2), np.uint8))
-  tally.add(np.zeros((3, 4), np.uint8))
-  assert tally.max_size == (5, 4)
