@@ -84,15 +84,13 @@ class Tally:
   """Counts the images and pixels of a split."""
 
   def __init__(self, num_classes: int, ignore_label: int) -> None:
-    def zeros() -> np.ndarray:
-      return np.zeros(num_classes, np.int64)
-
     self._ignore_label = ignore_label
     self.num_images = self.void_pixels = 0
     self.sizes = collections.Counter()  # images of each (height, width)
-    self.class_pixels = zeros()  # of each class
-    self.class_images = zeros()  # in which each class occurs
-    self.class_image_pixels = zeros()  # of those images, without void
+    zeros = np.zeros(num_classes, np.int64)
+    self.class_pixels = zeros.copy()  # of each class
+    self.class_images = zeros.copy()  # in which each class occurs
+    self.class_image_pixels = zeros.copy()  # of those images, without void
 
   def add(self, label: np.ndarray) -> None:
     """Adds a label uint8 [H, W] of classes and void."""

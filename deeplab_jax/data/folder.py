@@ -59,8 +59,7 @@ def load(
   meaning = labels.Meaning(classes, ignore_label, label_map)
   # All lists are checked before the first is prepared, which may take minutes.
   configs = {
-    split: _make_config(root, split, classes, meaning, on_bad_image)
-    for split in splits
+    split: _make_config(root, split, meaning, on_bad_image) for split in splits
   }
   builders = {
     split: records.prepared(FolderSegmentation, prepared_dir, config)
@@ -73,23 +72,20 @@ def load(
 
 
 def _make_config(
-  root: pathlib.Path,
-  split: str,
-  classes: labels.ClassList,
-  meaning: labels.Meaning,
-  on_bad_image: str,
+  root: pathlib.Path, split: str, meaning: labels.Meaning, on_bad_image: str
 ) -> FolderConfig:
   """Finds the files of a split, and names their state."""
   listed = folder_files.list_path(root, split)
-  found = folder_files.find_items(root, folder_files.read_list(root, split))
-  missing = [n for n, item in found.items() if not isinstance(item, Item)]
-  if len(missing) == 1:
-    raise found[missing[0]]
+  names = folder_files.read_list(root, split)
+  found, missing = folder_files.find_items(root, names)
   if missing:
-    names = ', '.join(missing[:5]) + ', ...' * (len(missing) > 5)
+    first = next(iter(missing.values()))
+    if len(missing) == 1:
+      raise first
+    names = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
     raise UserError(
       f'{listed}: {len(missing)} listed ids without exactly one image and a '
-      f'label ({names}), the first: {found[missing[0]]}'
+      f'label ({names}), the first: {first}'
     )
   items = tuple(found.values())
   folder_files.refuse_repeats(listed, [item.name for item in items])
@@ -98,14 +94,15 @@ def _make_config(
     rows.append([item.name, item.image.name, item.label.name])
     for stat in (item.image.stat(), item.label.stat()):
       rows[-1] += [stat.st_size, stat.st_mtime_ns]
-  colors = None if classes.colors is None else classes.colors.tolist()
+  colors = meaning.line_colors
+  classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
   options = (meaning.ignore_label, label_map, on_bad_image)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
   return FolderConfig(
-    name=prefix + records.fingerprint((classes.lines, colors), rows, options),
+    name=prefix + records.fingerprint(classes, rows, options),
     prefix=prefix,
     directory=str(root),
     split=split,

@@ -121,19 +121,19 @@ def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
 
 def find_items(
   root: pathlib.Path, names: Iterable[str]
-) -> dict[str, Item | UserError]:
-  """Finds the files of each id, or the error that says what is missing.
+) -> tuple[dict[str, Item], dict[str, UserError]]:
+  """Finds the files of ids; returns items, and errors that say what is missing.
 
   Ids may have the suffix of their image. Names are compared in Unicode's
   composed form (NFC): other systems write 'ü' as two characters.
   """
-  files, found = _Files(root), {}
+  files, items, missing = _Files(root), {}, {}
   for name in names:
     try:
-      found[name] = files.item(name)
+      items[name] = files.item(name)
     except UserError as error:
-      found[name] = error
-  return found
+      missing[name] = error
+  return items, missing
 
 
 class _Files:

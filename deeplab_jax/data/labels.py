@@ -88,6 +88,7 @@ class Meaning:
 
   Attributes:
     lines: the names in classes.txt, by label value; none where it is unknown.
+    line_colors: uint8 [len(lines), 3], or None where the lines have none.
     classes: the names without those of void; `values` are their label values.
     void_values: the label values of void; `ignore_label` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
@@ -102,7 +103,7 @@ class Meaning:
   ) -> None:
     """Raises `UserError` if the parts contradict each other."""
     class_list = class_list or ClassList(())
-    self.lines, self._colors = class_list.lines, class_list.colors
+    self.lines, self.line_colors = class_list.lines, class_list.colors
     count = len(self.lines)
     self.ignore_label = ignore_label
     self.void_values = {ignore_label, class_list.void_line} - {None}
@@ -129,7 +130,8 @@ class Meaning:
   @property
   def colors(self) -> np.ndarray | None:
     """The color of each class in classes.txt, uint8 [C, 3], or None."""
-    return None if self._colors is None else self._colors[list(self.values)]
+    colors = self.line_colors
+    return None if colors is None else colors[list(self.values)]
 
   def file_values(self) -> tuple[int, ...]:
     """Returns a value that stands for each class in the files, all different.
@@ -152,7 +154,7 @@ class Meaning:
     Raises `UserError` if it holds colors that belong to no class.
     """
     pixels = file.pixels
-    if self._colors is None or (file.palette is None and pixels.ndim == 2):
+    if self.line_colors is None or (file.palette is None and pixels.ndim == 2):
       indices = file.indices()
       return self._table[indices] if self.label_map else indices
     if self.label_map:
@@ -180,7 +182,7 @@ class Meaning:
 
     Empty where the class does not come from the index. Void may have any color.
     """
-    if file.palette is None or self._colors is not None:
+    if file.palette is None or self.line_colors is not None:
       return []
     padded = np.vstack([file.palette, np.zeros((256, 3), np.uint8)])
     return [
@@ -221,7 +223,9 @@ class Meaning:
     self, colors: np.ndarray, counts: np.ndarray, path: Any
   ) -> np.ndarray:
     """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
-    known = {tuple(c): value for value, c in enumerate(self._colors.tolist())}
+    known = {
+      tuple(c): value for value, c in enumerate(self.line_colors.tolist())
+    }
     values = [known.get(tuple(color), -1) for color in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))

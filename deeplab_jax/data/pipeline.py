@@ -129,9 +129,10 @@ def make_eval_iterator(
       image, label = load_example(source[index], transforms)
       height, width = batch['size'][row] = label.shape
       if height > size[0] or width > size[1]:
+        name = source[index]['name'].decode()
         raise ValueError(
-          f'record {_name(source[index])!r} is {height} high and {width} wide, '
-          f'larger than size={size}'
+          f'record {name!r} is {height} high and {width} wide, larger than '
+          f'size={size}'
         )
       batch['image'][row, :height, :width] = image
       batch['label'][row, :height, :width] = label
@@ -191,17 +192,13 @@ def _load_pair(
       raise ValueError(f'image {image.shape} but label {label.shape}')
   except (ValueError, cv2.error) as error:
     raise UserError(
-      f'record {_name(record)!r} of the prepared data set is damaged '
+      f'record {record["name"].decode()!r} of the prepared data set is damaged '
       f'({" ".join(str(error).split())}); remove the prepared folder, it will '
       'be made again'
     ) from error
   for transform in transforms:
     image, label = transform(image, label, rng)
   return image, label
-
-
-def _name(record: Record) -> str:
-  return record.get('name', b'').decode()
 
 
 def _check_hosts(batch_size: int, host: int, hosts: int) -> None:

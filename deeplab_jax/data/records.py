@@ -120,10 +120,9 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[dict[str, Any]]:
     """Yields what is stored of each sample, and counts it."""
     names = self.info.metadata['names'][split] = []
-    quiet = not sys.stderr.isatty()
-    for sample in tqdm(
-      samples, split, unit=' images', leave=False, disable=quiet
-    ):
+    # Without a terminal, `None` shows no bar.
+    samples = tqdm(samples, split, unit=' images', leave=False, disable=None)
+    for sample in samples:
       names.append(sample.name)
       tally.add(sample.label)
       yield {

@@ -192,17 +192,17 @@ def _read_lists(
     if names:
       lists[split] = names
   every = dict.fromkeys(itertools.chain(*lists.values()))
-  found = folder_files.find_items(root, every)
+  items, missing = folder_files.find_items(root, every)
   listed: dict[str, dict[str, Item | None]] = {split: {} for split in lists}
   for split, names in lists.items():
     for name in names:
-      item = found[name] if isinstance(found[name], Item) else None
+      item = items.get(name)
       own = item.name if item else name
       if own in listed[split]:
         text = f'{own!r} stands twice in {split}, as {name!r} too'
         notes[_LIST].append(text)
       listed[split][own] = item
-  notes[_FILES] += [str(x) for x in found.values() if not isinstance(x, Item)]
+  notes[_FILES] += map(str, missing.values())
   for one, other in itertools.combinations(listed, 2):
     shared = (name for name in listed[one] if name in listed[other])
     notes[_SHARED] += [f'{name} in {one} and {other}' for name in shared]

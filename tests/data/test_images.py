@@ -454,6 +454,22 @@ def test_orientation_is_applied_once_and_told(tmp_path, suffix):
   assert np.abs(difference).mean() < 4
 
 
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif', 'bmp'])
+def test_size_by_the_head_is_that_of_the_picture(tmp_path, suffix, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  path = tmp_path / f'a.{suffix}'
+  options = {} if suffix == 'bmp' else {'exif': exif}
+  Image.fromarray(_gradient()).save(path, **options)
+  assert images.read_size(path) == images.read_image(path).shape[:2]
+  if suffix in ('png', 'jpg'):  # the pixels may be cut off
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(errors.UnreadableError):
+      images.read_image(path)
+    assert images.read_size(path) == ((30, 20) if orientation > 4 else (20, 30))
+
+
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 def test_label_with_an_orientation_of_its_own_is_turned(tmp_path, suffix):
   label = np.arange(6, dtype=np.uint8).reshape(2, 3)
