@@ -38,27 +38,18 @@ def make_train_iterator(
   threads: int = 0,
   workers: int = 0,
 ) -> Iterator[Batch]:
-  """Yields shuffled, transformed batches without end.
+  """Yields shuffled, transformed batches without end, from `start_step` on.
 
-  A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w].
-  Step `s` is a pure function of `seed` and `s`; the hosts' batches of one step
-  together are the batch of a single host. `close()` ends the background work.
+  A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w],
+  where B is `batch_size`. Step `s` is a pure function of `seed` and `s`, and
+  the hosts' batches of a step together are the batch of a single host. The last
+  transform must give all images one size. `close()` ends the background work.
 
-  Args:
-    source: records `image`, `label`, `name`, see `load.Dataset.source`.
-    transforms: applied in order; the last must give all images one size.
-    batch_size: B, divisible by `hosts`; may exceed the number of records.
-    seed: of shuffling and transforms.
-    start_step: the first step to yield.
-    host: index of this host.
-    hosts: number of hosts.
-    threads: that load, per worker; 0 for one a core, at most 16.
-    workers: processes that load; 0 for this one alone. They are spawned: the
-      program needs its `__main__` guard.
+  `threads` load in each of `workers` processes; 0 threads are one per core, at
+  most 16, and 0 workers load in this process. Workers are spawned: the program
+  needs its `__main__` guard.
 
-  Raises:
-    UserError: on `next`, if a record does not decode.
-    ValueError: if the arguments cannot work together.
+  Raises `UserError` on `next`, if a record does not decode.
   """
   _check_hosts(batch_size, host, hosts)
   if len(source) == 0:
@@ -141,8 +132,6 @@ def make_eval_iterator(
   return _iterate(load, 0, len(plan), threads)
 
 
-# grain's shuffle, random_map and batch would change the stream of a seed, also
-# when a run resumes, and copy images again; batch_and_pad knows one size.
 def _iterate(
   load: Callable[[int], Batch],
   start: int,
@@ -151,6 +140,8 @@ def _iterate(
   workers: int = 0,
 ) -> Iterator[Batch]:
   """Yields `load` of start, start + 1, ..., computed in the background."""
+  # grain's shuffle, random_map and batch would change the stream of a seed, and
+  # so resumed runs, and copy images again; its batch_and_pad knows one size.
   if min(threads, workers) < 0:
     raise ValueError(
       f'threads and workers must be at least 0, got {threads} and {workers}'

@@ -139,9 +139,8 @@ class ColorJitter:
   strengths: tuple[float, float, float, float]  # 0 changes nothing
 
   def __post_init__(self) -> None:
-    if len(self.strengths) != 4 or not (
-      min(self.strengths) >= 0 and self.strengths[3] <= 0.5
-    ):
+    valid = len(self.strengths) == 4 and self.strengths[3] <= 0.5
+    if not valid or not all(strength >= 0 for strength in self.strengths):
       raise ValueError(
         'color_jitter must be four strengths from 0 (brightness, contrast, '
         f'saturation, hue), the hue up to 0.5, got {self.strengths}'
