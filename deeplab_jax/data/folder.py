@@ -220,7 +220,7 @@ def _first_palette(root: str) -> np.ndarray:
   for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
     if path.suffix.lower() in label_files.LABEL_SUFFIXES:
       try:
-        palette = label_files.label_palette(path)
+        palette = label_files.open_label(path).palette
       except UserError:
         continue  # the check of the records reports it
       if palette is not None:

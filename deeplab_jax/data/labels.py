@@ -193,11 +193,8 @@ class Meaning:
 
   def _of_palette(self, file: LabelFile) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
-    counts, void, palette = (
-      _counts(file.pixels),
-      self.ignore_label,
-      file.palette,
-    )
+    counts, void = _counts(file.pixels), self.ignore_label
+    palette = file.palette
     if void >= len(self.lines):
       names = dict(zip(map(tuple, self.colors), self.classes, strict=True))
       color = tuple(palette[void]) if void < len(palette) else None
@@ -223,9 +220,8 @@ class Meaning:
     self, colors: np.ndarray, counts: np.ndarray, path: Any
   ) -> np.ndarray:
     """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
-    known = {
-      tuple(c): value for value, c in enumerate(self.line_colors.tolist())
-    }
+    lines = map(tuple, self.line_colors.tolist())
+    known = {color: value for value, color in enumerate(lines)}
     values = [known.get(tuple(color), -1) for color in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))
