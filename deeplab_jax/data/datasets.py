@@ -40,8 +40,6 @@ class DatasetInfo:
         f'ignore_label {self.ignore_label} is one of the classes, 0 to '
         f'{count - 1}, or not in 0..255'
       )
-    if len(self.values) != count:
-      raise ValueError(f'{len(self.values)} values for {count} classes')
 
   @property
   def num_classes(self) -> int:

@@ -55,8 +55,8 @@ def load(
       "config.data.dir is empty; the data set 'folder' needs its directory"
     )
   root = folder_files.find_root(directory)
-  classes = folder_files.read_classes(root)
-  meaning = labels.Meaning(classes, ignore_label, label_map)
+  lines = folder_files.read_classes(root)
+  meaning = labels.Meaning(lines, ignore_label, label_map)
   # All lists are checked before the first is prepared, which may take minutes.
   configs = {
     split: _make_config(root, split, meaning, on_bad_image) for split in splits
