@@ -1,6 +1,6 @@
 """Any directory in the layout of `folder_files`, prepared as array_record.
 
-Every split is a prepared set of its own, so that evaluation alone reuses what
+Every split is a prepared set of its own, so that an evaluation reuses what
 training prepared. Its files are read and checked once, here. The name of the
 set has a fingerprint of the source: a split that changed is prepared again.
 """

@@ -59,8 +59,8 @@ def open_label(path: Path, data: bytes | None = None) -> LabelFile:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
       raise Unusable(
-        f'a label of {frames} frames or pages; store the one that belongs to '
-        'the image, alone'
+        f'a label of {frames} frames or pages; store only the one that belongs '
+        'to the image'
       )
     image_files.refuse_extra_channels(image)
     _refuse_scaled(image)
@@ -83,7 +83,7 @@ def _refuse_lossy(image: Image.Image) -> None:
     return
   raise Unusable(
     f'a label must be lossless, this is a {form}, which may change values; '
-    'export it as PNG again from where it was drawn'
+    'export it as PNG from where it was drawn'
   )
 
 

@@ -111,7 +111,7 @@ class Meaning:
         )
     if self.lines and not self.values:
       raise UserError(
-        'classes.txt names no class beside void, '
+        'classes.txt names no class besides void, '
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
     self._table = np.arange(256, dtype=np.uint8)

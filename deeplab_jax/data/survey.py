@@ -262,7 +262,7 @@ def label_findings(
       index = int(np.argmax(pixels))
       text = f'{values[index]} ({classes[index]}) is the only value'
       if void:
-        text += f' beside void, {void_value}, in {trained}; '
+        text += f' besides void, {void_value}, in {trained}; '
         text += _remedy(pixels, values, void_value)
       else:
         text += f' in {trained}, so there is nothing to learn'

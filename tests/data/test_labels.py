@@ -111,7 +111,7 @@ def test_256_lines_of_which_one_is_void():
 
 
 def test_classes_that_are_all_void_are_refused():
-  with pytest.raises(UserError, match='no class beside void'):
+  with pytest.raises(UserError, match='no class besides void'):
     labels.Meaning(('a',), 0)
 
 
