@@ -26,7 +26,7 @@ def run(*arguments, check=True, **environment):
     text=True,
     check=check,
     env=environment,
-    timeout=300,
+    timeout=600,
   )
 
 
