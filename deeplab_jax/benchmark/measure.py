@@ -13,7 +13,7 @@ from absl.flags import FlagValues
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate
+from deeplab_jax import build, evaluate, ops
 from deeplab_jax.benchmark import flops, profile, timing
 from deeplab_jax.config import from_recipe, get_config, validate
 from deeplab_jax.data.pipeline import cores
@@ -29,15 +29,13 @@ _LAYERS = 10
 def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
   """Measures `options.mode` with settings '--config...', in this process."""
   host.configure()
-  (mode,), size, batch_size = options.mode, options.crop, options.batch
-  settings = list(settings)
-  if size:
-    settings.append(f'--config.data.crop_size=({size},{size})')
-  if batch_size:
+  (mode,), recipe, settings = options.mode, options.config, list(settings)
+  if options.crop:
+    settings.append(f'--config.data.crop_size=({options.crop},{options.crop})')
+  if options.batch:
     for part in ('train', 'eval'):
-      settings.append(f'--config.{part}.batch_size={batch_size}')
+      settings.append(f'--config.{part}.batch_size={options.batch}')
   about = {'mode': mode, 'jax': jax.__version__, 'cores': cores()}
-  recipe = options.config
   if mode == 'startup':
     settings += [f'--config={recipe}'] if recipe else []
     return about | timing.cold_and_warm(settings)
@@ -47,15 +45,17 @@ def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
     raise UserError(f'{rest[0]}: not an option')
   validate(config)
   result = MODES[mode](config, options)
-  batch_size = config.train.batch_size
-  if mode == 'evaluation':  # its images have sizes of their own
-    batch_size = config.eval.batch_size
-  else:
+  part = config.eval if mode == 'evaluation' else config.train
+  about |= {
+    'batch': part.batch_size,
+    'backbone': config.model.backbone,
+    'dtype': config.model.dtype,
+    'device': jax.devices()[0].device_kind,
+  }
+  if mode != 'evaluation':  # its images have sizes of their own
     about['crop'] = list(config.data.crop_size)
   if mode != 'compile':
-    result['images_per_second'] = batch_size / result['seconds']
-  about |= {'batch': batch_size, 'device': jax.devices()[0].device_kind}
-  about |= {'backbone': config.model.backbone, 'dtype': config.model.dtype}
+    result['images_per_second'] = part.batch_size / result['seconds']
   return about | result
 
 
@@ -138,7 +138,7 @@ def _forward(
   config: ConfigDict, model: nn.Module, state: steps.TrainState, batch: Any
 ) -> tuple[Any, Any]:
   """The function from images to logits of evaluation, and its arguments."""
-  variables = model.prepare(state.variables, tuple(config.data.crop_size))
+  variables = ops.cache_kernels(model, state.variables, config.data.crop_size)
   function = jax.jit(functools.partial(model.apply, train=False))
   return function, jax.device_put((variables, batch['image']))
 
@@ -195,7 +195,7 @@ def _compilation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
 
   with part('create'):
     model, step, state = jax.block_until_ready(_create(config, options))
-  with part('prepare'):
+  with part('cache_kernels'):
     forward = jax.block_until_ready(_forward(config, model, state, batch))
   train = step, (distributed.replicate(state), distributed.put(batch))
   for name, (function, arguments) in ('forward', forward), ('train', train):
