@@ -16,7 +16,9 @@ _OPERAND = re.compile(r'%([\w.\-]+)')
 # The names of a function's arguments have no slash.
 _SOURCE = re.compile(r'op_name="([^"]*/[^"]*)"')
 _MODEL = re.compile(r'(transpose\()?jvp\(\w')
-_NO_MODULE = re.compile(r'[(.]|^(shard_map|checkpoint|rematted_computation)$')
+_NO_MODULE = re.compile(
+  r'[(.]|^(shard_map|checkpoint|rematted_computation|cond|branch_\d+_fun)$'
+)
 
 
 class LayerTime(NamedTuple):
