@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, evaluate, ops
 from deeplab_jax.benchmark import flops, profile, timing
-from deeplab_jax.config import from_recipe, get_config, validate
+from deeplab_jax.config import from_recipe, get_config, override, validate
 from deeplab_jax.data.pipeline import cores
-from deeplab_jax.options import override
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
@@ -40,10 +39,10 @@ def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
     settings += [f'--config={recipe}'] if recipe else []
     return about | timing.cold_and_warm(settings)
   config = from_recipe(recipe) if recipe else default_network()
-  config, rest = override(config, ['benchmark', *settings])
-  if rest:
+  if rest := override(config, ['benchmark', *settings]):
     raise UserError(f'{rest[0]}: not an option')
   validate(config)
+  build.check(config)
   result = MODES[mode](config, options)
   part = config.eval if mode == 'evaluation' else config.train
   about |= {

@@ -57,7 +57,7 @@ def hide_alarms() -> None:
 
 
 def limits() -> dict[str, int | None]:
-  """Returns the limits for `config.check_machine`; JAX starts its devices.
+  """Returns the limits for `build.check_machine`; JAX starts its devices.
 
   `memory` is in bytes, of this machine and its accelerators. `threads` is the
   most that one process may have. Both are None where the system does not tell.

@@ -5,10 +5,10 @@ import sys
 import jax
 import pytest
 
-from deeplab_jax import deeplab_v3, options
+from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
 from deeplab_jax.benchmark import flops, measure, timing
-from deeplab_jax.config import get_config
+from deeplab_jax.config import get_config, override
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
@@ -150,7 +150,8 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
   result = json.loads(capsys.readouterr().out)
   assert (result['cold_seconds'], result['warm_seconds']) == (1, 2)
   for command in commands:
-    config, _ = options.override(get_config(), command[3:])
+    config = get_config()
+    assert override(config, command[3:]) == []
     assert config.data.crop_size == (33, 33)
     assert (config.train.batch_size, config.seed) == (2, 7)
 
