@@ -8,7 +8,7 @@ import pytest
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
 from deeplab_jax.benchmark import flops, measure, timing
-from deeplab_jax.config import get_config, override
+from deeplab_jax.config import get_config, override, validate
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
@@ -152,6 +152,7 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
   for command in commands:
     config = get_config()
     assert override(config, command[3:]) == []
+    validate(config)
     assert config.data.crop_size == (33, 33)
     assert (config.train.batch_size, config.seed) == (2, 7)
 
