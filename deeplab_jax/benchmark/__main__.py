@@ -70,15 +70,19 @@ def main(argv: Sequence[str]) -> None:
   if options.help:
     print(__doc__, options, sep='\n')
     return
-  for mode in set(options.mode) - set(measure.MODES):
+  if unknown := set(options.mode) - set(measure.MODES):
     known = ','.join(measure.MODES)
-    raise UserError(f'--mode={mode}: must be among {known}')
+    raise UserError(f'--mode={unknown.pop()}: must be among {known}')
   if len(options.mode) > 1 and (options.peer or options.in_process):
     raise UserError('--peer and --in_process need a single --mode')
   if options.in_process:
     print(json.dumps(measure.measure(options, settings)), flush=True)
     return
-  _ask_for_huge_pages()
+  tunables = os.environ.get('GLIBC_TUNABLES', '')
+  if 'glibc.malloc.hugetlb' not in tunables:
+    tunables = f'{tunables}:glibc.malloc.hugetlb=1'.removeprefix(':')
+    os.environ['GLIBC_TUNABLES'] = tunables  # of ours and the peer alike
+    print(f'measuring with GLIBC_TUNABLES={tunables}', file=sys.stderr)
   file = open(options.json, 'a') if options.json else None  # noqa: SIM115
   with file or contextlib.nullcontext(sys.stdout) as lines:
     for mode in options.mode:
@@ -91,15 +95,6 @@ def main(argv: Sequence[str]) -> None:
         result = run(ours)
         print('\n'.join(format_measurement(result)))
       print(json.dumps(result), file=lines, flush=True)
-
-
-def _ask_for_huge_pages() -> None:
-  """Makes malloc ask for huge pages in all children, if not set already."""
-  tunables = os.environ.get('GLIBC_TUNABLES', '')
-  if 'glibc.malloc.hugetlb' not in tunables:
-    tunables = f'{tunables}:glibc.malloc.hugetlb=1'.removeprefix(':')
-    os.environ['GLIBC_TUNABLES'] = tunables
-    print(f'measuring with GLIBC_TUNABLES={tunables}', file=sys.stderr)
 
 
 def run(command: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A multiplication with its addition counts as two operations. Normalization,
 activations and upsampling, about 2 % of the whole, are left out.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,10 +58,9 @@ def backward(counts: dict[str, Flops]) -> dict[str, Flops]:
   return gradients | {first: counts[first]}
 
 
-def total(*counts: dict[str, Flops]) -> Flops:
-  """Sums what `count_flops` and `backward` return."""
-  convolutions = [count for part in counts for count in part.values()]
-  return Flops(*map(sum, zip(*convolutions, strict=True)))
+def total(counts: Iterable[Flops]) -> Flops:
+  """Sums the operations of several convolutions."""
+  return Flops(*map(sum, zip(*counts, strict=True)))
 
 
 def conv_flops(

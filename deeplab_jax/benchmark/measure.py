@@ -97,8 +97,8 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   result['matmul_flops_per_second'] = rate
   forward = flops.count_flops(model, data.crop_size, config.train.batch_size)
   backward = flops.backward(forward) if training else {}
-  padded, on_map = flops.total(forward, backward)
-  for name, count in ('', padded), ('_on_map', on_map):
+  done = flops.total([*forward.values(), *backward.values()])
+  for name, count in ('', done.padded), ('_on_map', done.on_map):
     result[f'flops{name}'] = count
     result[f'utilization{name}'] = count / result['seconds'] / rate
   if not options.peer:

@@ -40,7 +40,7 @@ def profile(
     call: runs the function and returns its results.
     hlo: text of the program, `jax.jit(...).lower(...).compile().as_text()`. It
       tells from which layer an operation comes.
-    calls: how often to run it.
+    calls: number of calls to average over.
   """
   layers = operation_layers(hlo)
   seconds: dict[tuple[str, bool], float] = collections.defaultdict(float)

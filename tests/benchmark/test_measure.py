@@ -62,7 +62,7 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured):
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
   model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
-  forward, stem = flops.total(counts), counts['backbone/stem']
+  forward, stem = flops.total(counts.values()), counts['backbone/stem']
   # The images need no gradient.
   assert result['flops'] == 3 * forward.padded - stem.padded
   assert result['flops_on_map'] == 3 * forward.on_map - stem.on_map
@@ -80,7 +80,7 @@ def test_a_forward_pass_computes_the_logits_once(measured):
   assert 0 < result['seconds'] < result['first_seconds']
   model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
-  assert result['flops_on_map'] == flops.total(counts).on_map
+  assert result['flops_on_map'] == flops.total(counts.values()).on_map
   assert 'layers' not in result  # they are of no use beside a peer
 
 
