@@ -39,7 +39,7 @@ def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
     settings += [f'--config={recipe}'] if recipe else []
     return about | timing.cold_and_warm(settings)
   config = from_recipe(recipe) if recipe else default_network()
-  if rest := override(config, ['benchmark', *settings]):
+  if rest := override(config, ['benchmark', *settings], list(options)):
     raise UserError(f'{rest[0]}: not an option')
   validate(config)
   build.check(config)

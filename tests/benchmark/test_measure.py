@@ -113,6 +113,7 @@ def test_input_and_evaluation_run_over_a_data_set(
     '--config.data.name=folder',
     f'--config.data.dir={voc_folder}',
     f'--config.data.prepared_dir={tmp_path}',
+    '--config.eval.buckets=1',  # one program instead of three
   ]
   result = measured('--mode=input', *data)
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
@@ -168,6 +169,7 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
     (['--mode=compile', '--batch=3'], 'batch of 3 .* 4 devices'),
     (['--mode=train', '--config.model.depth=3'], 'model.depth'),
     (['--mode=train', 'photo.jpg'], 'photo.jpg: not an option'),
+    (['--mode=train', '--cropp=65'], "'cropp'; did you mean --crop"),
     (['--mode=train', '--config=missing.py'], 'missing.py'),
   ],
 )

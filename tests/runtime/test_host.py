@@ -175,43 +175,46 @@ from deeplab_jax.runtime import host
 host.configure()
 import jax, jax.numpy as jnp
 from deeplab_jax import deeplab_v3
+from deeplab_jax.models.resnet import Block, PreActBottleneckUnit, UnitGeometry
+
+def block(kind):
+  unit = functools.partial(PreActBottleneckUnit, 8)
+  return Block(unit, (UnitGeometry(1, 1, 1),) * 3, kind)
+
+def network(kind):
+  return deeplab_v3(output_stride=8, rematerialization=kind)
+
 for kind in KINDS:
-  model = deeplab_v3(**NETWORK, output_stride=8, rematerialization=kind)
-  x = jnp.zeros((BATCH, CROP, CROP, 3))
+  model = MODEL(kind)
+  x = jnp.zeros(SHAPE)
   v = jax.eval_shape(functools.partial(model.init, train=False),
                      jax.random.key(0), x)
   def loss(params, stats, x):
     variables = {'params': params, 'batch_stats': stats}
-    logits, _ = model.apply(variables, x, train=True, mutable=['batch_stats'])
-    return logits.sum()
+    y, _ = model.apply(variables, x, train=True, mutable=['batch_stats'])
+    return y.sum()
   compiled = jax.jit(jax.grad(loss)).lower(
     v['params'], v['batch_stats'], x).compile()
   print(compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
-def gradient_memory(*kinds, batch, crop, **network):
+def gradient_memory(model, kinds, shape):
   """Bytes that the gradient takes beside parameters and results."""
-  names = f'KINDS, BATCH, CROP, NETWORK = {kinds}, {batch}, {crop}, {network}'
-  program = f'{names}\n{REMATERIALIZED}'
+  given = f'KINDS, SHAPE = {kinds}, {shape}'
+  program = given + REMATERIALIZED.replace('MODEL', model)
   flags = '--xla_backend_optimization_level=0'  # makes no difference to it
   return map(int, run('-c', program, XLA_FLAGS=flags).stdout.split())
 
 
 def test_rematerialization_saves_memory():
   none, elementwise, block = gradient_memory(
-    *('none', 'elementwise', 'block'),
-    batch=1,
-    crop=65,
-    backbone='resnet18',
-    width=0.5,
-    aspp_rates=(1,),
-    aspp_features=16,
+    'block', ('none', 'elementwise', 'block'), (1, 65, 65, 32)
   )
   assert block < elementwise < none
 
 
 @pytest.mark.slow
 def test_rematerialized_blocks_take_half_the_memory_at_stride_8():
-  none, block = gradient_memory('none', 'block', batch=2, crop=513)
+  none, block = gradient_memory('network', ('none', 'block'), (2, 513, 513, 3))
   assert block < none / 2
