@@ -13,7 +13,7 @@ from absl.flags import FlagValues
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, ops
+from deeplab_jax import build, ops
 from deeplab_jax.benchmark import flops, profile, timing
 from deeplab_jax.config import from_recipe, get_config, override, validate
 from deeplab_jax.data.pipeline import cores
@@ -171,10 +171,9 @@ def _evaluation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   model = build.make_model(config, dataset.info.num_classes)
   evaluator = build.make_evaluator(model, dataset, config)
   variables = steps.create_state(model, optax.identity(), config.seed).variables
-  variables = distributed.replicate(evaluator.prepare(variables))
-  call = functools.partial(
-    evaluate.evaluate_variables, evaluator, variables, panels=0
-  )
+  variables = ops.cache_kernels(model, variables, evaluator.view_size)
+  variables = distributed.replicate(variables)
+  call = functools.partial(evaluator.run, variables, keep=0)
   result = timing.timed(call, options.repeat)
   images = dataset.tally(split).num_images
   seconds = result['seconds'] * config.eval.batch_size / images
