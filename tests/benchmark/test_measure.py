@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 
 import jax
@@ -10,6 +9,7 @@ from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
 from deeplab_jax.benchmark import flops, measure, timing
 from deeplab_jax.config import get_config, override, validate
+from deeplab_jax.runtime import host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
@@ -24,10 +24,14 @@ _TINY = [
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """Undoes what measuring sets for the whole process."""
-  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
-  yield
+def configured(monkeypatch):
+  """Keeps the options of the whole process, which tell programs apart.
+
+  Gives the calls of `host.configure`.
+  """
+  calls = []
+  monkeypatch.setattr(host, 'configure', lambda: calls.append(0))
+  yield calls
   jax.config.update('jax_enable_compilation_cache', True)
 
 
@@ -54,8 +58,9 @@ def test_the_default_network_is_that_of_the_paper():
   assert config.train.batch_size == jax.local_device_count()
 
 
-def test_a_train_step_compiles_once_and_names_its_layers(measured):
+def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
   result = measured('--mode=train')
+  assert len(configured) == 1
   assert result['compilations'] == 1
   assert result['devices'] == jax.device_count() == 4
   assert result['crop'] == [33, 33] and result['batch'] == 4
