@@ -11,25 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
-from deeplab_jax.models.layers import (
-  BatchNorm,
-  ConvNormRelu,
-  check_map,
-  on_cpu,
-)
+from deeplab_jax.models.layers import ConvNormRelu
+from deeplab_jax.runtime.errors import check_map
 
 
 class ImagePooling(nn.Module):
-  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map.
-
-  Without `activation` the ReLU is left out.
-  """
+  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map."""
 
   features: int
   activation: bool = True
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -40,32 +32,32 @@ class ImagePooling(nn.Module):
 
     `mask`, bool [B, H, W, 1], says which places have a part in the mean.
     """
-    mean = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
+    y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
     y = ConvNormRelu(
       self.features,
       activation=self.activation,
       norm=self.norm,
       dtype=self.dtype,
       name='project',
-    )(mean, train=train)
+    )(y, train=train)
     return jnp.broadcast_to(y, (*x.shape[:3], self.features))
 
 
 class ASPP(nn.Module):
-  """A 1x1 branch, an atrous 3x3 branch a rate and image pooling, projected.
+  """Image pooling, a 1x1 branch and an atrous 3x3 branch per rate, projected.
 
   Attributes:
     rates: of the 3x3 branches, in pixels of the feature map.
     features: channels of every branch and of the output.
-    activation: whether a ReLU follows each batch normalisation.
-    norm: batch normalisation, see `ResNetV2`.
+    activation: whether a ReLU follows each batch normalization.
+    norm: batch normalization, see `ResNetV2`.
     dtype: of the computation.
   """
 
   rates: tuple[int, ...] = (6, 12, 18)
   features: int = 256
   activation: bool = True
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -75,29 +67,23 @@ class ASPP(nn.Module):
     """Maps [B, H, W, C] to [B, H, W, features].
 
     `mask`, bool [B, H, W, 1], says which places are image and not padding: the
-    pooling's mean is over them.
+    pooling takes the mean over them.
     """
     check_map('x', x)
-    shared = {
+    settings = {
       'activation': self.activation,
       'norm': self.norm,
       'dtype': self.dtype,
     }
-    pooling = ImagePooling(self.features, **shared, name='pooling')
+    conv = functools.partial(ConvNormRelu, self.features, **settings)
+    pooling = ImagePooling(self.features, **settings, name='pooling')
     branches = [
       functools.partial(pooling, mask=mask),
-      ConvNormRelu(self.features, **shared, name='conv'),
+      conv(name='conv'),
+      *(
+        conv(kernel_size=3, rate=rate, name=f'atrous{i}')
+        for i, rate in enumerate(self.rates, 1)
+      ),
     ]
-    branches += [
-      ConvNormRelu(self.features, 3, rate, **shared, name=f'atrous{i}')
-      for i, rate in enumerate(self.rates, 1)
-    ]
-    maps = []
-    for branch in branches:
-      if on_cpu() and maps:
-        # One after another, in the backward pass too, lest what they need
-        # beside their results is kept for all at once.
-        x, maps[-1] = lax.optimization_barrier((x, maps[-1]))
-      maps.append(branch(x, train=train))
-    y = jnp.concatenate(maps, -1)
-    return ConvNormRelu(self.features, **shared, name='project')(y, train=train)
+    maps = [branch(x, train=train) for branch in branches]
+    return conv(name='project')(jnp.concatenate(maps, -1), train=train)
