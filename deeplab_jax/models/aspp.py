@@ -33,14 +33,11 @@ class ImagePooling(nn.Module):
     `mask`, bool [B, H, W, 1], says which places have a part in the mean.
     """
     y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
-    y = ConvNormRelu(
-      self.features,
-      activation=self.activation,
-      norm=self.norm,
-      dtype=self.dtype,
-      name='project',
-    )(y, train=train)
-    return jnp.broadcast_to(y, (*x.shape[:3], self.features))
+    shared = self.activation, self.norm, self.dtype
+    project = ConvNormRelu(self.features, 1, 1, *shared, name='project')
+    return jnp.broadcast_to(
+      project(y, train=train), (*x.shape[:3], self.features)
+    )
 
 
 class ASPP(nn.Module):
@@ -64,26 +61,19 @@ class ASPP(nn.Module):
   def __call__(
     self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features].
-
-    `mask`, bool [B, H, W, 1], says which places are image and not padding: the
-    pooling takes the mean over them.
-    """
+    """Maps [B, H, W, C] to [B, H, W, features]; `mask` as in the pooling."""
     check_map('x', x)
-    settings = {
-      'activation': self.activation,
-      'norm': self.norm,
-      'dtype': self.dtype,
-    }
-    conv = functools.partial(ConvNormRelu, self.features, **settings)
-    pooling = ImagePooling(self.features, **settings, name='pooling')
+    shared = self.activation, self.norm, self.dtype
+    conv = functools.partial(ConvNormRelu, self.features)
+    pooling = ImagePooling(self.features, *shared, name='pooling')
     branches = [
       functools.partial(pooling, mask=mask),
-      conv(name='conv'),
+      conv(1, 1, *shared, name='conv'),
       *(
-        conv(kernel_size=3, rate=rate, name=f'atrous{i}')
+        conv(3, rate, *shared, name=f'atrous{i}')
         for i, rate in enumerate(self.rates, 1)
       ),
     ]
     maps = [branch(x, train=train) for branch in branches]
-    return conv(name='project')(jnp.concatenate(maps, -1), train=train)
+    project = conv(1, 1, *shared, name='project')
+    return project(jnp.concatenate(maps, -1), train=train)

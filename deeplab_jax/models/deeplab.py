@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from deeplab_jax import ops
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import Conv, resample
-from deeplab_jax.models.padding import blanked, within
 from deeplab_jax.models.resnet import BACKBONES
 from deeplab_jax.runtime.errors import check_choice, check_map
 
@@ -25,12 +25,10 @@ UPSAMPLINGS = ('align_corners', 'asymmetric')
 
 
 class Backbone(Protocol):
-  """What `DeepLabV3` needs of a backbone; `check_backbone` tries it.
+  """What `DeepLabV3` needs of a backbone, a Flax module; see `check_backbone`.
 
-  It is a Flax module with the attribute `output_stride`. Applied to normalized
-  images [B, H, W, 3] with the keyword `train`, it returns a dict of maps
-  [B, h, w, C] by name, among them the one that the head reads. That map has
-  h = ceil(H / output_stride) rows, and as many columns.
+  Applied to normalized images [B, H, W, 3] it returns maps [B, h, w, C] by
+  name. The one that the head reads has h = ceil(H / output_stride), w likewise.
   """
 
   output_stride: int
@@ -40,7 +38,7 @@ class Backbone(Protocol):
 
 
 def check_backbone(backbone: Any, features: str = 'postnorm') -> None:
-  """Tries a backbone against `Backbone`, without computing anything.
+  """Tries a module against `Backbone`; it is traced, and computes nothing.
 
   Raises:
     ValueError: saying what the module gives and what is needed.
@@ -49,22 +47,17 @@ def check_backbone(backbone: Any, features: str = 'postnorm') -> None:
   if not isinstance(stride, int) or stride < 1:
     raise ValueError(f'output_stride must be a whole number, got {stride!r}')
   for size in ((4 * stride + 1, 2 * stride + 1), (97, 130), (64, 64)):
-    images = jnp.zeros((2, *size, 3))
     for train in (False, True):
-      maps, _ = jax.eval_shape(
-        lambda key, images=images, train=train: backbone.init_with_output(
-          key, images, train=train
-        ),
-        jax.random.key(0),
-      )
-      if not isinstance(maps, dict) or features not in maps:
-        got = list(maps) if isinstance(maps, dict) else type(maps).__name__
-        raise ValueError(f'must return a dict with {features!r}, got {got}')
-      wanted = (2, *(-(-n // stride) for n in size))
-      if maps[features].ndim != 4 or maps[features].shape[:3] != wanted:
+      init = functools.partial(backbone.init_with_output, train=train)
+      images = jnp.zeros((2, *size, 3))
+      maps, _ = jax.eval_shape(init, jax.random.key(0), images)
+      if features not in maps:
+        raise ValueError(f'no {features!r} among the maps {list(maps)}')
+      wanted = [2, *(-(-n // stride) for n in size), maps[features].shape[-1]]
+      if list(maps[features].shape) != wanted:
         raise ValueError(
-          f'{features!r} of images {list(images.shape)} must be'
-          f' {[*wanted, "C"]}, got {list(maps[features].shape)}'
+          f'{features!r} of images {list(images.shape)} must be {wanted}, got'
+          f' {list(maps[features].shape)}'
         )
 
 
@@ -72,20 +65,15 @@ class DeepLabV3(nn.Module):
   """Backbone, ASPP, class layer and bilinear upsampling.
 
   Attributes:
-    backbone: maps normalized images to a dict of features, see `Backbone`.
-    aspp: maps those features to the ones the class layer reads.
+    backbone: maps normalized images to features, see `Backbone`.
+    aspp: maps those features to the ones that the class layer reads.
     num_classes: channels of the logits.
-    features: which of the backbone's the head reads, 'postnorm' or 'block4'.
+    features: name of the map that the head reads, 'postnorm' or 'block4'.
     upsampling: 'align_corners' keeps the geometry above, at every size. With
-      'asymmetric' the logits of a map of h rows are stretched over all H rows
-      of the image, row i reading `i * h / H`: TensorFlow 1's default, with
-      which the seed was trained.
-    mean: subtracted from the RGB values (0..255) of the images.
-    std: they are divided by this.
+      'asymmetric' row i of an image of H rows reads row i * h / H of the map's
+      h: TensorFlow 1's default, with which the seed was trained.
+    mean, std: RGB values v in 0..255 become (v - mean) / std.
     dtype: of the computation; parameters and logits are float32.
-
-  Raises:
-    ValueError: for an impossible value of an attribute.
   """
 
   backbone: nn.Module
@@ -100,18 +88,12 @@ class DeepLabV3(nn.Module):
   def __post_init__(self) -> None:
     check_choice('upsampling', self.upsampling, UPSAMPLINGS)
     if self.num_classes < 1:
-      raise ValueError(
-        f'num_classes must be at least 1, got {self.num_classes}'
-      )
+      raise ValueError(f'num_classes must be from 1, got {self.num_classes}')
     super().__post_init__()
 
   @property
   def pads_freely(self) -> bool:
-    """Whether images of several sizes may be padded to one, see `__call__`.
-
-    With 'asymmetric' upsampling padding moves the logits: images of each size
-    need a batch of their own.
-    """
+    """Whether padding to a common size leaves the logits where they are."""
     return self.upsampling == 'align_corners'
 
   @nn.compact
@@ -122,13 +104,12 @@ class DeepLabV3(nn.Module):
 
     Args:
       images: [B, H, W, 3] RGB in 0..255, uint8 or float, any size.
-      train: use the statistics of this batch in batch normalization, and update
-        the running ones in the 'batch_stats' collection.
-      sizes: int [B, 2], the height and width that each image had before it was
-        padded at the bottom and the right to the size of the batch. Its logits
-        are then those that it has alone, to rounding, whatever the padding
-        shows (in training the statistics of the batch see the padding). None
-        if all of H, W is image. Without `pads_freely` it changes nothing.
+      train: use the batch's own statistics in batch normalization, and update
+        the running ones in the collection 'batch_stats'.
+      sizes: int [B, 2], height and width of each image before it was padded at
+        the bottom and the right. It then has the logits that it has alone,
+        whatever the padding shows (in training the batch statistics see the
+        padding). Without `pads_freely` it changes nothing.
 
     Returns:
       float32 [B, H, W, num_classes].
@@ -143,9 +124,8 @@ class DeepLabV3(nn.Module):
         f' {list(jnp.shape(sizes))}'
       )
     stride, size = self.backbone.output_stride, images.shape[1:3]
-    x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(
-      self.std
-    )
+    x = images.astype(jnp.float32) - jnp.asarray(self.mean)
+    x /= jnp.asarray(self.std)
     # Extended until the pixel of the last feature is in it.
     extended = tuple(self._extended(n) for n in size)
     bottom, right = (n - own for n, own in zip(extended, size, strict=True))
@@ -153,10 +133,12 @@ class DeepLabV3(nn.Module):
     mask, blanking = None, contextlib.nullcontext()
     if sizes is not None and self.pads_freely:
       sizes = jnp.asarray(sizes)
-      x = jnp.where(within(sizes, extended), x, 0)
+      x = jnp.where(ops.within(sizes, extended), x, 0)
       sizes = self._extended(sizes)
-      blanking = blanked(sizes, extended)
-      mask = within(-(-sizes // stride), [-(-n // stride) for n in extended])
+      blanking = ops.padded(sizes, extended)
+      mask = ops.within(
+        -(-sizes // stride), [-(-n // stride) for n in extended]
+      )
     with blanking:
       x = self.backbone(x.astype(self.dtype), train=train)[self.features]
       x = self.aspp(x, train=train, mask=mask)
@@ -191,13 +173,12 @@ _PAPER: dict[str, Any] = {
   'axis_name': None,
 }
 
-# The paper's network, and in what the networks differ whose weights can be
-# loaded. 'slim', 'keras' and 'timm' are ImageNet backbones under its head.
+# 'slim', 'keras' and 'timm' are ImageNet backbones under the paper's head.
 PRESETS: dict[str, dict[str, Any]] = {
   'paper': _PAPER,
   # The TF-slim DeepLab v3 that this project grew from, head and all.
-  'seed': {
-    **_PAPER,
+  'seed': _PAPER
+  | {
     'conv_bias': True,
     'stem_pool': 'same',
     'features': 'block4',
@@ -207,14 +188,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     'mean': (123.68, 116.78, 103.94),
     'std': (1.0, 1.0, 1.0),
   },
-  'slim': {**_PAPER, 'conv_bias': True, 'stem_pool': 'same'},
-  'keras': {
-    **_PAPER,
-    'conv_bias': True,
-    'stem_pool': 'zero',
-    'bn_epsilon': 1.001e-5,
-  },
-  'timm': {**_PAPER, 'stride_unit': 'first'},
+  'slim': _PAPER | {'conv_bias': True, 'stem_pool': 'same'},
+  'keras': _PAPER
+  | {'conv_bias': True, 'stem_pool': 'zero', 'bn_epsilon': 1.001e-5},
+  'timm': _PAPER | {'stride_unit': 'first'},
 }
 _OF_BACKBONE = (
   *('multi_grid', 'width', 'stride_unit', 'conv_bias', 'stem_pool'),
@@ -235,22 +212,16 @@ def deeplab_v3(
 
   Args:
     backbone: a key of `BACKBONES`, a function like its values, or a module that
-      fulfills `Backbone` (its own output stride and settings count then).
+      fulfills `Backbone`, whose own output stride and settings then count.
     num_classes: channels of the logits.
-    output_stride: 8, 16 or 32, input pixels per feature pixel. The variables
-      are the same at each.
+    output_stride: 8, 16 or 32; the variables are the same at each.
     preset: a key of `PRESETS`.
     dtype: of the computation, `jnp.float32` or `jnp.bfloat16`.
-    **overrides: of the preset's settings. The backbone's are explained in
-      `ResNetV2`, those of the head in `ASPP` and `DeepLabV3`. `aspp_rates` are
-      meant at output stride 16; with `scale_aspp_rates` they cover the same
-      input pixels at every stride: doubled at 8 (section 4.1), halved at 32.
-      `bn_decay` is that of the running batch statistics; `axis_name` the mapped
-      axis over whose devices batch statistics are averaged (synchronized BN).
-
-  Returns:
-    A Flax module: `model.init(key, images, train=False)` and
-    `model.apply(variables, images, train=False)` -> logits [B, H, W, classes].
+    **overrides: of the preset's settings, explained in `ResNetV2`, `ASPP` and
+      `DeepLabV3`. `aspp_rates` are meant at output stride 16; with
+      `scale_aspp_rates` they are doubled at 8 (section 4.1) and halved at 32.
+      `bn_decay` is that of the running batch statistics, `axis_name` the mapped
+      axis over whose devices batch statistics are averaged.
 
   Raises:
     ValueError: for an unknown name or an impossible value.
@@ -270,20 +241,15 @@ def deeplab_v3(
     if isinstance(backbone, str):
       check_choice('backbone', backbone, BACKBONES)
       backbone = BACKBONES[backbone]
-    own = {name: settings[name] for name in _OF_BACKBONE}
+    own = {key: settings[key] for key in _OF_BACKBONE}
     backbone = backbone(
       output_stride=output_stride, norm=norm, dtype=dtype, **own
     )
   stride = backbone.output_stride if settings['scale_aspp_rates'] else 16
   rates = [max(1, rate * 16 // stride) for rate in settings['aspp_rates']]
-  aspp = ASPP(
-    tuple(rates),
-    settings['aspp_features'],
-    settings['aspp_activation'],
-    norm,
-    dtype,
-  )
+  features, activation = settings['aspp_features'], settings['aspp_activation']
+  aspp = ASPP(tuple(rates), features, activation, norm, dtype)
   head = {
-    name: settings[name] for name in ('features', 'upsampling', 'mean', 'std')
+    key: settings[key] for key in ('features', 'upsampling', 'mean', 'std')
   }
   return DeepLabV3(backbone, aspp, num_classes, dtype=dtype, **head)

@@ -1,4 +1,4 @@
-"""Convolution, pooling and resampling as every part of the network uses them.
+"""Convolution and resampling as every part of the network uses them.
 
 All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
@@ -69,28 +69,6 @@ class ConvNormRelu(nn.Module):
     return nn.relu(x) if self.activation else x
 
 
-POOL_PADDINGS = ('symmetric', 'same', 'zero')
-
-
-class MaxPool(nn.Module):
-  """Maximum over 3x3 windows at stride 2: [B, H, W, C] -> half, rounded up.
-
-  Attributes:
-    padding: 'symmetric' adds a border that never wins; 'same' is TensorFlow's,
-      which at even sizes has one at the far end only; 'zero' adds a border of
-      zeros, as Keras does, which wins over negative values.
-  """
-
-  padding: str = 'symmetric'
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Pools; it has no variables."""
-    if self.padding == 'zero':
-      x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    pads = {'symmetric': [(1, 1)] * 2, 'same': 'SAME', 'zero': 'VALID'}
-    return nn.max_pool(x, (3, 3), (2, 2), pads[self.padding])
-
-
 def resample(
   x: jax.Array,
   size: tuple[int, int],
@@ -99,16 +77,10 @@ def resample(
 ) -> jax.Array:
   """Reads a map on another grid of the same origin, by linear interpolation.
 
-  Args:
-    x: [B, H, W, C] float.
-    size: (height, width) of the result.
-    step: (vertical, horizontal) distance of its pixels, in pixels of x.
-    sizes: int [B, 2], height and width of each map without its padding at the
-      bottom and the right; None where there is none.
-
-  Returns:
-    [B, height, width, C], whose (i, j) is x at (i * step[0], j * step[1]); past
-    the last row or column of a map it is that row or column.
+  Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at
+  (i * step[0], j * step[1]); past the last row or column of a map it is that
+  row or column. `sizes`, int [B, 2], are the maps' own sizes where they are
+  padded at the bottom and the right.
   """
   batch, height, width, channels = x.shape
   heights, widths = (None, None) if sizes is None else sizes.T

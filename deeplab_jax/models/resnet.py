@@ -14,20 +14,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from deeplab_jax import ops
-from deeplab_jax.models.layers import (
-  POOL_PADDINGS,
-  Conv,
-  MaxPool,
-)
+from deeplab_jax.models.layers import Conv
 from deeplab_jax.runtime.errors import check_choice, check_map
 
 
 class UnitGeometry(NamedTuple):
-  """Where a residual unit samples: its stride, and rates in map pixels.
-
-  `rate` is the rate on entering the unit, `rate_out` the one after its strided
-  convolution. They differ where a stride was traded for rate.
-  """
+  """Stride of a residual unit, and its rate before and after that stride."""
 
   stride: int
   rate: int
@@ -52,18 +44,14 @@ def unit_geometry(
   sees the same input pixels at every output stride.
 
   Args:
-    units: number of units in each of the four blocks.
+    units: number of units in each block.
     output_stride: 8, 16 or 32, input pixels per feature pixel.
     multi_grid: factor on the rate of each unit of block 4; a block of two units
       (ResNet-18) takes the first two.
     stride_unit: 'last' or 'first', the unit of a block that strides.
 
-  Returns:
-    For each block, a `UnitGeometry` for each unit.
-
   Raises:
-    ValueError: for another output stride or stride unit, or a multi-grid of
-      another length than block 4.
+    ValueError: for an impossible value.
   """
   check_choice('stride_unit', stride_unit, STRIDE_UNITS)
   if output_stride not in (8, 16, 32):
@@ -79,10 +67,8 @@ def unit_geometry(
     geometry = []
     for unit in range(count):
       stride, rate_out = 1, rate
-      if stride_unit == 'last':
-        strides = block < 3 and unit == count - 1
-      else:
-        strides = block > 0 and unit == 0
+      last, first = block < 3 and unit == count - 1, block > 0 and unit == 0
+      strides = last if stride_unit == 'last' else first
       if strides and current_stride < output_stride:
         stride = 2
         current_stride *= 2
@@ -171,11 +157,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Applies the units to [B, H, W, C]."""
-    apply = ops.remat(
-      lambda unit, x: unit(x, train=train), self.rematerialization
-    )
+    run = ops.remat(lambda f, x: f(x, train=train), self.rematerialization)
     for i, geometry in enumerate(self.geometry, 1):
-      x = apply(self.unit(geometry=geometry, name=f'unit{i}'), x)
+      x = run(self.unit(geometry=geometry, name=f'unit{i}'), x)
     return x
 
 
@@ -185,22 +169,17 @@ class ResNetV2(nn.Module):
   Attributes:
     units: number of units in each of the four blocks.
     unit: `PreActBasicUnit` or `PreActBottleneckUnit`.
-    output_stride: 8, 16 or 32, input pixels per feature pixel.
-    multi_grid: factor on the rate of each unit of block 4.
+    output_stride, multi_grid, stride_unit: see `unit_geometry`.
     width: factor on the number of channels (1: 64 in the stem).
-    stride_unit: 'last' or 'first', see `unit_geometry`.
     conv_bias: biases on the stem, on every shortcut convolution and on the last
       convolution of every unit, as in TF-slim and Keras.
-    stem_pool: padding of the stem's 3x3 pooling, see `MaxPool`.
-    rematerialization: what the backward pass computes again instead of keeping
-      it: 'none', 'elementwise' (normalized maps and ReLUs) or 'block' (all but
-      the input of each residual unit), see `ops.remat`.
+    stem_pool: padding of the stem's 3x3 pooling, see `ops.max_pool`.
+    rematerialization: what the backward pass computes again to save memory:
+      'none', 'elementwise' (normalized maps and ReLUs) or 'block' (all but the
+      input of each residual unit), see `ops.remat`.
     norm: batch normalization; called with `name` and `use_running_average`,
       then with the map.
     dtype: of the computation; parameters stay float32.
-
-  Raises:
-    ValueError: for an impossible value of an attribute.
   """
 
   units: tuple[int, int, int, int]
@@ -217,7 +196,7 @@ class ResNetV2(nn.Module):
 
   def __post_init__(self) -> None:
     self._geometry()
-    check_choice('stem_pool', self.stem_pool, POOL_PADDINGS)
+    check_choice('stem_pool', self.stem_pool, ops.POOL_PADDINGS)
     check_choice(
       'rematerialization', self.rematerialization, ops.REMATERIALIZATIONS
     )
@@ -232,38 +211,25 @@ class ResNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-    """Computes the features of every stage.
+    """Maps normalized images [B, H, W, 3] to the features of every stage.
 
-    Args:
-      x: [B, H, W, 3], normalized, any height and width.
-      train: use and update the batch statistics.
-
-    Returns:
-      'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os, W/os,
-      2048] for bottleneck units, 512 for basic ones), and 'postnorm', block 4
-      after the final BN and ReLU. Sizes round up.
-
-    Raises:
-      ValueError: for x of another number of axes or without a pixel.
+    These are 'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os,
+    W/os, 2048], 512 with basic units), and 'postnorm', block 4 after the final
+    BN and ReLU. Sizes round up.
     """
     check_map('x', x)
     base = round(64 * self.width)
-    settings = {
-      'conv_bias': self.conv_bias,
-      'norm': self.norm,
-      'dtype': self.dtype,
-    }
-    x = Conv(
-      base, 7, 2, use_bias=self.conv_bias, dtype=self.dtype, name='stem'
-    )(x)
-    x = MaxPool(self.stem_pool, name='pool')(x)
+    bias, dtype = self.conv_bias, self.dtype
+    x = Conv(base, 7, 2, use_bias=bias, dtype=dtype, name='stem')(x)
+    x = ops.max_pool(x, self.stem_pool)
     outputs = {'stem': x}
     for i, geometry in enumerate(self._geometry()):
-      unit = functools.partial(self.unit, base * 2**i, **settings)
-      block = Block(
-        unit, geometry, self.rematerialization, name=f'block{i + 1}'
+      unit = functools.partial(
+        self.unit, base * 2**i, conv_bias=bias, norm=self.norm, dtype=dtype
       )
-      x = outputs[f'block{i + 1}'] = block(x, train=train)
+      name = f'block{i + 1}'
+      block = Block(unit, geometry, self.rematerialization, name=name)
+      x = outputs[name] = block(x, train=train)
     x = self.norm(name='postnorm', use_running_average=not train)(x)
     outputs['postnorm'] = nn.relu(x)
     return outputs

@@ -25,6 +25,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deeplab_jax.ops import convolutions
 from deeplab_jax.ops.linear import linear_call
+from deeplab_jax.ops.padding import blank, padded, within
+
+__all__ = [
+  'CachedKernel',
+  'cache_kernels',
+  'conv2d',
+  'max_pool',
+  'padded',
+  'remat',
+  'use',
+  'within',
+]
 
 FORMS = ('xla', 'cpu')
 _form = jax.make_user_context(default_value=None)
@@ -79,6 +91,8 @@ def conv2d(
   kernel = kernel.astype(x.dtype)
   if kernel.shape[0] == 1:
     x, stride, rate = x[:, ::stride, ::stride], 1, 1
+  else:
+    x = blank(x)
   if _form.value == 'xla':
     y = convolutions.by_xla(x, kernel, stride, rate)
   elif cached:
@@ -236,3 +250,20 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return sums or names(primitive, *args, **params)
 
   return nn.remat(function, policy=keeps)
+
+
+POOL_PADDINGS = ('symmetric', 'same', 'zero')
+
+
+def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
+  """Maximum over 3x3 windows at stride 2: [B, H, W, C] -> half, rounded up.
+
+  `padding` 'symmetric' adds a border that never wins; 'same' is TensorFlow's,
+  which at even sizes has one at the far end only; 'zero' adds a border of
+  zeros, as Keras does, which wins over negative values.
+  """
+  x = blank(x, lowest=padding != 'zero')
+  if padding == 'zero':
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  pads = {'symmetric': [(1, 1)] * 2, 'same': 'SAME', 'zero': 'VALID'}
+  return nn.max_pool(x, (3, 3), (2, 2), pads[padding])

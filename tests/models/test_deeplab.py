@@ -395,7 +395,7 @@ def test_the_image_is_normalised_to_minus_one_and_one():
     ({'stem_pool': 'none'}, 'stem_pool must be one of symmetric'),
     ({'stride_unit': 'all'}, 'stride_unit must be one of last, first'),
     ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
-    ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
+    ({'num_classes': 0}, 'num_classes must be from 1, got 0'),
     ({'multi_grid': (1,)}, 'multi_grid needs one factor from 1 for each of'),
     ({'width': 1e-3}, 'width must leave at least 1 channel, got 0.001'),
     ({'rematerialization': 'all'}, 'rematerialization must be one of none'),
@@ -448,8 +448,11 @@ def test_any_module_that_keeps_the_contract_is_a_backbone():
   ('module', 'words'),
   [
     (nn.Dense(3), 'output_stride must be a whole number, got None'),
-    (Pool(lost=1), re.escape("'postnorm' of images [2, 33, 17, 3] must be")),
-    (Pool(key='x'), re.escape("must return a dict with 'postnorm', got ['x']")),
+    (
+      Pool(lost=1),
+      re.escape("'postnorm' of images [2, 33, 17, 3] must be [2, 5, 3, 4]"),
+    ),
+    (Pool(key='x'), re.escape("no 'postnorm' among the maps ['x']")),
   ],
 )
 def test_a_module_that_breaks_the_contract_is_told_how(module, words):

@@ -1,4 +1,4 @@
-"""Pooling and resampling against hand-computed values and NumPy."""
+"""Resampling against hand-computed values and NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -50,25 +50,3 @@ def test_resampling_equals_numpy_interpolation_along_each_axis(step):
     [np.interp(np.arange(9) * step[1], np.arange(4), r) for r in rows]
   )
   np.testing.assert_allclose(y[0, :, :, 0], both, atol=1e-5)
-
-
-# Windows of 3 at stride 2 over 5 and 6 negative values, by hand.
-@pytest.mark.parametrize(
-  ('padding', 'size', 'expected'),
-  [
-    ('symmetric', 5, [-4, -2, -1]),
-    ('same', 5, [-4, -2, -1]),
-    ('zero', 5, [0, -2, 0]),
-    ('symmetric', 6, [-5, -3, -1]),
-    ('same', 6, [-4, -2, -1]),
-    ('zero', 6, [0, -3, -1]),
-  ],
-)
-def test_pooling_pads_as_asked(padding, size, expected):
-  row = jnp.arange(-size, 0.0)
-  x = jnp.broadcast_to(row[:, None], (1, size, size, 1))
-  for axes in ((0, 1, 2, 3), (0, 2, 1, 3)):
-    y = layers.MaxPool(padding).apply({}, x.transpose(axes))
-    assert y.shape == (1, 3, 3, 1)
-    line = y.transpose(axes)[0, 1, :, 0]
-    np.testing.assert_array_equal(line, expected)

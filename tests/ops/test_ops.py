@@ -360,3 +360,25 @@ def test_nothing_is_cached_for_the_forms_of_xla(network):
   with ops.use('xla'):
     cached = ops.cache_kernels(*network, SIZE)
   assert jax.tree.structure(cached) == jax.tree.structure(network[1])
+
+
+# Windows of 3 at stride 2 over 5 and 6 negative values, by hand.
+@pytest.mark.parametrize(
+  ('padding', 'size', 'expected'),
+  [
+    ('symmetric', 5, [-4, -2, -1]),
+    ('same', 5, [-4, -2, -1]),
+    ('zero', 5, [0, -2, 0]),
+    ('symmetric', 6, [-5, -3, -1]),
+    ('same', 6, [-4, -2, -1]),
+    ('zero', 6, [0, -3, -1]),
+  ],
+)
+def test_pooling_pads_as_asked(padding, size, expected):
+  row = jnp.arange(-size, 0.0)
+  x = jnp.broadcast_to(row[:, None], (1, size, size, 1))
+  for axes in ((0, 1, 2, 3), (0, 2, 1, 3)):
+    y = ops.max_pool(x.transpose(axes), padding)
+    assert y.shape == (1, 3, 3, 1)
+    line = y.transpose(axes)[0, 1, :, 0]
+    np.testing.assert_array_equal(line, expected)
