@@ -367,7 +367,7 @@ def test_uint8_and_float_images_give_the_same_logits(random_variables):
   np.testing.assert_array_equal(a, b)
 
 
-def test_the_image_is_normalised_to_minus_one_and_one():
+def test_the_image_is_normalized_to_minus_one_and_one():
   seen = []
 
   class Backbone(deeplab_jax.ResNetV2):
@@ -376,7 +376,9 @@ def test_the_image_is_normalised_to_minus_one_and_one():
       return {'postnorm': x}
 
   model = deeplab_jax.DeepLabV3(
-    Backbone((1, 1, 1, 1), None), ASPP((1,), 2), num_classes=2
+    Backbone((1, 1, 1, 1), None, multi_grid=(1,)),
+    ASPP((1,), 2),
+    num_classes=2,
   )
   images = np.stack([np.zeros((3, 3, 3)), np.full((3, 3, 3), 255.0)])
   model.init(jax.random.key(0), images, train=False)
