@@ -14,14 +14,20 @@ UNITS = (3, 4, 6, 3)
 
 
 def weight(name, shape, kind):
-  """The formula of the reference outputs, copied from their README."""
+  """The formula of the reference outputs, see `golden/README.md`.
+
+  Args:
+    name: of the variable in the reference network.
+    shape: of the variable there.
+    kind: 'slim' for TensorFlow's names and layout, 'torch' for PyTorch's.
+  """
   r = np.random.default_rng(zlib.crc32(name.encode()))
   if kind == 'slim':
     scale = name.endswith(('gamma', 'moving_variance'))
     shift = name.endswith(('beta', 'moving_mean', 'biases'))
     fan_in = np.prod(shape[:-1])  # HWIO
   else:
-    norm = 'norm' in name
+    norm = len(shape) == 1
     scale = name.endswith('running_var') or (norm and name.endswith('weight'))
     shift = name.endswith(('bias', 'running_mean'))
     fan_in = np.prod(shape[1:])  # OIHW
