@@ -22,7 +22,7 @@ _UNEVALUATED = -1.0
 SHAPING = ('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates')
 
 
-class Checkpoints(contextlib.AbstractContextManager):
+class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   """The checkpoints of one workdir: the latest one and the best by mIoU.
 
   At the end of the context it waits for the last save.

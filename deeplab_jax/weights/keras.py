@@ -41,7 +41,7 @@ def read_keras(path: str | Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: if it is damaged, or no file of Keras.
   """
-  import h5py  # It takes 0.1 s, which most programs do not need to spend.
+  import h5py  # Imported here: it takes 0.1 s, and few programs read HDF5.
 
   try:
     with h5py.File(path, 'r') as file:
