@@ -86,8 +86,8 @@ def test_seed_network_gives_the_numbers_of_its_own_code(
   apply = functools.partial(
     model.apply,
     train=False,
-    capture_intermediates=lambda module, _: (
-      module.name in ('backbone', 'logits')
+    capture_intermediates=lambda module, method: (
+      module.name in ('backbone', 'logits') and method == '__call__'
     ),
   )
   upsampled, captured = jax.jit(apply)(seed_variables, image_of(size))
