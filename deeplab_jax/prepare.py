@@ -19,7 +19,7 @@ from deeplab_jax.runtime.files import replacing
 from deeplab_jax.training.losses import median_frequency_weights
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.visualize import samples
+from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def prepare(
   for split, tally in _labelled(tallies).items():
     title = f'{name}, {split}: {tally.num_images:,} images'
     source = dataset.source(split)
-    page = samples.sample_page(source, dataset.info, tally, title)
+    page = sample_page(source, dataset.info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
   return result

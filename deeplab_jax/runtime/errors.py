@@ -17,6 +17,13 @@ class UnreadableError(UserError):
   """A file that is there but is damaged."""
 
 
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, else the name of its type."""
+  return (
+    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
+  )
+
+
 @contextlib.contextmanager
 def naming(culprit: str) -> Iterator[None]:
   """Turns a `ValueError` into a `UserError` about `culprit`."""
