@@ -41,8 +41,6 @@ _RECIPE = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-  if _MODE.value != 'prepare':
-    host.restart_on_huge_pages('deeplab_jax.main')
   config, inputs = options.override(
     _base_config(workdir), argv, ('workdir', 'mode', 'config', 'debug', 'help')
   )
@@ -62,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   if _MODE.value == 'prepare':
     _driver('prepare').prepare(config, workdir)
     return
-  host.prepare()
+  host.configure()
   if not _DEBUG.value:
     host.hide_alarms()
   host.cache_programs(workdir / 'compilation_cache')

@@ -16,7 +16,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
   [
     '--xla_force_host_platform_device_count=4',
     '--xla_backend_optimization_level=0',
-    '--xla_disable_hlo_passes=cse_barrier_expander',  # as `host.prepare` does
+    '--xla_disable_hlo_passes=cse_barrier_expander',  # as `host.configure` does
     os.environ.get('XLA_FLAGS', ''),  # the last of two settings counts
   ]
 )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and names that are near."""
+"""Files that appear whole or not at all, locks, and hints at near names."""
 
 import contextlib
 import difflib
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-  """Gives a temporary name; what is written there then takes `path`'s place.
+  """Gives a temporary name, and moves the file written there to `path`.
 
-  If the body raises, `path` stays as it was, and it is what errors name.
+  If the body raises, `path` stays as it was. Errors name `path`.
   """
   folder, name = os.path.split(os.fspath(path))
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
@@ -34,13 +34,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds an exclusive lock between processes, freed even by a kill.
+  """Holds an exclusive lock between processes; a killed one frees it too.
 
-  Args:
-    path: of the lock file, `.NAME.lock`; made with its folder, and kept.
-
-  Raises:
-    OSError: if the file cannot be made.
+  The lock file at `path`, `.NAME.lock`, and its folder are created and kept.
+  Raises `OSError` if that fails.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:
@@ -54,10 +51,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def near(name: str, others: Iterable[str]) -> str:
-  """Returns '; there is X' for the names that may be meant, or ''.
+  """Returns '; there is X' for the names the user may have meant, or ''.
 
-  These are the names that differ in case, suffix, punctuation or an addition,
-  else those of few other letters.
+  They differ in case, suffix, punctuation or added letters. If there are none,
+  names with few other letters are taken.
   """
   others = sorted(others)
   bare = _bare(name)
@@ -70,15 +67,14 @@ def near(name: str, others: Iterable[str]) -> str:
 
 
 def near_file(path: Path) -> str:
-  """`near` among what lies beside a file."""
-  try:
+  """Applies `near` to the names in the folder of `path`."""
+  with contextlib.suppress(OSError):  # the folder is missing or unreadable
     return near(path.name, (other.name for other in path.parent.iterdir()))
-  except OSError:  # there is no such folder, or it cannot be read
-    return ''
+  return ''
 
 
 def _bare(name: str) -> str:
-  """What two spellings of one name share."""
+  """Reduces a name to what all its spellings share."""
   name = unicodedata.normalize('NFKC', name).casefold()
   name = re.sub(r'(\.[a-z][a-z0-9]{1,4})+$', '', name)
   return re.sub(r'\W|_|\b0+(?=\d)', '', name)
