@@ -116,7 +116,13 @@ def _files(folders):
   found = {path for tree in trees for path in tree.rglob('*')}
   found.update((ROOT / 'tests').rglob('*'), *(f.iterdir() for f in folders))
   found.update(ROOT.iterdir())
-  return {path for path in found if '__pycache__' not in path.parts}
+  return {
+    path
+    for path in found
+    if '__pycache__' not in path.parts
+    # TFDS leaves an empty folder for each set that it asks the web for.
+    and not path.name.endswith('tfds')
+  }
 
 
 def _running():
