@@ -20,7 +20,7 @@ def test_variable():
   os.environ['LEFT'] = '1'
 
 def test_lost_variable():
-  del os.environ['HOME']
+  del os.environ['LEFT']
 
 def test_folder():
   os.chdir('/')
