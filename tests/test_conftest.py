@@ -1,5 +1,6 @@
 """The checks of conftest.py find what a test leaves, and what warns."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def test_what_a_test_leaves_is_an_error(tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'pytest', '-n0', '-rA', f'--basetemp={tmp_path}/b'],
     cwd=tmp_path,
+    env={**os.environ, 'CI': 'true'},
     capture_output=True,
     text=True,
   )
