@@ -143,5 +143,14 @@ def _run(argv: Sequence[str]) -> None:
     main(argv)
 
 
-if __name__ == '__main__':
+def entry() -> None:
+  """Runs the command, as `python -m deeplab_jax.main` does."""
+  # absl shows the text and the flags of the module that was started.
+  sys.modules['__main__'].__doc__ = __doc__
+  for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(_run, flags_parser=_parse_flags)
+
+
+if __name__ == '__main__':
+  entry()

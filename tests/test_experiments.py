@@ -52,7 +52,7 @@ def test_recipe_is_valid_and_names_its_command(path):
 
 
 @pytest.mark.parametrize(
-  'path', EXPERIMENTS.glob('voc_*.py'), ids=lambda path: path.stem
+  'path', sorted(EXPERIMENTS.glob('voc_*.py')), ids=lambda path: path.stem
 )
 def test_voc_recipe_ends_with_command_hardware_and_published_number(path):
   command, end = description(path).split('\n\n')[-2:]
