@@ -1,4 +1,4 @@
-"""The exceptions that stand for bad input."""
+"""The exceptions that stand for bad input, and for a stop by a signal."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,12 +8,29 @@ class UserError(ValueError):
   """Something the user gave cannot be used.
 
   The message is one line that names the culprit (file, key or value) and says
-  what to do. `main` prints it without a traceback and exits with status 1.
+  what to do. A command prints it without a traceback and exits with status 1.
   """
 
 
 class UnreadableError(UserError):
   """A file that is there but is damaged."""
+
+
+class Preempted(Exception):
+  """A signal stopped the work after a step, and its checkpoint is saved.
+
+  A command exits with the shell's status for the signal.
+
+  Attributes:
+    signal: its number.
+    step: the last one that was done.
+  """
+
+  def __init__(self, signal: int, step: int) -> None:
+    super().__init__(
+      f'stopped at step {step}; the same command goes on from there'
+    )
+    self.signal, self.step = signal, step
 
 
 @contextlib.contextmanager
