@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -31,6 +32,17 @@ class Preempted(Exception):
       f'stopped at step {step}; the same command goes on from there'
     )
     self.signal, self.step = signal, step
+
+
+def require(holds: bool, rule: str, value: Any) -> None:
+  """Raises `ValueError` with a rule and the value that breaks it.
+
+  >>> require(0 <= 2 < 1, 'momentum must be in [0, 1)', 2)
+  Traceback (most recent call last):
+  ValueError: momentum must be in [0, 1), got 2
+  """
+  if not holds:
+    raise ValueError(f'{rule}, got {value!r}')
 
 
 @contextlib.contextmanager
