@@ -31,11 +31,7 @@ MEDIAN_FREQUENCY = ('median_frequency',)
 
 
 def check(config: ConfigDict) -> None:
-  """Makes all that needs no data, so that a wrong value is refused early.
-
-  Raises:
-    UserError: naming the section, the setting and its value.
-  """
+  """Makes what needs no data: a wrong value raises `UserError` early."""
   make_model(config, num_classes=1)
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
@@ -220,19 +216,17 @@ def check_machine(
   last = 8 * round(64 * model.width)
   kernels = 9 * last * (2 * last + len(model.aspp_rates) * model.aspp_features)
   reach = max(*model.aspp_rates, *model.multi_grid)
+  # A batch in each thread that loads, and one in the step.
   held = max(data.workers, 1) * max(data.threads, 1) + 1
-  crops = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
+  batch = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
+  loaded = trains * batch * held
   cell = model.aspp_features + (not whole) * math.prod(evaluation.crop_size)
+  scored = -(-evaluation.batch_size // hosts) * cell
   needs = {  # in numbers of 4 bytes
     'model.width model.aspp_features': kernels,  # of the last block and ASPP
     'model.aspp_rates model.multi_grid': reach**2 // 2,  # a map they fit into
-    # The batch of each thread that loads, and that of the step.
-    'train.batch_size data.crop_size data.workers data.threads': (
-      trains * crops * held
-    ),
-    'eval.batch_size eval.crop_size': (
-      scores * -(-evaluation.batch_size // hosts) * cell
-    ),
+    'train.batch_size data.crop_size data.workers data.threads': loaded,
+    'eval.batch_size eval.crop_size': scores * scored,
   }
   given, default = flat(config), flat(get_config())
   for keys, numbers in needs.items():

@@ -153,11 +153,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks all that no constructor checks; `build.check` calls those.
-
-  Raises:
-    UserError: naming the key and its value.
-  """
+  """Raises `UserError` for what no constructor checks; see `build.check`."""
   check_types(config)
   for keys, what, holds in _RULES:
     for key in keys.split():
@@ -250,10 +246,8 @@ def override(
   """Applies --config.section.key=value in place; returns the other arguments.
 
   The last value of a setting counts. One of the `known` flags of the program is
-  proposed for a misspelled one.
-
-  Raises:
-    UserError: for an unknown setting or flag, or a value that does not parse.
+  proposed for a misspelled one. What is unknown or does not parse raises a
+  `UserError`.
   """
   for argument in itertools.takewhile(lambda word: word != '--', argv):
     if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
@@ -319,8 +313,7 @@ def from_json(path: Path) -> ConfigDict:
 def from_recipe(recipe: str | Path) -> ConfigDict:
   """Calls `get_config()` of a recipe: a name in `experiments`, or a file.
 
-  Raises:
-    UserError: naming the file, and the line where it fails.
+  If it fails, a `UserError` names the file and the line.
   """
   folders = (folder / 'experiments' for folder in Path(__file__).parents)
   folder = next(filter(Path.is_dir, folders))  # in the package, or in a clone

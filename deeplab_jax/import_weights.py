@@ -85,8 +85,7 @@ def config_of(source: str | None, backbone: Any) -> ConfigDict:
 def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
   """Reads `config.init_from`; returns it, and a copy with what it fixes.
 
-  Raises:
-    UserError: if it cannot be read, or contradicts the configuration.
+  A configuration that contradicts it raises a `UserError`.
   """
   config = copy.deepcopy(config)
   config.init_from = config.init_from or _DEFAULT_SOURCE
