@@ -28,10 +28,7 @@ class ImagePooling(nn.Module):
   def __call__(
     self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features], constant over H and W.
-
-    `mask`, bool [B, H, W, 1], says which places have a part in the mean.
-    """
+    """Maps [B, H, W, C] to [B, H, W, features]; `mask` [B, H, W, 1] is pooled."""
     y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
     shared = self.activation, self.norm, self.dtype
     project = ConvNormRelu(self.features, 1, 1, *shared, name='project')
@@ -47,8 +44,7 @@ class ASPP(nn.Module):
     rates: of the 3x3 branches, in pixels of the feature map.
     features: channels of every branch and of the output.
     activation: whether a ReLU follows each batch normalization.
-    norm: batch normalization, see `ResNetV2`.
-    dtype: of the computation.
+    norm, dtype: see `ResNetV2`.
   """
 
   rates: tuple[int, ...] = (6, 12, 18)

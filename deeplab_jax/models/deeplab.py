@@ -9,6 +9,7 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -19,9 +20,7 @@ from deeplab_jax import ops
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import Conv, resample
 from deeplab_jax.models.resnet import BACKBONES
-from deeplab_jax.runtime.errors import check_choice, check_map
-
-UPSAMPLINGS = ('align_corners', 'asymmetric')
+from deeplab_jax.runtime.errors import check_choice, check_map, require
 
 
 class Backbone(Protocol):
@@ -86,7 +85,8 @@ class DeepLabV3(nn.Module):
   dtype: Any = jnp.float32
 
   def __post_init__(self) -> None:
-    check_choice('upsampling', self.upsampling, UPSAMPLINGS)
+    choices = ('align_corners', 'asymmetric')
+    check_choice('upsampling', self.upsampling, choices)
     if self.num_classes < 1:
       raise ValueError(f'num_classes must be from 1, got {self.num_classes}')
     super().__post_init__()
@@ -193,6 +193,12 @@ PRESETS: dict[str, dict[str, Any]] = {
   | {'conv_bias': True, 'stem_pool': 'zero', 'bn_epsilon': 1.001e-5},
   'timm': _PAPER | {'stride_unit': 'first'},
 }
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+  'aspp_rates': ('numbers from 1', lambda x: len(x) > 0 and min(x) >= 1),
+  'aspp_features': ('at least 1', lambda x: x >= 1),
+  'bn_decay': ('in [0, 1)', lambda x: 0 <= x < 1),
+  'bn_epsilon': ('above 0', lambda x: x > 0),
+}
 _OF_BACKBONE = (
   *('multi_grid', 'width', 'stride_unit', 'conv_bias', 'stem_pool'),
   'rematerialization',
@@ -229,7 +235,11 @@ def deeplab_v3(
   check_choice('preset', preset, PRESETS)
   for name in overrides:
     check_choice('a setting', name, _PAPER)
-  settings = {**PRESETS[preset], **overrides}
+  settings = PRESETS[preset] | overrides
+  for name, (rule, holds) in _RULES.items():
+    require(holds(settings[name]), f'{name} must be {rule}', settings[name])
+  known = ('float32', 'bfloat16', jnp.float32, jnp.bfloat16)
+  require(dtype in known, 'dtype must be float32 or bfloat16', dtype)
   norm = functools.partial(
     nn.BatchNorm,
     momentum=settings['bn_decay'],

@@ -43,10 +43,7 @@ class Conv(nn.Module):
 
 
 class ConvNormRelu(nn.Module):
-  """Convolution, batch norm and ReLU: [B, H, W, Cin] -> [B, H, W, features].
-
-  With `activation` False there is no ReLU.
-  """
+  """Convolution, batch norm and, with `activation`, ReLU."""
 
   features: int
   kernel_size: int = 1

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from deeplab_jax import ops
 from deeplab_jax.models.layers import Conv
-from deeplab_jax.runtime.errors import check_choice, check_map
+from deeplab_jax.runtime.errors import check_choice, check_map, require
 
 
 class UnitGeometry(NamedTuple):
@@ -84,8 +84,7 @@ def unit_geometry(
 class PreActBasicUnit(nn.Module):
   """Two 3x3 convolutions, each after BN and ReLU (ResNet-18 and 34).
 
-  The first one has the stride. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), features]`.
+  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features].
   """
 
   features: int
@@ -116,8 +115,7 @@ class PreActBasicUnit(nn.Module):
 class PreActBottleneckUnit(nn.Module):
   """1x1, 3x3 and 1x1 convolution, each after BN and ReLU (ResNet-50 and up).
 
-  The 3x3 convolution has stride and rate. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), 4 * features]`.
+  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), 4 * features].
   """
 
   features: int
@@ -171,14 +169,13 @@ class ResNetV2(nn.Module):
     unit: `PreActBasicUnit` or `PreActBottleneckUnit`.
     output_stride, multi_grid, stride_unit: see `unit_geometry`.
     width: factor on the number of channels (1: 64 in the stem).
-    conv_bias: biases on the stem, on every shortcut convolution and on the last
+    conv_bias: biases on the stem, on shortcut convolutions and on the last
       convolution of every unit, as in TF-slim and Keras.
     stem_pool: padding of the stem's 3x3 pooling, see `ops.max_pool`.
     rematerialization: what the backward pass computes again to save memory:
       'none', 'elementwise' (normalized maps and ReLUs) or 'block' (all but the
       input of each residual unit), see `ops.remat`.
-    norm: batch normalization; called with `name` and `use_running_average`,
-      then with the map.
+    norm: batch norm; called with `name` and `use_running_average`, then x.
     dtype: of the computation; parameters stay float32.
   """
 
@@ -200,8 +197,8 @@ class ResNetV2(nn.Module):
     check_choice(
       'rematerialization', self.rematerialization, ops.REMATERIALIZATIONS
     )
-    if round(64 * self.width) < 1:
-      raise ValueError(f'width must leave at least 1 channel, got {self.width}')
+    rule = 'width must be above 1/128, which leaves at least one of 64 channels'
+    require(self.width > 0 and round(64 * self.width) >= 1, rule, self.width)
     super().__post_init__()
 
   def _geometry(self) -> tuple[tuple[UnitGeometry, ...], ...]:
@@ -223,13 +220,11 @@ class ResNetV2(nn.Module):
     x = Conv(base, 7, 2, use_bias=bias, dtype=dtype, name='stem')(x)
     x = ops.max_pool(x, self.stem_pool)
     outputs = {'stem': x}
-    for i, geometry in enumerate(self._geometry()):
-      unit = functools.partial(
-        self.unit, base * 2**i, conv_bias=bias, norm=self.norm, dtype=dtype
-      )
-      name = f'block{i + 1}'
-      block = Block(unit, geometry, self.rematerialization, name=name)
-      x = outputs[name] = block(x, train=train)
+    for i, geometry in enumerate(self._geometry(), 1):
+      own = {'conv_bias': bias, 'norm': self.norm, 'dtype': dtype}
+      unit = functools.partial(self.unit, base * 2 ** (i - 1), **own)
+      block = Block(unit, geometry, self.rematerialization, name=f'block{i}')
+      x = outputs[f'block{i}'] = block(x, train=train)
     x = self.norm(name='postnorm', use_running_average=not train)(x)
     outputs['postnorm'] = nn.relu(x)
     return outputs

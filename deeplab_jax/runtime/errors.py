@@ -41,6 +41,17 @@ class Preempted(Exception):
     self.signal, self.step = signal, step
 
 
+def require(holds: bool, rule: str, value: Any) -> None:
+  """Raises `ValueError` with a rule and the value that breaks it.
+
+  >>> require(0 <= 2 < 1, 'momentum must be in [0, 1)', 2)
+  Traceback (most recent call last):
+  ValueError: momentum must be in [0, 1), got 2
+  """
+  if not holds:
+    raise ValueError(f'{rule}, got {value!r}')
+
+
 @contextlib.contextmanager
 def naming(culprit: str) -> Iterator[None]:
   """Turns a `ValueError` into a `UserError` about `culprit`."""

@@ -399,7 +399,7 @@ def test_the_image_is_normalized_to_minus_one_and_one():
     ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
     ({'num_classes': 0}, 'num_classes must be from 1, got 0'),
     ({'multi_grid': (1,)}, 'multi_grid needs one factor from 1 for each of'),
-    ({'width': 1e-3}, 'width must leave at least 1 channel, got 0.001'),
+    ({'width': 1e-3}, 'width must be above 1.128, which .*, got 0.001'),
     ({'rematerialization': 'all'}, 'rematerialization must be one of none'),
     ({'rates': (6,)}, 'a setting must be one of multi_grid, .*, got .rates'),
   ],

@@ -170,7 +170,7 @@ def test_output_sizes_round_up_at_any_input_size(random_variables):
       "stride_unit must be one of last, first, got 'middle'",
     ),
     ({'stem_pool': 'valid'}, 'stem_pool must be one of symmetric, same, zero'),
-    ({'width': 0.001}, 'width must leave at least 1 channel, got 0.001'),
+    ({'width': 0.001}, 'width must be above 1.128, which .*, got 0.001'),
   ],
 )
 def test_settings_that_cannot_work_are_refused(settings, words):
