@@ -28,7 +28,7 @@ class ImagePooling(nn.Module):
   def __call__(
     self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features]; `mask` [B, H, W, 1] is pooled."""
+    """Maps [B, H, W, C] to [B, H, W, features]; pools where `mask` is true."""
     y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
     shared = self.activation, self.norm, self.dtype
     project = ConvNormRelu(self.features, 1, 1, *shared, name='project')
