@@ -135,7 +135,7 @@ def _make_transforms(
   with naming('config.data.color_jitter'):
     strengths = 'must be brightness, contrast, saturation and hue'
     require(len(data.color_jitter) == 4, strengths, data.color_jitter)
-    return crop, ColorJitter(*data.color_jitter)
+    return crop, ColorJitter(data.color_jitter)
 
 
 def make_evaluator(

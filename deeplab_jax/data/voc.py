@@ -17,6 +17,7 @@ VOCtrainval_11-May-2012.tar (Everingham et al.) and SBD's benchmark.tgz
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import re
@@ -31,6 +32,7 @@ from deeplab_jax.data import (
   archives,
   datasets,
   images,
+  label_files,
   records,
   voc_lists,
   voc_places,
@@ -130,7 +132,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
     config = self.builder_config
-    self.info.metadata.update(info=_INFO.to_json(), splits={})
+    self.info.metadata['info'] = _INFO.to_json()
     downloads = pathlib.Path(dl_manager.download_dir) / self.name
     if config.places is None:
       _require_download_space(config, downloads)
@@ -153,17 +155,19 @@ class Voc2012Segmentation(records.RecordsBuilder):
       pathlib.Path(self.data_dir), needed, 'the prepared set', _OTHER_DISK
     )
     return {
-      split: self._generate_examples(split, items)
+      split: (
+        datasets.Tally(_INFO.num_classes, _INFO.ignore_label),
+        self._generate_examples(split, items),
+      )
       for split, items in splits.items()
     }
 
   def _generate_examples(
     self, split: str, items: Sequence[_Item]
-  ) -> Iterator[tuple[str, dict[str, Any]]]:
-    tally = records.Tally(_INFO.num_classes, _INFO.ignore_label)
+  ) -> Iterator[records.Sample]:
     on_bad_image = self.builder_config.on_bad_image
     for item, (image, size, label) in records.readable(
-      items, _read, split=split, on_bad_image=on_bad_image
+      items, _read, origin=f'split {split!r}', on_bad_image=on_bad_image
     ):
       records.check_size(item, size, label.shape)
       records.check_values(
@@ -173,16 +177,46 @@ class Voc2012Segmentation(records.RecordsBuilder):
         _INFO.ignore_label,
         remedy='or replace the file',
       )
-      tally.add(label)
-      record = records.make_record(
-        item.name, item.image.name, image, images.encode_label(label), size
-      )
-      yield item.name, record
-    if not tally.num_images:
-      raise errors.UserError(
-        f'split {split!r}: every image is unreadable; see the warnings above'
-      )
-    self.info.metadata['splits'][split] = tally.to_json()
+      yield records.Sample(item.name, item.image.name, image, label)
+
+
+def load(
+  variant: str,
+  *,
+  directory: str,
+  prepared_dir: str,
+  splits: Sequence[str],
+  ignore_label: int,
+  on_bad_image: str,
+  list: str = '',
+  holdout: float = 0.1,
+) -> records.Builders:
+  """Loads a variant, see `load.load_dataset`."""
+  records.require_ignore_label(_INFO, ignore_label)
+  config = make_config(
+    variant,
+    directory=directory,
+    list_file=list,
+    holdout=holdout,
+    on_bad_image=on_bad_image,
+  )
+  builder = records.prepared(Voc2012Segmentation, prepared_dir, config)
+  if 'test' in splits and 'test' not in builder.info.splits:
+    raise errors.UserError(
+      f"no split 'test' in {variant}: its images are for registered users; "
+      'put VOC2012test.tar beside the rest, set config.data.dir to that '
+      "folder, and config.data.name='voc2012_segmentation'"
+    )
+  return dict.fromkeys(builder.info.splits, builder)
+
+
+_load_whole = functools.partial(load, list='', holdout=0.0)
+LOADERS = {
+  'voc2012_segmentation': functools.partial(_load_whole, 'voc2012'),
+  'voc2012_segmentation/voc2012': functools.partial(_load_whole, 'voc2012'),
+  'voc2012_segmentation/trainaug': functools.partial(_load_whole, 'trainaug'),
+  'voc2012_segmentation/list': functools.partial(load, 'list'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +280,7 @@ def _read(item: _Item) -> tuple[bytes, tuple[int, int], np.ndarray]:
     label = np.full(size, _INFO.ignore_label, np.uint8)
   else:
     mat = item.label.name.endswith('.mat')
-    read_label = images.read_mat_label if mat else images.read_label
+    read_label = label_files.read_mat_label if mat else label_files.read_label
     label = read_label(str(item.label), item.label.read())
   return data, size, label
 
