@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and names that are near."""
+"""Files that appear complete or not at all, locks, archives, similar names."""
 
 import contextlib
 import difflib
@@ -6,9 +6,13 @@ import fcntl
 import logging
 import os
 import re
+import tarfile
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from deeplab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,20 @@ def locked(path: Path) -> Iterator[None]:
       log.info('waiting for another process that prepares %s', name)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
+
+
+@contextlib.contextmanager
+def reading_archive(path: Path) -> Iterator[None]:
+  """Raises `UserError` naming the tar file if it is truncated or damaged."""
+  try:
+    yield
+  except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    if getattr(error, 'errno', None):
+      raise UserError(f'{error.filename or path}: {error.strerror}') from error
+    reason = str(error).partition(':\n')[0] or type(error).__name__
+    raise UserError(
+      f'{path}: truncated or damaged archive ({reason}); download it again'
+    ) from error
 
 
 def near(name: str, others: Iterable[str]) -> str:
