@@ -69,8 +69,9 @@ def _dataset_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
     'ignore_label': data.ignore_label,
     'label_map': data.label_map,
     'on_bad_image': data.on_bad_image,
-    'list_file': data.list,
-    'holdout': data.holdout,
+    'options': {'list': data.list, 'holdout': data.holdout}
+    if data.name == 'voc2012_segmentation/list'
+    else {},
   }
 
 
@@ -138,7 +139,7 @@ def make_iterator(
         data.flip,
         ignore_label=dataset.info.ignore_label,
       ),
-      transforms.ColorJitter(*data.color_jitter),
+      transforms.ColorJitter(data.color_jitter),
     ),
     batch_size=config.train.batch_size,
     seed=config.seed,

@@ -17,7 +17,7 @@ from deeplab_jax import DeepLabV3, build, deeplab_v3, evaluate
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER
-from deeplab_jax.data.transforms import CenterCrop, pad_to
+from deeplab_jax.data.transforms import MEAN_COLOR, CenterCrop
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.evaluator import ScoredImage
 from deeplab_jax.evaluation.protocols import Protocol
@@ -44,7 +44,8 @@ def plain_predictions(config, dataset, variables, size=None, transform=None):
       image, label = transform(image, label, None)
     height, width = label.shape
     if size:
-      padded = pad_to(image, label, size)[0]
+      padded = np.full((*size, 3), MEAN_COLOR, np.uint8)
+      padded[:height, :width] = image
       logits = apply(padded[None], np.array([[height, width]]))
     else:
       logits = apply(image[None], None)

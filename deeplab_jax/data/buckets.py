@@ -1,9 +1,8 @@
-"""A few common sizes for images of many, and batches of one size each."""
-
-from __future__ import annotations
+"""A few common sizes for many images, and batches of one size each."""
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ class PlannedBatch:
 
   Attributes:
     size: (height, width) to which its images are padded.
-    indices: of its records; `FILLER` where the row is none.
+    indices: of its records; `FILLER` where a row has none.
   """
 
   size: Size
@@ -29,53 +28,53 @@ class PlannedBatch:
 
 
 def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
-  """Merges sizes until at most `limit` are left.
+  """Merges sizes until at most `limit` are left; None merges none.
 
-  Each time the two are merged, to the larger height and the larger width, that
-  add the smallest area of padding over all images. Of more than a few hundred
-  sizes, those that lie close together are merged first.
+  Each time, those two are merged, to the larger height and the larger width,
+  that add the smallest area of padding over all images. Of more than a few
+  hundred sizes, those that lie close together are merged first.
 
   Args:
     counts: number of images by (height, width).
-    limit: at least 1; None to merge none.
+    limit: at least 1, or None.
 
   Returns:
     The sizes left, by area; every image fits one of them.
   """
-  counts = dict(counts)
-  if limit is not None and len(counts) > limit:
-    counts = _merge_neighbors(counts, max(limit, _PAIRED_UP_TO))
-    counts = _merge_pairs(counts, limit)
-  return sorted(counts, key=_area)
+  if limit is None or len(counts) <= limit:
+    return sorted(counts, key=math.prod)
+  sizes = np.array(list(counts), np.int64)
+  images = np.array(list(counts.values()), np.int64)
+  most = max(limit, _PAIRED_UP_TO)
+  if len(sizes) > most:
+    sizes, images = _merge_neighbors(sizes, images, most)
+  if len(sizes) > limit:
+    sizes = _merge_pairs(sizes, images, limit)
+  return sorted(map(tuple, sizes.tolist()), key=math.prod)
 
 
-def _merge_neighbors(counts: dict[Size, int], limit: int) -> dict[Size, int]:
-  """Merges what lies in one cell of a grid, the finest with few enough cells.
+def _merge_neighbors(
+  sizes: np.ndarray, images: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Merges the sizes [N, 2] of `images` [N] that lie in one cell of a grid.
 
-  A cell gets the largest height and width that are in it.
+  It is the finest grid with few enough cells. A cell gets the largest height
+  and width that are in it.
   """
-  if len(counts) <= limit:
-    return counts
-  sizes, grid = np.array(list(counts), np.int64), 1
-  cells = np.arange(len(sizes))
+  cells, grid = sizes, 1
   while len(cells) > limit:
     grid += 1 + grid // 8
     rows, columns = -(-sizes.T // grid)
     cells, of_each = np.unique(rows << 32 | columns, return_inverse=True)
   largest = np.zeros((len(cells), 2), np.int64)
   np.maximum.at(largest, of_each, sizes)
-  images = np.zeros(len(cells), np.int64)
-  np.add.at(images, of_each, list(counts.values()))
-  merged = map(tuple, largest.tolist())
-  return dict(zip(merged, images.tolist(), strict=True))
+  return largest, np.bincount(of_each, images).astype(np.int64)
 
 
-def _merge_pairs(counts: dict[Size, int], limit: int) -> list[Size]:
+def _merge_pairs(
+  sizes: np.ndarray, images: np.ndarray, limit: int
+) -> np.ndarray:
   """Merges the pair that adds the least padding until `limit` are left."""
-  if len(counts) <= limit:
-    return list(counts)
-  sizes = np.array(list(counts), np.int64)
-  images = np.array(list(counts.values()), np.int64)
   added = _added(sizes[:, None], images[:, None], sizes, images)
   np.fill_diagonal(added, _NEVER)
   while len(sizes) > limit:
@@ -91,7 +90,7 @@ def _merge_pairs(counts: dict[Size, int], limit: int) -> list[Size]:
     images[place] += total
     row = _added(size, images[place], sizes, images)
     added[place], added[:, place], added[place, place] = row, row, _NEVER
-  return [(height, width) for height, width in sizes.tolist()]
+  return sizes
 
 
 def _added(
@@ -103,14 +102,9 @@ def _added(
 
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
-  """The size that each image is padded to, of `limit` different ones at most.
+  """Returns for each size, (height, width), the smallest that holds it.
 
-  Args:
-    sizes: (height, width) of each image.
-    limit: at least 1; None for as many as there are sizes.
-
-  Returns:
-    The smallest of `merge_sizes` that holds it, for each image.
+  It is one of `merge_sizes(..., limit)`.
   """
   counts = collections.Counter(map(tuple, sizes))
   buckets = merge_sizes(counts, limit)
@@ -143,7 +137,7 @@ def plan_batches(
   for index, size in enumerate(bucket_of_each(sizes, limit)):
     rows.setdefault(size, []).append(index)
   batches = []
-  for size in sorted(rows, key=_area):
+  for size in sorted(rows, key=math.prod):
     indices = rows[size]
     indices += [FILLER] * (-len(indices) % batch_size)
     batches += [
@@ -151,7 +145,3 @@ def plan_batches(
       for start in range(0, len(indices), batch_size)
     ]
   return batches
-
-
-def _area(size: Size) -> int:
-  return size[0] * size[1]

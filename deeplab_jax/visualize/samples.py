@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from deeplab_jax.data import images
-from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.data.records import Tally
+from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.visualize import labels as visualize
 
 _PAGE = (3800, 1860)  # largest height and width, without the margin

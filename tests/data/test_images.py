@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from deeplab_jax.data import images
+from deeplab_jax.data import image_files, images, label_files
 from deeplab_jax.runtime import errors
 
 
@@ -106,7 +106,7 @@ def test_truncated_file_is_named(tmp_path, suffix):
 @pytest.mark.parametrize('data', [b'', b'no image', b'\x89PNG\r\n\x1a\n12'])
 def test_what_is_no_image_is_named_in_one_line(tmp_path, data):
   (tmp_path / 'a.png').write_bytes(data)
-  for read in (images.read_image, images.read_label):
+  for read in (images.read_image, label_files.read_label):
     with pytest.raises(errors.UserError, match=r'a\.png') as caught:
       read(tmp_path / 'a.png')
     assert '\n' not in str(caught.value)
@@ -122,7 +122,9 @@ def test_palette_label_reads_as_indices_not_colours(tmp_path):
   indexed = Image.fromarray(label, 'P')
   indexed.putpalette(list(range(256)) * 3)
   indexed.save(tmp_path / 'a.png')
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a.png'), label)
+  np.testing.assert_array_equal(
+    label_files.read_label(tmp_path / 'a.png'), label
+  )
   # the trap that this guards against
   assert cv2.imread(str(tmp_path / 'a.png'), -1).ndim == 3
 
@@ -136,7 +138,7 @@ def test_gray_label_of_few_bits_reads_as_stored(tmp_path, bits):
     cv2.imwrite(str(path), label, flags)
   else:
     path.write_bytes(_gray_png(label, bits))
-  np.testing.assert_array_equal(images.read_label(path), label)
+  np.testing.assert_array_equal(label_files.read_label(path), label)
 
 
 def _gray_png(label, bits):
@@ -162,15 +164,15 @@ def _gray_png(label, bits):
 def test_label_of_colours_is_refused(tmp_path):
   Image.fromarray(_gradient()).save(tmp_path / 'a.png')
   with pytest.raises(errors.UserError, match=r'a\.png.*class indices.*RGB'):
-    images.read_label(tmp_path / 'a.png')
+    label_files.read_label(tmp_path / 'a.png')
 
 
 def test_16_bit_label_reads_and_a_large_value_is_named(tmp_path):
   cv2.imwrite(str(tmp_path / 'a.png'), np.array([[0, 7]], np.uint16))
-  assert images.read_label(tmp_path / 'a.png').tolist() == [[0, 7]]
+  assert label_files.read_label(tmp_path / 'a.png').tolist() == [[0, 7]]
   cv2.imwrite(str(tmp_path / 'a.png'), np.array([[0, 700]], np.uint16))
   with pytest.raises(errors.UserError, match=r'a\.png.*700'):
-    images.read_label(tmp_path / 'a.png')
+    label_files.read_label(tmp_path / 'a.png')
 
 
 def _odd_files(root):
@@ -436,7 +438,7 @@ def test_turn_is_what_pillow_does_with_the_tag(orientation):
   buffer = io.BytesIO()
   Image.fromarray(_gradient()).save(buffer, 'PNG', exif=exif)
   expected = np.array(ImageOps.exif_transpose(Image.open(buffer)))
-  turned = images.turn(_gradient(), orientation)
+  turned = image_files.turn(_gradient(), orientation)
   np.testing.assert_array_equal(turned, expected)
 
 
@@ -459,7 +461,7 @@ def test_label_with_an_orientation_of_its_own_is_turned(tmp_path, suffix):
   exif[0x0112] = 8
   path = tmp_path / f'a.{suffix}'
   Image.fromarray(label).save(path, exif=exif)
-  file = images.open_label(path)
+  file = label_files.open_label(path)
   assert file.turned
   np.testing.assert_array_equal(file.pixels, np.rot90(label))
 
@@ -477,7 +479,7 @@ def test_lossy_label_is_refused_whatever_its_name(
 ):
   path = tmp_path / 'a.png'
   Image.new('L', (16, 16), 2).save(path, form, **options)
-  message = _read_refused(path, images.read_label)
+  message = _read_refused(path, label_files.read_label)
   assert words in message and 'must be lossless' in message
 
 
@@ -500,14 +502,14 @@ def test_lossless_labels_of_any_format_read_as_stored(tmp_path, form, options):
   if form == 'GIF':  # of gray, Pillow numbers the values in use anew
     image.putpalette([index * 37 % 256 for index in range(768)])
   image.save(tmp_path / 'a', form, **options)
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a'), label)
+  np.testing.assert_array_equal(label_files.read_label(tmp_path / 'a'), label)
 
 
 def test_gif_that_numbers_gray_values_anew_is_refused(tmp_path):
   path = tmp_path / 'a.gif'
   Image.fromarray(np.array([[0, 5, 9]], np.uint8)).save(path)
   assert np.array(Image.open(path)).tolist() == [[0, 1, 2]]  # the trap
-  assert 'a GIF of gray values' in _read_refused(path, images.read_label)
+  assert 'a GIF of gray values' in _read_refused(path, label_files.read_label)
 
 
 @pytest.mark.parametrize('bits, compression', [(2, 1), (4, 1)])
@@ -519,7 +521,9 @@ def test_gray_tiff_of_few_bits_reads_as_stored(tmp_path, bits, compression):
   packed = (parts << shifts).sum(-1).astype(np.uint8)
   data = _tiff(packed, bits, (256, 4, 8))
   (tmp_path / 'a.tif').write_bytes(data)
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a.tif'), label)
+  np.testing.assert_array_equal(
+    label_files.read_label(tmp_path / 'a.tif'), label
+  )
 
 
 def test_label_of_several_frames_is_refused(tmp_path):
@@ -527,24 +531,24 @@ def test_label_of_several_frames_is_refused(tmp_path):
   for suffix in ('tif', 'png', 'gif'):
     path = tmp_path / f'a.{suffix}'
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert '2 frames or pages' in _read_refused(path, images.read_label)
+    assert '2 frames or pages' in _read_refused(path, label_files.read_label)
 
 
 def test_pgm_label_of_another_maximum_is_refused_as_pillow_scales_it(tmp_path):
   path = tmp_path / 'a.pgm'
   path.write_bytes(b'P5 2 1 2\n\0\1')
   assert np.array(Image.open(path)).tolist() == [[0, 128]]  # the trap
-  assert 'names is 2' in _read_refused(path, images.read_label)
+  assert 'names is 2' in _read_refused(path, label_files.read_label)
 
 
 def test_opaque_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
   label = np.dstack([np.arange(4), [255] * 4]).astype(np.uint8)
   path = tmp_path / 'a.png'
   Image.fromarray(label, 'LA').save(path)
-  assert images.read_label(path).tolist() == [[0, 1, 2, 3]]
+  assert label_files.read_label(path).tolist() == [[0, 1, 2, 3]]
   label[0, 0, 1] = 0
   Image.fromarray(label, 'LA').save(path)
-  assert 'transparent' in _read_refused(path, images.read_label)
+  assert 'transparent' in _read_refused(path, label_files.read_label)
 
 
 def test_pillows_limit_of_pixels_does_not_hold_and_stays_for_others(

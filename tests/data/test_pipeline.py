@@ -14,7 +14,7 @@ from deeplab_jax.runtime import errors
 
 _CHAIN = (
   transforms.RandomScaleCropFlip((32, 24)),
-  transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+  transforms.ColorJitter((0.2, 0.2, 0.2, 0.05)),
 )
 
 
@@ -164,9 +164,7 @@ def test_evaluation_shows_every_image_once(count, batch_size, hosts, limit):
 
 def test_evaluation_pads_and_does_not_scale(source):
   (planned,) = _plan([(80, 90)] * len(source), len(source))
-  iterator = pipeline.make_eval_iterator(
-    source, [planned], fill=(1, 2, 3), ignore_label=9
-  )
+  iterator = pipeline.make_eval_iterator(source, [planned], ignore_label=9)
   (batch,) = list(iterator)
   iterator.close()
   for index, record in enumerate(source):
@@ -176,7 +174,7 @@ def test_evaluation_pads_and_does_not_scale(source):
     assert batch['index'][index] == index
     np.testing.assert_array_equal(batch['image'][index, :height, :width], image)
     np.testing.assert_array_equal(batch['label'][index, :height, :width], label)
-    assert (batch['image'][index, height:] == (1, 2, 3)).all()
+    assert (batch['image'][index, height:] == transforms.MEAN_COLOR).all()
     assert (batch['label'][index, :, width:] == 9).all()
 
 

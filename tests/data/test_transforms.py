@@ -238,7 +238,9 @@ def test_jitter_matches_hand_formulas():
     'saturation': 1.3 * exact - 0.3 * gray[..., None],
   }
   for name, value in expected.items():
-    jitter = transforms.ColorJitter(**{name: 0.4})
+    jitter = transforms.ColorJitter(
+      tuple(0.4 * (key == name) for key in (*expected, 'hue'))
+    )
     result, same = jitter(image, label, _Fixed(1.3))
     assert result.dtype == np.uint8 and same is label
     np.testing.assert_allclose(result, np.clip(value, 0, 255), atol=1.01)
@@ -247,7 +249,7 @@ def test_jitter_matches_hand_formulas():
 def test_hue_turns_colours_as_colorsys_does():
   image = _rng(1).integers(0, 256, (6, 6, 3), np.uint8)
   label = np.zeros((6, 6), np.uint8)
-  result, _ = transforms.ColorJitter(hue=0.5)(image, label, _Fixed(0.25))
+  result, _ = transforms.ColorJitter((0, 0, 0, 0.5))(image, label, _Fixed(0.25))
   for before, after in zip(
     image.reshape(-1, 3), result.reshape(-1, 3), strict=True
   ):
@@ -261,7 +263,7 @@ def test_hue_turns_colours_as_colorsys_does():
   'transform',
   [
     transforms.RandomScaleCropFlip((16, 16), flip=1),
-    transforms.ColorJitter(0.5, 0.5, 0.5, 0.5),
+    transforms.ColorJitter((0.5, 0.5, 0.5, 0.5)),
   ],
 )
 def test_transforms_leave_their_input_alone(transform):
@@ -276,7 +278,7 @@ def test_all_together_are_a_pure_function_of_the_generator():
   image, label = _scene()
   chain = (
     transforms.RandomScaleCropFlip((33, 33)),
-    transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
+    transforms.ColorJitter((0.3, 0.3, 0.3, 0.1)),
   )
   first = transforms.apply_transforms(chain, image, label, _rng(3))
   again = transforms.apply_transforms(chain, image, label, _rng(3))
@@ -299,8 +301,13 @@ def _window(size=(5, 5), **settings):
     (lambda: _window(fill=(0, 0, 300)), '300'),
     (lambda: _window(ignore_label=256), '256'),
     (lambda: _window(flip=1.5), '1.5'),
-    (lambda: transforms.ColorJitter(brightness=-1), 'brightness.*-1'),
-    (lambda: transforms.ColorJitter(hue=0.6), 'hue.*0.6'),
+    (lambda: transforms.ColorJitter((-1, 0, 0, 0)), r'from 0.*\(-1, 0, 0, 0\)'),
+    (lambda: transforms.ColorJitter((0, 0, 0, 0.6)), r'up to 0.5.* 0.6\)'),
+    (lambda: transforms.ColorJitter((0.1, 0.1)), r'four.*\(0.1, 0.1\)'),
+    (lambda: _window(scale=(1,)), r'\(1,\)'),
+    (lambda: _window(scale=(1, 2**31)), 'at most'),
+    (lambda: _window(size=(5, 5, 3)), r'\(5, 5, 3\)'),
+    (lambda: transforms.CenterCrop((5,)), r'\(5,\)'),
   ],
 )
 def test_wrong_arguments_are_shown(make, message):
