@@ -12,6 +12,7 @@ import io
 import pathlib
 import tarfile
 from collections.abc import Callable, Container, Sequence
+from os.path import dirname, relpath
 from typing import Any, NamedTuple
 
 from deeplab_jax.runtime import download, errors, files
@@ -86,6 +87,7 @@ class File(NamedTuple):
   location: str
   size: int
   contents: Callable[[], bytes]
+  time: int = 0  # of the last change in ns, in a folder
 
   def __str__(self) -> str:
     return self.location
@@ -131,22 +133,16 @@ def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
 def state_of(places: dict[str, pathlib.Path]) -> list[Any]:
   """Returns names, sizes and times of the files, which change if they do."""
   state: list[Any] = []
-  for source, parts in _PARTS.items():
-    place = places.get(source)
-    if place and place.is_dir():
-      paths = [path for x in parts.values() for path in place.glob(x)]
+  for source, place in places.items():
+    if place.is_file():
+      stat = place.stat()
+      state.append((place.name, stat.st_size, stat.st_mtime_ns))
+    elif source != 'root':
       state += sorted(
-        (str(path.parent.relative_to(place)), path.stem, *_size_and_time(path))
-        for path in filter(pathlib.Path.is_file, paths)
+        (relpath(dirname(file.location), place), name, file.size, file.time)
+        for (_, name), file in find_files(source, place).items()
       )
-    elif place:
-      state.append((place.name, *_size_and_time(place)))
   return state
-
-
-def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
-  stat = path.stat()
-  return stat.st_size, stat.st_mtime_ns
 
 
 def fetch(source: str, folder: pathlib.Path) -> pathlib.Path:
@@ -175,8 +171,8 @@ def find_files(
   if place.is_dir():
     for part, pattern in _PARTS[source].items():
       for path in filter(pathlib.Path.is_file, place.glob(pattern)):
-        size = path.stat().st_size
-        found[part, path.stem] = File(str(path), size, path.read_bytes)
+        size, time = path.stat().st_size, path.stat().st_mtime_ns
+        found[part, path.stem] = File(str(path), size, path.read_bytes, time)
     return found
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-  """Gives a temporary name; what is written there then takes `path`'s place.
+  """Yields a temporary name; what is written there replaces `path` at the end.
 
-  If the body raises, `path` stays as it was, and it is what errors name.
+  If the body raises, `path` stays as it was. Errors name `path`.
   """
   folder, name = os.path.split(os.fspath(path))
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
@@ -38,13 +38,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds an exclusive lock between processes, freed even by a kill.
+  """Holds an exclusive lock between processes; a killed one releases it.
 
-  Args:
-    path: of the lock file, `.NAME.lock`; made with its folder, and kept.
-
-  Raises:
-    OSError: if the file cannot be made.
+  The lock file, `.NAME.lock`, and its folder are made and stay. Raises
+  `OSError` if they cannot be made.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:
@@ -72,10 +69,9 @@ def reading_archive(path: Path) -> Iterator[None]:
 
 
 def near(name: str, others: Iterable[str]) -> str:
-  """Returns '; there is X' for the names that may be meant, or ''.
+  """Returns '; there is X', where X are the names that may be meant, or ''.
 
-  These are the names that differ in case, suffix, punctuation or an addition,
-  else those of few other letters.
+  They differ in case, suffix, punctuation or an addition, else in few letters.
   """
   others = sorted(others)
   bare = _bare(name)
@@ -88,7 +84,7 @@ def near(name: str, others: Iterable[str]) -> str:
 
 
 def near_file(path: Path) -> str:
-  """`near` among what lies beside a file."""
+  """Returns `near` for the names in the folder of a file."""
   try:
     return near(path.name, (other.name for other in path.parent.iterdir()))
   except OSError:  # there is no such folder, or it cannot be read
