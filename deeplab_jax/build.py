@@ -21,7 +21,7 @@ from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, naming, require
+from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 
@@ -132,9 +132,6 @@ def _make_transforms(
     crop = RandomScaleCropFlip(
       data.crop_size, data.scale, data.flip, ignore_label=ignore_label
     )
-  with naming('config.data.color_jitter'):
-    strengths = 'must be brightness, contrast, saturation and hue'
-    require(len(data.color_jitter) == 4, strengths, data.color_jitter)
     return crop, ColorJitter(data.color_jitter)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build
 from deeplab_jax.data import voc
-from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.runtime.errors import UserError

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from deeplab_jax.data import images
-from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.data.records import Tally
+from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.visualize import labels
 from deeplab_jax.visualize.lettering import INK, WHITE, draw_text, text_length
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax.data import datasets, images
-from deeplab_jax.data.records import Tally
+from deeplab_jax.data.datasets import Tally
 from deeplab_jax.visualize import figures
 
 CELL = 44  # of few classes
