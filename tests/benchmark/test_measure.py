@@ -4,6 +4,7 @@ import sys
 
 import jax
 import pytest
+from miniature import SETTINGS, as_options
 
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
@@ -12,13 +13,13 @@ from deeplab_jax.config import get_config, override, validate
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
+# The programs of the run that other tests train, which are compiled once.
 _TINY = [
+  *as_options({k: v for k, v in SETTINGS.items() if k != 'data.name'}),
   '--crop=33',
   '--batch=4',
+  '--classes=4',
   '--repeat=2',
-  '--config.model.backbone=resnet18',
-  '--config.model.width=0.125',
-  '--config.model.aspp_features=8',
 ]
 
 
@@ -60,7 +61,7 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured):
   assert result['crop'] == [33, 33] and result['batch'] == 4
   assert 0 < result['seconds'] < result['first_seconds']
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
-  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
   forward, stem = flops.total(counts.values()), counts['backbone/stem']
   # The images need no gradient.
@@ -74,13 +75,18 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured):
   assert any('block' in layer['name'] for layer in result['layers'])
 
 
-def test_a_forward_pass_computes_the_logits_once(measured):
+def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
+  monkeypatch.setattr(timing, 'matmul_rate', lambda dtype: 1e9)
   result = measured('--mode=forward', '--peer=true')
   assert result['compilations'] == result['devices'] == 1
   assert 0 < result['seconds'] < result['first_seconds']
-  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
-  assert result['flops_on_map'] == flops.total(counts.values()).on_map
+  done = flops.total(counts.values())
+  assert (result['flops'], result['flops_on_map']) == done
+  assert result['utilization_on_map'] == pytest.approx(
+    done.on_map / result['seconds'] / 1e9
+  )
   assert 'layers' not in result  # they are of no use beside a peer
 
 
