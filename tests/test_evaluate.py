@@ -17,7 +17,7 @@ from deeplab_jax import DeepLabV3, build, deeplab_v3, evaluate
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER
-from deeplab_jax.data.transforms import CenterCrop, pad_to
+from deeplab_jax.data.transforms import MEAN_COLOR, CenterCrop
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.evaluator import ScoredImage
 from deeplab_jax.evaluation.protocols import Protocol
@@ -44,7 +44,8 @@ def plain_predictions(config, dataset, variables, size=None, transform=None):
       image, label = transform(image, label, None)
     height, width = label.shape
     if size:
-      padded = pad_to(image, label, size)[0]
+      padded = np.full((*size, 3), MEAN_COLOR, np.uint8)
+      padded[:height, :width] = image
       logits = apply(padded[None], np.array([[height, width]]))
     else:
       logits = apply(image[None], None)
@@ -103,7 +104,7 @@ def test_evaluation_equals_a_loop_over_the_images(
   config, dataset, measures, picture = run(
     data__eval_split=split, eval__batch_size=batch_size, eval__buckets=1
   )
-  size = dataset.tally(split).max_size
+  size = tuple(np.max(dataset.sizes(split), axis=0))
   expected = plain_measures(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
@@ -129,7 +130,7 @@ def test_each_image_may_have_its_own_size(trained, run):
 def test_weights_of_output_stride_16_are_evaluated_at_8(trained, run):
   assert trained.config.model.output_stride == 16
   config, dataset, measures, _ = run(eval__buckets=1, model__output_stride=8)
-  size = dataset.tally('val').max_size
+  size = tuple(np.max(dataset.sizes('val'), axis=0))
   expected = plain_measures(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
@@ -393,7 +394,7 @@ def test_evaluating_a_checkpoint_repeats_its_measures(
   assert (workdir / f'eval/{file}.png').exists()
   assert (workdir / 'eval.json').read_bytes() == of_training
   with Checkpoints(workdir) as saved:
-    assert result == {**saved.metadata(step)['measures'], 'step': step}
+    assert result == {**saved.metadata(step)['metrics'], 'step': step}
   table = capsys.readouterr().out
   assert table.startswith(f'step {step}, 3 images\n')
   assert f'{100 * result["miou"]:.2f}' in table

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and hints at near names."""
+"""Files that appear complete or not at all, locks, archives, similar names."""
 
 import contextlib
 import difflib
@@ -6,16 +6,20 @@ import fcntl
 import logging
 import os
 import re
+import tarfile
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from deeplab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-  """Gives a temporary name, and moves the file written there to `path`.
+  """Yields a temporary name; what is written there replaces `path` at the end.
 
   If the body raises, `path` stays as it was. Errors name `path`.
   """
@@ -34,10 +38,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds an exclusive lock between processes; a killed one frees it too.
+  """Holds an exclusive lock between processes; a killed one releases it.
 
-  The lock file at `path`, `.NAME.lock`, and its folder are created and kept.
-  Raises `OSError` if that fails.
+  The lock file, `.NAME.lock`, and its folder are made and stay. Raises
+  `OSError` if they cannot be made.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:
@@ -50,11 +54,24 @@ def locked(path: Path) -> Iterator[None]:
     yield
 
 
-def near(name: str, others: Iterable[str]) -> str:
-  """Returns '; there is X' for the names the user may have meant, or ''.
+@contextlib.contextmanager
+def reading_archive(path: Path) -> Iterator[None]:
+  """Raises `UserError` naming the tar file if it is truncated or damaged."""
+  try:
+    yield
+  except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    if getattr(error, 'errno', None):
+      raise UserError(f'{error.filename or path}: {error.strerror}') from error
+    reason = str(error).partition(':\n')[0] or type(error).__name__
+    raise UserError(
+      f'{path}: truncated or damaged archive ({reason}); download it again'
+    ) from error
 
-  They differ in case, suffix, punctuation or added letters. If there are none,
-  names with few other letters are taken.
+
+def near(name: str, others: Iterable[str]) -> str:
+  """Returns '; there is X', where X are the names that may be meant, or ''.
+
+  They differ in case, suffix, punctuation or an addition, else in few letters.
   """
   others = sorted(others)
   bare = _bare(name)
@@ -67,14 +84,14 @@ def near(name: str, others: Iterable[str]) -> str:
 
 
 def near_file(path: Path) -> str:
-  """Applies `near` to the names in the folder of `path`."""
+  """Returns `near` for the names in the folder of a file."""
   with contextlib.suppress(OSError):  # the folder is missing or unreadable
     return near(path.name, (other.name for other in path.parent.iterdir()))
   return ''
 
 
 def _bare(name: str) -> str:
-  """Reduces a name to what all its spellings share."""
+  """What two spellings of one name share."""
   name = unicodedata.normalize('NFKC', name).casefold()
   name = re.sub(r'(\.[a-z][a-z0-9]{1,4})+$', '', name)
   return re.sub(r'\W|_|\b0+(?=\d)', '', name)

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from deeplab_jax.data import images, labels
+from deeplab_jax.data import label_files, labels
 from deeplab_jax.runtime.errors import UserError
 
 COLORED = ['ground 0 0 0', 'red car 200 0 0', 'void 9 9 9', 'tree 0 200 0']
@@ -14,7 +14,7 @@ COLORED = ['ground 0 0 0', 'red car 200 0 0', 'void 9 9 9', 'tree 0 200 0']
 def file(pixels, palette=None):
   pixels = np.array(pixels, np.uint8)
   palette = None if palette is None else np.array(palette, np.uint8)
-  return images.LabelFile('a.png', pixels, palette, turned=False)
+  return label_files.LabelFile('a.png', pixels, palette, turned=False)
 
 
 def classes_of(meaning, label):
@@ -138,7 +138,7 @@ def test_palette_labels_are_read_by_color_if_classes_have_colors():
   palette = [[0, 200, 0], [0, 0, 0], [200, 0, 0]]
   label = file([[0, 1, 2, 255]], palette)  # index 255 is void in any color
   assert classes_of(meaning, label) == [[2, 0, 1, 255]]
-  assert meaning.used_colors(label) == {}
+  assert meaning.used_colors(label) == []
 
 
 def test_index_of_a_void_line_with_a_color_goes_by_color():
@@ -180,21 +180,20 @@ def test_palettes_may_differ_where_they_are_not_used_or_void():
     [[0, 2, 255]], [[1, 1, 1], [9, 9, 9], [4, 4, 4]] + [[5] * 3] * 253
   )
   palettes = labels.Palettes()
-  palettes.add('one', meaning.used_colors(first))
-  palettes.add('two', meaning.used_colors(second))
-  assert [palettes.color(i) for i in range(4)] == [
-    (1, 1, 1),
-    (2, 2, 2),
-    (4, 4, 4),
-    None,
+  palettes.add(meaning.used_colors(first))
+  palettes.add(meaning.used_colors(second))
+  assert list(palettes.values()) == [
+    [0, 1, 1, 1, 'a.png'],
+    [1, 2, 2, 2, 'a.png'],
+    [2, 4, 4, 4, 'a.png'],
   ]
 
 
 def test_palettes_that_differ_are_refused_naming_both_files():
   palettes = labels.Palettes()
-  palettes.merge([[1, 2, 2, 2, 'one'], [0, 0, 0, 0, 'one']])
+  palettes.add([[1, 2, 2, 2, 'one'], [0, 0, 0, 0, 'one']])
   with pytest.raises(UserError) as caught:
-    palettes.add('two', {0: (0, 0, 0), 1: (7, 8, 9)})
+    palettes.add([[0, 0, 0, 0, 'two'], [1, 7, 8, 9, 'two']])
   assert str(caught.value).startswith(
     'two: index 1 has the color 7 8 9, but in one 2 2 2'
   )

@@ -5,7 +5,7 @@ import pytest
 from miniature import write_voc_folder
 from PIL import Image
 
-from deeplab_jax.data import datasets, records, survey
+from deeplab_jax.data import datasets, survey
 from deeplab_jax.runtime import errors
 
 SPLITS = ('train', 'val')
@@ -280,7 +280,7 @@ def info(*classes, **options):
 
 
 def tally(*pixels, void=0):
-  found = records.Tally(len(pixels), 255)
+  found = datasets.Tally(len(pixels), 255)
   found.class_pixels[:], found.void_pixels = pixels, void
   return found
 
