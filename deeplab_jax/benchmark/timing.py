@@ -16,8 +16,6 @@ import jax.numpy as jnp
 
 from deeplab_jax.runtime.errors import UserError
 
-_CALLS, _SECONDS = 3, 3.0  # timed at least
-
 
 def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
   """Times one call to warm up, and `seconds` of the best of `repeat` others.
@@ -34,10 +32,8 @@ def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
 
   with compilations() as compiled:
     first = once()
-    seconds, begin = [], time.perf_counter()
-    while len(seconds) < (repeat or _CALLS) or (
-      not repeat and time.perf_counter() - begin < _SECONDS
-    ):
+    seconds, end = [], time.perf_counter() + (0 if repeat else 3)
+    while len(seconds) < (repeat or 3) or time.perf_counter() < end:
       seconds.append(once())
   unit = 1 if sys.platform == 'darwin' else 1024
   result = {
