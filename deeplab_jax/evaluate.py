@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from deeplab_jax import build
+from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.evaluator import (
@@ -18,12 +19,11 @@ from deeplab_jax.evaluation.evaluator import (
   write_archive,
 )
 from deeplab_jax.evaluation.protocols import Protocol, in_words
-from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.visualize.confusion import confusion_picture
+from deeplab_jax.visualize.figures import confusion_picture
 from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
@@ -150,10 +150,10 @@ def evaluate(
   if not saves:
     check_labels(dataset, split)
   network = checkpoints.open_network(
-    workdir, config.eval.step, config.model.to_dict(), dataset.info.to_json()
+    workdir, config.eval.step, to_json(config)['model'], dataset.info.to_json()
   )
-  with naming('config.model'):
-    model = deeplab_v3(num_classes=dataset.info.num_classes, **network.model)
+  config = with_preset(config, network.model['preset'])
+  model = build.make_model(config, dataset.info.num_classes)
   evaluator = build.make_evaluator(model, dataset, config)
   extremes = _Extremes(config.eval.worst_and_best)
   first = distributed.is_first_process()

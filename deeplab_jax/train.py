@@ -99,7 +99,7 @@ def train_and_evaluate(
     if not data.eval_split:
       return _report_unevaluated(saved.step_named('latest'), workdir)
     best = saved.step_named('best')
-    measures = saved.metadata(best).get('measures')
+    measures = saved.metadata(best).get('metrics')
   if measures is None:  # stopped by a signal, before its evaluation
     result = evaluate.evaluate(config, workdir)
   else:
@@ -365,7 +365,7 @@ class _Training:
     measures, _, picture = evaluate.evaluate_variables(
       self.evaluator, self.state.variables, self.config.eval.panels
     )
-    self._save({**self.description, 'measures': measures})
+    self._save({**self.description, 'metrics': measures})
     writer.text(step, 'eval_table', format_table(measures))
     scalars = summary(measures)
     writer.scalars(step, {f'eval_{k}': v for k, v in scalars.items()})

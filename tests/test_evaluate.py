@@ -394,7 +394,7 @@ def test_evaluating_a_checkpoint_repeats_its_measures(
   assert (workdir / f'eval/{file}.png').exists()
   assert (workdir / 'eval.json').read_bytes() == of_training
   with Checkpoints(workdir) as saved:
-    assert result == {**saved.metadata(step)['measures'], 'step': step}
+    assert result == {**saved.metadata(step)['metrics'], 'step': step}
   table = capsys.readouterr().out
   assert table.startswith(f'step {step}, 3 images\n')
   assert f'{100 * result["miou"]:.2f}' in table

@@ -281,7 +281,7 @@ def test_without_a_split_to_evaluate_a_run_saves_and_measures_nothing(
 
   def spy(checkpoints, state, metadata):
     saved_steps.append(int(state.step))
-    assert 'measures' not in metadata
+    assert 'metrics' not in metadata
     save(checkpoints, state, metadata)
 
   monkeypatch.setattr(Checkpoints, 'save', spy)

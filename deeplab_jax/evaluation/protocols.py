@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deeplab_jax.models.layers import resample
+from deeplab_jax.models.layers import check_choice, resample
+from deeplab_jax.runtime.errors import require
+
+PROTOCOLS = ('whole', 'center_crop', 'sliding_window')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,21 @@ class Protocol:
   overlap: float = 1 / 3
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
+
+  def __post_init__(self) -> None:
+    check_choice('protocol', self.kind, PROTOCOLS)
+    size, scales = self.crop_size, self.scales
+    require(
+      len(size) == 2 and min(size) >= 1,
+      'crop_size must be (height, width) from 1',
+      size,
+    )
+    require(0 <= self.overlap < 1, 'overlap must be in [0, 1)', self.overlap)
+    require(
+      len(scales) > 0 and min(scales) > 0 and max(scales) <= 4,
+      'scales must be numbers above 0, at most 4',
+      scales,
+    )
 
   def view_size(self, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) that the network sees of such an image at scale 1."""

@@ -1,19 +1,55 @@
-"""The exceptions that stand for bad input."""
+"""The exceptions that stand for bad input, and for a stop by a signal."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
   """Something the user gave cannot be used.
 
   The message is one line that names the culprit (file, key or value) and says
-  what to do. `main` prints it without a traceback and exits with status 1.
+  what to do. A command prints it without a traceback and exits with status 1.
   """
 
 
 class UnreadableError(UserError):
   """A file that is there but is damaged."""
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, else the name of its type."""
+  return (
+    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
+  )
+
+
+class Preempted(Exception):
+  """A signal stopped the work after a step, and its checkpoint is saved.
+
+  A command exits with the shell's status for the signal.
+
+  Attributes:
+    signal: its number.
+    step: the last one that was done.
+  """
+
+  def __init__(self, signal: int, step: int) -> None:
+    super().__init__(
+      f'stopped at step {step}; the same command goes on from there'
+    )
+    self.signal, self.step = signal, step
+
+
+def require(holds: bool, rule: str, value: Any) -> None:
+  """Raises `ValueError` with a rule and the value that breaks it.
+
+  >>> require(0 <= 2 < 1, 'momentum must be in [0, 1)', 2)
+  Traceback (most recent call last):
+  ValueError: momentum must be in [0, 1), got 2
+  """
+  if not holds:
+    raise ValueError(f'{rule}, got {value!r}')
 
 
 @contextlib.contextmanager
@@ -25,3 +61,37 @@ def naming(culprit: str) -> Iterator[None]:
     raise
   except ValueError as error:
     raise UserError(f'{culprit}: {error}') from error
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises `ValueError` unless the setting `name` has one of its values."""
+  if value not in choices:
+    raise ValueError(
+      f'{name} must be one of {", ".join(choices)}, got {value!r}'
+    )
+
+
+def check_map(name: str, x: Any, channels: int | None = None) -> None:
+  """Raises `ValueError` unless x is a map [B, H, W, C] of at least a pixel.
+
+  Args:
+    name: of x, for the message.
+    x: anything with a shape, also a tracer: it costs nothing at run time.
+    channels: C; None for any number.
+  """
+  shape = tuple(x.shape)
+  if len(shape) == 4 and 0 not in shape[1:] and channels in (None, shape[-1]):
+    return
+  hint = ''
+  if len(shape) == 4 and channels in shape[1:2]:
+    hint = f'; the channels are second: {name}.transpose(0, 2, 3, 1)'
+  elif len(shape) == 3 and channels in (None, shape[2]):
+    hint = f'; the batch axis is missing: {name}[None]'
+  elif len(shape) == 3 and channels == shape[0]:
+    hint = (
+      '; the batch axis is missing and the channels are first:'
+      f' {name}.transpose(1, 2, 0)[None]'
+    )
+  raise ValueError(
+    f'{name} must be [B, H, W, {channels or "C"}], got {list(shape)}{hint}'
+  )

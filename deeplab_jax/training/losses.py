@@ -7,6 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deeplab_jax.runtime.errors import require
+
+
+def check_settings(
+  label_smoothing: float, hardest: float, class_weights: Sequence[float] | None
+) -> None:
+  """Raises `ValueError` for settings that no loss can have."""
+  require(
+    0 <= label_smoothing < 1,
+    'label_smoothing must be in [0, 1)',
+    label_smoothing,
+  )
+  require(0 < hardest <= 1, 'hardest must be in (0, 1]', hardest)
+  if class_weights is not None:
+    numbers = all(isinstance(x, int | float) for x in class_weights)
+    require(
+      numbers and min(class_weights) >= 0 and 0 < max(class_weights) < 2**128,
+      'class_weights must be finite numbers from 0, not all of them 0',
+      class_weights,
+    )
+
 
 def softmax_cross_entropy(
   logits: jax.Array,

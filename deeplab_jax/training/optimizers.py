@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from deeplab_jax.runtime.errors import require
+
 OPTIMIZERS = ('sgd', 'adam')
 
 
@@ -16,7 +18,13 @@ def poly_schedule(
 
   Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
   rises from 0 and joins the curve where it then stands.
+
+  Raises:
+    ValueError: for a value that makes no such schedule.
   """
+  require(learning_rate > 0, 'learning_rate must be above 0', learning_rate)
+  require(power >= 0, 'power must be at least 0', power)
+  require(warmup_steps >= 0, 'warmup_steps must be at least 0', warmup_steps)
 
   def schedule(step: jax.Array) -> jax.Array:
     warmup = jax.numpy.minimum(step / max(warmup_steps, 1), 1)
@@ -35,7 +43,7 @@ def make_optimizer(
   momentum: float = 0.9,
   weight_decay: float = 0.0,
   head_multiplier: float = 1.0,
-  clip_norm: float = 0.0,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """SGD with momentum, or Adam, as an optax transformation.
 
@@ -47,11 +55,18 @@ def make_optimizer(
       the convolution kernels only (not to biases or batch normalisation).
     head_multiplier: factor on the learning rate of everything that is not in
       the backbone.
-    clip_norm: gradients of a larger global norm are scaled to it; 0 for never.
+    clip_norm: gradients of a larger global norm are scaled to it; None for
+      never.
 
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name or an impossible value.
   """
+  require(0 <= momentum < 1, 'momentum must be in [0, 1)', momentum)
+  require(weight_decay >= 0, 'weight_decay must be at least 0', weight_decay)
+  require(
+    head_multiplier >= 0, 'head_multiplier must be at least 0', head_multiplier
+  )
+  require((clip_norm or 1) > 0, 'clip_norm must be above 0', clip_norm)
   if name not in OPTIMIZERS:
     raise ValueError(f'optimizer must be sgd or adam, got {name!r}')
   # The same parts whatever the numbers, so that a run may go on with others.

@@ -31,6 +31,7 @@ from jax import lax
 
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.training.losses import (
+  check_settings,
   hardest_pixels,
   pixel_weights,
   softmax_cross_entropy,
@@ -112,6 +113,7 @@ def train_step(
     and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`, the
     number of pixels that have a part in the loss.
   """
+  check_settings(label_smoothing, hardest, class_weights)
 
   def loss_of(params: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(
