@@ -1,491 +1,304 @@
-"""The embedded default configuration, and checks of any other.
+"""Every setting with its default, and the checks that no constructor makes.
 
 The default trains a small network on generated scenes within minutes on a
-laptop, so that every part can be seen at work without a data set. The recipes
-in `experiments/` change what they need.
+laptop. The recipes in `experiments/` change what they need. `docs/settings.py`
+turns the comments, above a setting or behind it, into docs/settings.md.
 """
 
+import abc
+import ast
 import copy
-import difflib
 import functools
+import itertools
 import json
-import math
 import os
 import re
 import runpy
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from absl import flags
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections.config_dict import placeholder
+from ml_collections.config_flags import config_path
 
+from deeplab_jax.runtime.console import did_you_mean, named_options
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
-MEDIAN_FREQUENCY = 'median_frequency'
+
+class _Open(abc.ABC):  # noqa: B024
+  """Type of a setting: a name or function, or a tuple or text for a tuple."""
 
 
-def get_config() -> ml_collections.ConfigDict:
+class _AsGiven(flags.ArgumentParser):
+  """Leaves an option as it was given; `check_types` reads it."""
+
+  def parse(self, argument: Any) -> Any:
+    return argument
+
+
+for _member in (str, Callable, tuple, list):
+  _Open.register(_member)
+config_flags.register_flag_parser_for_type(_Open, _AsGiven())
+_open = functools.partial(FieldReference, field_type=_Open)
+
+
+def get_config() -> ConfigDict:
   """Returns the default configuration, locked against new keys."""
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  # Weights to start from, see `weights.files.SOURCES`; '' for random ones.
-  config.init_from = ''
-  # Patterns of arrays that may fit nothing or stay as they are, by commas.
-  config.init_allow = ''
-  config.list = False  # --mode=import prints where arrays go, and ends
+  config = ConfigDict()
+  config.seed = 0  # of the initial weights, the order of images, augmentation
+  config.init_from = placeholder(str)  # weights: `keras`, a file or a workdir
+  config.init_allow = _open(())  # patterns of their arrays that may stay out
+  config.list = False  # `--mode=import` only prints where each array goes
 
-  # The arguments of `deeplab_v3`; the data set gives the number of classes.
-  config.model = ml_collections.ConfigDict()
-  # A key of `PRESETS`; '' for that of init_from, of the checkpoint, or 'paper'.
-  config.model.preset = ''
-  config.model.backbone = 'resnet18'
-  config.model.width = 0.25
-  config.model.output_stride = 8
-  config.model.multi_grid = (1, 2, 4)
-  config.model.aspp_rates = (6, 12, 18)
-  config.model.aspp_features = 64
-  config.model.bn_decay = 0.97
-  config.model.bn_epsilon = 0.0  # 0 for that of the preset
-  config.model.dtype = 'float32'
-  # 'none', 'elementwise' or 'block' is computed again in the backward pass, to
-  # save memory; '' for what suits the device.
-  config.model.rematerialization = ''
+  model = config.model = ConfigDict()
+  # `paper`, `seed`, `slim`, `keras` or `timm`; unset for that of the weights.
+  model.preset = placeholder(str)
+  model.backbone = _open('resnet18')  # or `34`, `50`, `101`, `152`, `200`
+  model.width = 0.25  # factor on the channels of the backbone
+  model.output_stride = 8  # or 16, 32; may change after training
+  model.multi_grid = _open((1, 2, 4))  # factors on the rates of block 4
+  model.aspp_rates = _open((6, 12, 18))  # at output stride 16
+  model.aspp_features = 64  # channels of each ASPP branch
+  model.bn_decay = 0.97  # of the running batch statistics
+  model.bn_epsilon = placeholder(float)  # unset for the preset's
+  model.dtype = 'float32'  # or `bfloat16`; parameters stay float32
+  # Maps to compute twice, to save memory: `none`, `elementwise` or `block`.
+  model.rematerialization = placeholder(str)
 
-  config.data = ml_collections.ConfigDict()
-  config.data.name = 'shapes'  # or another key of `data.load.LOADERS`
-  config.data.dir = ''  # the source on this disk, for data sets that have one
-  config.data.prepared_dir = ''  # prepared records; '' for the TFDS default
-  config.data.train_split = 'train'
-  config.data.eval_split = 'val'  # '' to train without evaluation
-  # Of 'voc2012_segmentation/list': a text file of the ids to train on, and the
-  # share of them that is held out as the split 'holdout'.
-  config.data.list = ''
-  config.data.holdout = 0.1
-  # Label value of void in the files; where it is a line of classes.txt, that
-  # line names no class.
-  config.data.ignore_label = 255
-  # Of 'folder', what values in the label files stand for: pairs by commas, as
-  # '255:1' or '0:void,1:0'; others stay.
-  config.data.label_map = ''
-  config.data.on_bad_image = 'stop'  # or 'skip'
-  config.data.scale = (0.5, 2.0)
-  config.data.crop_size = (129, 129)  # height, width
-  config.data.flip = 0.5  # probability
-  # Strength of brightness, contrast, saturation and hue.
-  config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)
-  config.data.threads = 0  # that load; 0 for one a core, at most 16
-  config.data.workers = 0  # loader processes beside the threads
+  data = config.data = ConfigDict()
+  # Or `folder`, `voc2012_segmentation`, the same with `/trainaug` or `/list`.
+  data.name = _open('shapes')
+  data.dir = placeholder(str)  # the source on this disk
+  data.prepared_dir = placeholder(str)  # unset for ~/tensorflow_datasets
+  data.train_split = 'train'
+  data.eval_split = 'val'  # empty to train without evaluation
+  data.ignore_label = 255  # label value of void in the files
+  data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
+  data.on_bad_image = 'stop'  # at an unreadable file, or `skip` it
+  data.scale = _open((0.5, 2.0))  # smallest and largest random factor
+  data.crop_size = _open((129, 129))  # height, width
+  data.flip = 0.5  # probability to mirror an image
+  # Strengths of random brightness, contrast, saturation and hue.
+  data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
+  data.threads = 0  # that load images; 0 for one per core, at most 16
+  data.workers = 0  # processes that load images, besides the threads
+  # Of one data set; a recipe may add the options of its own loader.
+  options = data.options = ConfigDict()
+  options.list = placeholder(str)  # of `.../list`: a file of ids to train on
+  options.holdout = placeholder(float)  # of the same: share held out, else 0.1
 
-  config.train = ml_collections.ConfigDict()
-  config.train.steps = 300
-  config.train.batch_size = 8  # over all devices
-  config.train.log_every = 20
-  config.train.eval_every = 150  # evaluates and saves
-  config.train.sync_bn = True  # batch statistics over all devices
-  config.train.freeze_bn = False  # keep the batch statistics as loaded
+  train = config.train = ConfigDict()
+  train.steps = 300
+  train.batch_size = 8  # over all devices
+  train.log_every = 20  # steps
+  train.eval_every = 150  # steps; evaluates and saves
+  train.sync_bn = True  # batch statistics over all devices
+  train.freeze_bn = False  # keep the batch statistics as loaded
 
-  config.loss = ml_collections.ConfigDict()
-  # Numbers by commas, one a class, or 'median_frequency'; '' for equal ones.
-  config.loss.class_weights = ''
-  config.loss.hardest = 1.0  # share of each image's pixels, the hardest
-  config.loss.label_smoothing = 0.0
+  loss = config.loss = ConfigDict()
+  loss.name = _open('cross_entropy')
+  # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
+  loss.class_weights = _open(())
+  loss.hardest = 1.0  # share of each image's pixels, those of largest loss
+  loss.label_smoothing = 0.0  # share of the target spread over all classes
 
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = 'sgd'  # or 'adam'
-  config.optimizer.learning_rate = 0.1
-  config.optimizer.power = 0.9
-  config.optimizer.warmup_steps = 0
-  config.optimizer.momentum = 0.9
-  config.optimizer.weight_decay = 1e-4
-  config.optimizer.head_multiplier = 1.0
-  config.optimizer.clip_norm = 0.0  # 0 for no clipping
+  optimizer = config.optimizer = ConfigDict()
+  optimizer.name = _open('sgd')  # or `adam`
+  optimizer.learning_rate = 0.1  # at the start of the poly schedule
+  optimizer.power = 0.9  # of the poly schedule; 0 for a constant rate
+  optimizer.warmup_steps = 0  # over which the rate rises from 0
+  optimizer.momentum = 0.9  # of `sgd`
+  optimizer.weight_decay = 1e-4  # L2 penalty of convolution kernels
+  optimizer.head_multiplier = 1.0  # on the rate outside the backbone
+  optimizer.clip_norm = placeholder(float)  # of all gradients together
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.step = 'best'  # 'best', 'latest' or a number
-  config.eval.batch_size = 8  # over all devices
-  config.eval.panels = 8  # images in the picture of each evaluation
-  # 'whole', 'center_crop' or 'sliding_window', see README
-  config.eval.protocol = 'whole'
-  config.eval.buckets = 4  # sizes to pad to, each compiled once
-  config.eval.crop_size = (513, 513)  # height, width of crop or window
-  config.eval.overlap = 1 / 3  # share of a window that the next one covers
-  config.eval.scales = (1.0,)  # probabilities are averaged over them
-  config.eval.flip = False  # and over the mirrored image
-  config.eval.worst_and_best = 4  # images in each of these two pictures
-  config.eval.save_predictions = False  # writes an archive beside the measures
+  evaluation = config.eval = ConfigDict()
+  evaluation.step = 'best'  # or `latest`, or a number
+  evaluation.batch_size = 8  # over all devices
+  evaluation.panels = 8  # images in the picture of each evaluation
+  evaluation.protocol = _open('whole')  # or `center_crop`, `sliding_window`
+  evaluation.buckets = 4  # sizes to pad images to, each compiled once
+  evaluation.crop_size = _open((513, 513))  # height, width of crop or window
+  evaluation.overlap = 1 / 3  # share of a window that the next one covers
+  evaluation.scales = _open((1.0,))  # probabilities are averaged over them
+  evaluation.flip = False  # average over the mirrored image too
+  evaluation.worst_and_best = 4  # images in each of these two pictures
+  evaluation.save_predictions = False  # write an archive for a test server
 
-  config.predict = ml_collections.ConfigDict()
-  config.predict.output_dir = ''  # '' for WORKDIR/predictions
-  return config.lock()
+  predict = config.predict = ConfigDict()
+  predict.output_dir = placeholder(str)  # unset for WORKDIR/predictions
+  config.lock().data.options.unlock()
+  return config
 
 
-_FLOAT32_MAX = 3.4028234663852886e38
-_INT32_MAX = 2**31 - 1
-
-_Rule = tuple[str, Callable[[Any], bool]]
-
-_ABOVE_0: _Rule = 'above 0', lambda x: x > 0
-_FROM_0: _Rule = 'at least 0', lambda x: x >= 0
-_FROM_1: _Rule = 'at least 1', lambda x: x >= 1
-_FRACTION: _Rule = 'in [0, 1)', lambda x: 0 <= x < 1
-_RATES: _Rule = (
-  'a tuple of numbers from 1',
-  lambda x: len(x) > 0 and min(x) >= 1,
+_STEP = re.compile(r'best|latest|[0-9]+')
+# What values must be, in words and as a test, where no constructor knows it.
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+  ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
+  ('data.train_split', 'the name of a split', bool),
+  ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
+  ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
+  ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
+  ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
+  ('eval.step', 'best, latest or a number', _STEP.fullmatch),
+  ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
+  ('eval.buckets', 'at least 1', lambda x: x >= 1),
 )
 
 
-def _one_of(*values: Any) -> _Rule:
-  return ' or '.join(map(str, values)), lambda x: x in values
-
-
-def _are_weights(text: str) -> bool:
-  if text in ('', MEDIAN_FREQUENCY):
-    return True
-  try:
-    weights = parse_numbers(text)
-  except ValueError:
-    return False
-  return all(0 <= x <= _FLOAT32_MAX for x in weights) and any(weights)
-
-
-# What the value of a key must be, in words and as a test.
-_RULES: dict[str, _Rule] = {
-  'seed': ('in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
-  'model.width': (
-    'above 1/128, which leaves at least one of 64 channels',
-    lambda x: x > 0 and round(64 * x) >= 1,
-  ),
-  'model.output_stride': _one_of(8, 16, 32),
-  'model.multi_grid': _RATES,
-  'model.aspp_rates': _RATES,
-  'model.aspp_features': _ABOVE_0,
-  'model.bn_decay': _FRACTION,
-  'model.bn_epsilon': _FROM_0,
-  'model.dtype': _one_of('float32', 'bfloat16'),
-  'model.rematerialization': _one_of('none', 'elementwise', 'block', ''),
-  'data.train_split': ('the name of a split', bool),
-  'data.holdout': _FRACTION,
-  'data.ignore_label': ('in 0..255', lambda x: 0 <= x <= 255),
-  'data.on_bad_image': _one_of('stop', 'skip'),
-  'data.scale': (
-    '(smallest, largest), above 0 and at most 2^31 - 1',
-    lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= _INT32_MAX,
-  ),
-  'data.crop_size': (
-    '(height, width), from 1',
-    lambda x: len(x) == 2 and min(x) >= 1,
-  ),
-  'data.flip': ('a probability', lambda x: 0 <= x <= 1),
-  'data.color_jitter': (
-    'four strengths from 0, the last (hue) up to 0.5',
-    lambda x: len(x) == 4 and min(x) >= 0 and x[3] <= 0.5,
-  ),
-  'data.threads': _FROM_0,
-  'data.workers': _FROM_0,
-  'train.steps': (
-    'in 1..2^31 - 1, which an int32 counts',
-    lambda x: 1 <= x <= _INT32_MAX,
-  ),
-  'train.batch_size': _FROM_1,
-  'train.log_every': _FROM_1,
-  'train.eval_every': _FROM_1,
-  'loss.class_weights': (
-    f"numbers from 0 by commas, one a class, '{MEDIAN_FREQUENCY}' or ''",
-    _are_weights,
-  ),
-  'loss.hardest': ('in (0, 1]', lambda x: 0 < x <= 1),
-  'loss.label_smoothing': _FRACTION,
-  'optimizer.name': _one_of('sgd', 'adam'),
-  'optimizer.learning_rate': _ABOVE_0,
-  'optimizer.power': _FROM_0,
-  'optimizer.warmup_steps': _FROM_0,
-  'optimizer.momentum': _FRACTION,
-  'optimizer.weight_decay': _FROM_0,
-  'optimizer.head_multiplier': _FROM_0,
-  'optimizer.clip_norm': _FROM_0,
-  'eval.step': (
-    'best, latest or a number',
-    lambda x: x in ('best', 'latest') or x.isdecimal(),
-  ),
-  'eval.batch_size': _FROM_1,
-  'eval.panels': _FROM_0,
-  'eval.protocol': _one_of('whole', 'center_crop', 'sliding_window'),
-  'eval.buckets': _FROM_1,
-  'eval.crop_size': (
-    '(height, width), from 1',
-    lambda x: len(x) == 2 and min(x) >= 1,
-  ),
-  'eval.overlap': _FRACTION,
-  'eval.scales': (
-    'a tuple of numbers above 0, at most 4',
-    lambda x: len(x) > 0 and min(x) > 0 and max(x) <= 4,
-  ),
-  'eval.worst_and_best': _FROM_0,
-}
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks structure, types and ranges.
+def validate(config: ConfigDict) -> None:
+  """Checks all that no constructor checks; `build.check` calls those.
 
   Raises:
     UserError: naming the key and its value.
   """
-  _check_structure(config, get_config(), 'config')
-  for key, (what, holds) in _RULES.items():
-    value = value_of(config, key)
-    if not holds(value):
-      raise UserError(f'config.{key} must be {what}, got {value!r}')
-  if config.data.dir and config.data.name == 'shapes':
-    raise UserError(
-      f'config.data.dir={config.data.dir} is not used by generated data,'
-      ' config.data.name=shapes; set config.data.name=folder'
-    )
+  check_types(config)
+  for keys, what, holds in _RULES:
+    for key in keys.split():
+      value = config_path.get_value(key, config)
+      if not holds(value):
+        raise UserError(f'config.{key} must be {what}, got {value!r}')
   crop_size, stride = config.data.crop_size, config.model.output_stride
-  if min(crop_size) < stride:
+  if crop_size and min(crop_size) < stride:
     raise UserError(
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
     )
 
 
-def check_machine(
-  config: ml_collections.ConfigDict,
-  mode: str,
-  *,
-  memory: int | None = None,
-  threads: int | None = None,
-  hosts: int = 1,
-) -> None:
-  """Refuses what cannot fit into this machine, before anything is started.
+def check_types(config: ConfigDict) -> None:
+  """Checks keys and types, and reads text that stands for a tuple or None."""
+  default, given = get_config(), flat(config)
+  for key in given:
+    if not key.startswith('data.options.'):
+      check_key(key)
+  for key, standard in flat(default).items():
+    if key not in given:
+      raise UserError(f'config.{key} is missing: the section was replaced')
+    kind = config_path.get_type(key, default)
+    given[key] = _read(f'config.{key}', given[key], kind, standard)
+  with config.ignore_type():
+    config.update_from_flattened_dict(given)
 
-  Every estimate is a lower bound: what is not refused may still be too much.
 
-  Args:
-    config: valid by itself.
-    mode: of the command, whose settings alone are looked at.
-    memory: bytes of the machine and its accelerators; None where unknown.
-    threads: the most that a process may have; None where unknown.
-    hosts: machines that share each batch.
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+def _read(key: str, value: Any, kind: Any, default: Any) -> Any:
+  """Returns what was meant, if it is of the type of the default."""
+  # '' and 0 are older spellings of 'not set', but 0 may be held out.
+  unset = value is None or (not value and not key.endswith('.holdout'))
+  if default is None and unset:
+    return None
+  if isinstance(default, tuple):
+    value = _parse_values(value)
+    kind = type(default[0]) if default else object
+  elif kind is _Open:
+    if callable(value):
+      return value
+    kind = str
+    if '.' in str(value):
+      raise UserError(
+        f'{key}={value} is a function of a recipe; name that: --config=RECIPE'
+      )
+  for element in value if isinstance(value, tuple) else (value,):
+    fits = kind is object or type(element) is kind
+    if not fits and not (kind is float and type(element) is int):
+      raise UserError(f'{key} must be of type {kind.__name__}, got {value!r}')
+    # Also false for NaN; and the network computes in no wider type.
+    if kind is float and not abs(element) <= _FLOAT32_MAX:
+      raise UserError(f'{key} must be finite in float32, got {value!r}')
+  return value
+
+
+def _parse_values(value: Any) -> tuple[Any, ...]:
+  """Reads '1,2', '(1, 2)' and 'words,by,commas'; leaves what is no text."""
+  if isinstance(value, str):
+    try:
+      value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      value = [part.strip() for part in value.split(',') if part.strip()]
+  return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+  """The values by key, as 'train.steps'."""
+  return flatten_dict(config.to_dict(), sep='.')
+
+
+def check_key(key: str, config: ConfigDict | None = None) -> None:
+  """Raises `UserError` unless there is a setting `key`, as 'train.steps'."""
+  section, path = config or get_config(), 'config'
+  for name in key.split('.'):
+    if not isinstance(section, ConfigDict):
+      raise UserError(f'unknown key config.{key}; {path} is no section')
+    if name not in section:
+      near = did_you_mean(key, flat(get_config()))
+      hint = f'did you mean config.{near}? ' if near else ''
+      raise UserError(
+        f'unknown key {path}.{name}; {hint}{path} has {", ".join(section)}'
+      )
+    section, path = section[name], f'{path}.{name}'
+
+
+def override(
+  config: ConfigDict, argv: Sequence[str], known: Sequence[str] = ()
+) -> list[str]:
+  """Applies --config.section.key=value in place; returns the other arguments.
+
+  If a setting is given twice, the last value counts. One of the `known` flags
+  of the program is proposed for a misspelled one.
 
   Raises:
-    UserError: naming settings, what they take and what there is.
+    UserError: for an unknown setting or flag, or a value that does not parse.
   """
-  loads = mode in ('train', 'eval')
-  if loads and threads is not None and config.data.threads > threads:
-    raise UserError(
-      f'config.data.threads={config.data.threads}: a process has at most'
-      f' {threads} threads on this machine'
+  for argument in itertools.takewhile(lambda word: word != '--', argv):
+    if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
+      check_key(match[1], config)
+  values = flags.FlagValues()
+  with named_options([*known, *(f'config.{key}' for key in flat(config))]):
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=values, sys_argv=list(argv)
     )
-  for what, keys, estimate in _least_memory(config, mode, hosts):
-    if memory is not None and estimate > memory:
-      raise UserError(
-        f'{_shown(config, keys)}: {what} take at least {_gigabytes(estimate)},'
-        f' and this machine has {_gigabytes(memory)} of memory'
-      )
+    return values(argv)[1:]
 
 
-# What a thread and a process that load images have of their own, in bytes:
-# the stack's first pages here and in the kernel; Python and its libraries.
-_THREAD = 2**15
-_PROCESS = 2**26
-
-
-def _least_memory(
-  config: ml_collections.ConfigDict, mode: str, hosts: int
-) -> Iterator[tuple[str, tuple[str, ...], int]]:
-  """Yields what takes memory, by which settings, and the least bytes."""
-  model, data = config.model, config.data
-  number = 2 if model.dtype == 'bfloat16' else 4
-  base, rates = round(64 * model.width), len(model.aspp_rates)
-
-  # The two 3x3 kernels at least of the last block, whatever the backbone, and
-  # those of the ASPP, its branches and what joins them. Training also holds a
-  # gradient and a momentum of each parameter.
-  last, features = 8 * base, model.aspp_features
-  count = 2 * 9 * last**2
-  count += rates * 9 * last * features + (rates + 2) * features**2
-  yield (
-    'the parameters',
-    ('model.width', 'model.aspp_features'),
-    4 * count * (3 if mode == 'train' else 1),
-  )
-  # A convolution reaches `rate` cells to each side. Where no map of that size
-  # fits, at one number a cell, eight of its nine taps would only see zeros. A
-  # rate is halved at most, at output stride 32.
-  widest = max(max(model.aspp_rates) // 2, max(model.multi_grid))
-  yield (
-    'maps as large as an atrous convolution reaches',
-    ('model.aspp_rates', 'model.multi_grid'),
-    number * (1 + 2 * widest) ** 2,
-  )
-  processes, threads = max(data.workers, 1), max(data.threads, 1)
-  if mode == 'train':
-    yield (
-      'the threads and processes that load images',
-      ('data.threads', 'data.workers'),
-      processes * threads * _THREAD + data.workers * _PROCESS,
-    )
-    pixels = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
-    # Image and label in bytes, a batch in each thread and one in the step.
-    yield (
-      'the loaded batches',
-      ('train.batch_size', 'data.crop_size', 'data.threads', 'data.workers'),
-      4 * pixels * (processes * threads + 1),
-    )
-    # The image in numbers, and the stem's map, of half its height and width.
-    yield (
-      'the first maps of the network',
-      ('train.batch_size', 'data.crop_size', 'model.width'),
-      number * pixels * (3 * 4 + base) // 4,
-    )
-  if mode == 'eval' or (mode == 'train' and data.eval_split):
-    rows = -(-config.eval.batch_size // hosts)
-    # As above where images are cut. Whole, they have a pixel at least, and
-    # that a cell of the ASPP's branches.
-    cut = config.eval.protocol != 'whole'
-    pixels = rows * (math.prod(config.eval.crop_size) if cut else 1)
-    yield (
-      'the batches of evaluation',
-      ('eval.batch_size', *(['eval.crop_size'] if cut else [])),
-      pixels * (4 + 3 * number) + rows * (rates + 2) * features * number,
-    )
-
-
-def _shown(config: ml_collections.ConfigDict, keys: Sequence[str]) -> str:
-  """Those settings that are not the default, or all if they are."""
-  default = get_config()
-  changed = [k for k in keys if value_of(config, k) != value_of(default, k)]
-  return ', '.join(
-    f'config.{key}={value_of(config, key)}' for key in changed or keys
-  )
-
-
-def _gigabytes(count: int) -> str:
-  value = min(count, 10**300) / 1e9  # larger ones are no float
-  return f'{value:,.1f} GB' if value < 1e9 else f'{value:.0e} GB'
-
-
-# What names a file or folder, and values of each that do not.
-_PATHS = {
-  'data.dir': r'',
-  'data.list': r'',
-  'data.prepared_dir': r'|\w+://.*',
-  'init_from': r'|keras|\w+://.*',
-  'predict.output_dir': r'',
-}
-
-
-def make_paths_absolute(
-  config: ml_collections.ConfigDict, keys: Collection[str] | None = None
-) -> None:
-  """Lets paths mean the same in any folder, in place.
-
-  Args:
-    config: changed in place.
-    keys: of the settings to change; None for all that name files or folders.
-  """
-  for key, no_path in _PATHS.items():
-    value = value_of(config, key)
-    wanted = keys is None or key in keys
-    if wanted and not re.fullmatch(no_path, value):
+def make_paths_absolute(config: ConfigDict) -> None:
+  """Lets paths mean the same in any folder, in place."""
+  paths = 'data.dir', 'data.prepared_dir', 'init_from', 'predict.output_dir'
+  for key in (*paths, 'data.options.list'):
+    value = config_path.get_value(key, config)
+    if value and '://' not in value and (key, value) != ('init_from', 'keras'):
       path = os.path.abspath(os.path.expanduser(value))
       config.update_from_flattened_dict({key: path})
 
 
-def parse_numbers(text: str) -> list[float]:
-  """Reads numbers by commas; raises `ValueError` for anything else."""
-  return [float(number) for number in text.split(',')]
-
-
-def with_preset(
-  config: ml_collections.ConfigDict, preset: str
-) -> ml_collections.ConfigDict:
-  """A copy in which `preset` stands where `model.preset` is empty."""
+def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
+  """A copy in which `preset` stands where `model.preset` is not set."""
   config = copy.deepcopy(config)
   config.model.preset = config.model.preset or preset
   return config
 
 
-def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
-  """The value of a key that there is, as 'train.steps'."""
-  return functools.reduce(
-    lambda section, name: section[name], key.split('.'), config
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The configuration as JSON values; a function is its dotted name."""
+  text = json.dumps(
+    config.to_dict(), default=lambda f: f'{f.__module__}.{f.__qualname__}'
   )
+  return json.loads(text)
 
 
-def all_keys() -> list[str]:
-  """The keys of all settings, as 'train.steps'."""
-  return list(flatten_dict(get_config().to_dict(), sep='.'))
+# Settings of older workdirs, now in `data.options`.
+_MOVED = 'data.list', 'data.holdout'
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-  """The one of `names` that is most like a misspelt one; '' if none is."""
-  return next(iter(difflib.get_close_matches(name, names, 1)), '')
-
-
-def check_key(key: str) -> None:
-  """Raises `UserError` unless there is a setting `key`, as 'train.steps'."""
-  section, path = get_config(), 'config'
-  for name in key.split('.'):
-    if not isinstance(section, ml_collections.ConfigDict):
-      raise UserError(f'unknown key config.{key}; {path} is no section')
-    _check_name(section, name, path, key)
-    section, path = section[name], f'{path}.{name}'
-
-
-def _check_name(
-  section: ml_collections.ConfigDict, name: str, path: str, key: str
-) -> None:
-  """Raises unless the section at `path` has `name`, as it has to for `key`."""
-  if name not in section:
-    near = did_you_mean(key, all_keys())
-    hint = f'did you mean config.{near}? ' if near else ''
-    raise UserError(
-      f'unknown key {path}.{name}; {hint}{path} has {", ".join(section)}'
-    )
-
-
-def _check_structure(value: Any, default: Any, key: str) -> None:
-  """Raises unless `value` has the keys and types of `default`."""
-  if isinstance(default, ml_collections.ConfigDict):
-    if not isinstance(value, ml_collections.ConfigDict):
-      raise UserError(f'{key} is a section and cannot be set to {value!r}')
-    for name in value:
-      inner = f'{key}.{name}'.removeprefix('config.')
-      _check_name(default, name, key, inner)
-    for name in default:
-      if name not in value:
-        raise UserError(f'{key}.{name} is missing: the section was replaced')
-      _check_structure(value[name], default[name], f'{key}.{name}')
-  elif isinstance(default, tuple):
-    if not isinstance(value, tuple):
-      raise UserError(f'{key} must be a tuple, got {value!r}')
-    for element in value:
-      _check_number(element, default[0], key, value)
-  else:
-    _check_number(value, default, key, value)
-
-
-def _check_number(value: Any, default: Any, key: str, shown: Any) -> None:
-  kind = type(default)
-  fits = type(value) is kind or (kind is float and type(value) is int)
-  if not fits:
-    raise UserError(f'{key} must be of type {kind.__name__}, got {shown!r}')
-  # Also false for NaN; and the network computes in no wider type.
-  if kind is float and not abs(value) <= _FLOAT32_MAX:
-    raise UserError(f'{key} must be finite in float32, got {shown!r}')
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The configuration as plain JSON values."""
-  return json.loads(config.to_json())
-
-
-def from_json(path: Path) -> ml_collections.ConfigDict:
+def from_json(path: Path) -> ConfigDict:
   """Reads the configuration that a run wrote into its workdir.
 
   Raises:
@@ -493,14 +306,15 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   """
   config = get_config()
   try:
-    saved = json.loads(path.read_text())
-    for name, value in saved.items():
-      if isinstance(value, dict):
-        for key, entry in value.items():
-          config[name][key] = tuple(entry) if type(entry) is list else entry
-      else:
-        config[name] = value
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    saved = flatten_dict(json.loads(path.read_text()), sep='.')
+    moved = {key: saved.pop(key) for key in _MOVED if key in saved}
+    if moved.get('data.list'):  # else nothing was held out
+      for key, value in moved.items():
+        saved[key.replace('data.', 'data.options.')] = value
+    with config.ignore_type():
+      config.update_from_flattened_dict(saved)
+    check_types(config)
+  except (ValueError, LookupError, TypeError, AssertionError) as error:
     raise UserError(
       f'{path} is not a configuration of this version: {_one_line(error)};'
       ' remove it, or pass --config'
@@ -508,27 +322,32 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   return config
 
 
-def from_recipe(path: str | Path) -> ml_collections.ConfigDict:
-  """Returns what the function `get_config()` of a Python file returns.
+def from_recipe(recipe: str | Path) -> ConfigDict:
+  """Calls `get_config()` of a recipe: a name in `experiments`, or a file.
 
   Raises:
     UserError: naming the file, and the line where it fails.
   """
-  file = str(Path(path).expanduser())
-  if not Path(file).is_file():
-    raise UserError(f'--config={path}: no such file{near_file(Path(file))}')
+  folder = Path(__file__).with_name('experiments')  # of an installed package
+  if not folder.is_dir():
+    folder = folder.parents[1] / 'experiments'  # of a clone
+  known = {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}
+  path = known.get(str(recipe), Path(recipe).expanduser())
+  if not path.is_file():
+    raise UserError(
+      f'--config={recipe}: no such file{near_file(path)}; known recipes:'
+      f' {", ".join(known)}'
+    )
   try:
-    config = runpy.run_path(file)['get_config']()
+    config = runpy.run_path(str(path), run_name=path.stem)['get_config']()
+    if not isinstance(config, ConfigDict):
+      raise TypeError(f'get_config() must return a ConfigDict, got {config!r}')
   except Exception as error:  # a recipe is a program and may raise anything
     trace = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in trace if frame.filename == file]
+    lines = [frame.lineno for frame in trace if frame.filename == str(path)]
     place = f', line {lines[-1]}' if lines else ''
-    raise UserError(f'--config={path}{place}: {_one_line(error)}') from error
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(
-      f'--config={path}: get_config() must return a ConfigDict, got {config!r}'
-    )
-  _check_structure(config, get_config(), 'config')
+    raise UserError(f'--config={recipe}{place}: {_one_line(error)}') from error
+  check_types(config)
   return config
 
 

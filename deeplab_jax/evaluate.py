@@ -9,14 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
+from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import check_tallies
 from deeplab_jax.evaluation.evaluator import Scores, write_archive
 from deeplab_jax.evaluation.metrics import format_table
 from deeplab_jax.evaluation.protocols import Protocol
-from deeplab_jax.models.deeplab import deeplab_v3
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.confusion import confusion_picture
@@ -48,10 +48,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   if not saves:
     check_labels(dataset, split)
   network = checkpoints.open_network(
-    workdir, config.eval.step, config.model.to_dict(), dataset.info.to_json()
+    workdir, config.eval.step, to_json(config)['model'], dataset.info.to_json()
   )
-  with naming('config.model'):
-    model = deeplab_v3(num_classes=dataset.info.num_classes, **network.model)
+  config = with_preset(config, network.model['preset'])
+  model = build.make_model(config, dataset.info.num_classes)
   evaluator = build.make_evaluator(model, dataset, config)
   if saves and evaluator.protocol.transform:
     raise UserError(

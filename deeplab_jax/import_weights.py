@@ -3,26 +3,22 @@
 import copy
 import functools
 import logging
-from collections.abc import Collection
 from pathlib import Path
 
 import jax
-import ml_collections
 import optax
+from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.config import (
-  from_json,
-  get_config,
-  to_json,
-)
+from deeplab_jax.config import from_json, get_config, to_json
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo
-from deeplab_jax.models.deeplab import PRESETS, deeplab_v3
+from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.training import steps
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights.keras import PUBLISHED
 from deeplab_jax.weights.load import (
   Pretrained,
   open_pretrained,
@@ -31,13 +27,11 @@ from deeplab_jax.weights.load import (
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_SOURCE = 'keras'
 
-
-def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def import_weights(config: ConfigDict, workdir: Path) -> None:
   """Writes a checkpoint of step 0 with the weights of `config.init_from`.
 
-  Prints what was loaded, what stayed as initialised and what was not used.
+  It prints what was loaded, what keeps its initial value and what was not used.
   With `config.list` it prints where each array would go, and writes nothing.
 
   Raises:
@@ -48,17 +42,21 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
   if config.list:
     print(f'{pretrained.names}\npreset: {config.model.preset}')
     return
-  _check_unused(workdir)
-  _adopt_data(config)
+  if (workdir / 'checkpoints').is_dir():
+    with checkpoints.Checkpoints(workdir) as saved:
+      if saved.latest_step is not None:
+        raise UserError(
+          f'{workdir} has a checkpoint of step {saved.latest_step}; import into'
+          ' another --workdir'
+        )
+  own = own_checkpoint(Path(config.init_from).expanduser())
+  if own and (own[0] / 'config.json').exists() and _has_default_data(config):
+    config.data.update(from_json(own[0] / 'config.json').data)
   info = _dataset_info(config, pretrained)
-  with naming('config.model'):
-    model = deeplab_v3(num_classes=info.num_classes, **config.model)
-  # Without an optimizer: the state of any is the initial one at step 0.
-  state = initialize(
-    pretrained,
-    steps.create_state(model, optax.identity(), config.seed),
-    config,
-  )
+  model = build.make_model(config, info.num_classes)
+  # Step 0 needs no state of an optimizer: training starts with a fresh one.
+  state = steps.create_state(model, optax.identity(), config.seed)
+  state = initialize(pretrained, state, config)
   with checkpoints.Checkpoints(workdir) as saved:
     saved.save(
       state, checkpoints.describe(to_json(config)['model'], info.to_json())
@@ -66,50 +64,28 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path) -> None:
   if distributed.is_first_process():
     write_json(workdir / 'config.json', to_json(config))
     print(f'{workdir} holds the weights for --mode=eval and --mode=predict')
-    if config.data == get_config().data:
+    if _has_default_data(config):
       print('eval needs a data set of these classes: --config.data.*')
 
 
-def _adopt_data(config: ml_collections.ConfigDict) -> None:
-  """Takes the data set of a run of this project, unless another was named."""
-  own = own_checkpoint(Path(config.init_from).expanduser())
-  if own and config.data == get_config().data:
-    saved = own[0] / 'config.json'
-    if saved.exists():
-      config.data.update(from_json(saved).data)
+def _has_default_data(config: ConfigDict) -> bool:
+  return config.data.to_dict() == get_config().data.to_dict()
 
 
-def _check_unused(workdir: Path) -> None:
-  if not (workdir / 'checkpoints').is_dir():
-    return
-  with checkpoints.Checkpoints(workdir) as saved:
-    if saved.latest_step is not None:
-      raise UserError(
-        f'{workdir} has a checkpoint of step {saved.latest_step}; import into'
-        ' another --workdir'
-      )
+def config_of(source: str, backbone: str) -> ConfigDict:
+  """The default with the network that the weights of a source fix.
+
+  The source 'keras' stands for several backbones and takes the one given, or
+  ResNet-50 if it has no weights for that.
+  """
+  config = get_config()
+  config.init_from, config.model.aspp_features = source, 256
+  pretrained = _open(source, backbone if backbone in PUBLISHED else 'resnet50')
+  config.model.update(pretrained.settings, preset=pretrained.presets[0])
+  return config
 
 
-def initialize(
-  pretrained: Pretrained,
-  state: steps.TrainState,
-  config: ml_collections.ConfigDict,
-) -> steps.TrainState:
-  """Puts the weights into a fresh state, and reports to the screen."""
-  allow = [name.strip() for name in config.init_allow.split(',') if name]
-  variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), allow
-  )
-  _open.cache_clear()
-  if distributed.is_first_process():
-    preset = ' or '.join(pretrained.presets)
-    log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
-  return state.replace(**variables)
-
-
-def open_source(
-  config: ml_collections.ConfigDict,
-) -> tuple[Pretrained, ml_collections.ConfigDict]:
+def open_source(config: ConfigDict) -> tuple[Pretrained, ConfigDict]:
   """Reads `config.init_from`, and completes the settings of the model by it.
 
   Returns:
@@ -119,22 +95,22 @@ def open_source(
     UserError: if the source cannot be read or the configuration contradicts it.
   """
   config = copy.deepcopy(config)
-  config.init_from = config.init_from or _DEFAULT_SOURCE
-  pretrained = _open(config.init_from, config.model.backbone)
-  if pretrained.dataset:  # refused where void was trained as a class
+  pretrained, model = (
+    _open(config.init_from, config.model.backbone),
+    config.model,
+  )
+  if pretrained.dataset:  # refused if void was trained as a class
     with naming(f'config.init_from={config.init_from}'):
       DatasetInfo.from_json(pretrained.dataset)
-  model = config.model
   model.preset = pretrained.preset_for(model.preset)
-  epsilon = pretrained.settings.get(
-    'bn_epsilon', PRESETS[model.preset]['bn_epsilon']
-  )
-  model.bn_epsilon = model.bn_epsilon or epsilon
-  wanted = {**pretrained.settings, 'bn_epsilon': epsilon}
+  wanted = {'bn_epsilon': PRESETS[model.preset]['bn_epsilon']}
+  wanted |= pretrained.settings
+  model.bn_epsilon = model.bn_epsilon or wanted['bn_epsilon']
+  asked = to_json(config)['model']
   contradictions = [
-    f'config.model.{key}={model[key]} (there {value})'
+    f'config.model.{key}={asked[key]} (there {value})'
     for key, value in wanted.items()
-    if model[key] != value
+    if asked[key] != (list(value) if isinstance(value, tuple) else value)
   ]
   if contradictions:
     looks = pretrained.settings.get('backbone', 'another network')
@@ -147,32 +123,25 @@ def open_source(
 
 @functools.lru_cache(maxsize=1)
 def _open(source: str, backbone: str) -> Pretrained:
-  """Reads a source once for its settings and its arrays."""
+  """Reads a source once, for its settings and for its arrays."""
   return open_pretrained(source, backbone=backbone)
 
 
-def adopt_settings(
-  config: ml_collections.ConfigDict, said: Collection[str]
-) -> None:
-  """Makes the model of the embedded default that of `config.init_from`.
-
-  Args:
-    config: changed in place.
-    said: keys that were given on the command line and stay, 'model.width'.
-  """
-  backbone = 'resnet50'
-  if 'model.backbone' in said:
-    backbone = config.model.backbone
-  source = config.init_from or _DEFAULT_SOURCE
-  settings = _open(source, backbone).settings
-  for key, value in {'aspp_features': 256, **settings}.items():
-    if f'model.{key}' not in said:
-      config.model[key] = value
+def initialize(
+  pretrained: Pretrained, state: steps.TrainState, config: ConfigDict
+) -> steps.TrainState:
+  """Puts the weights into a fresh state, and logs what was loaded."""
+  variables, report = pretrained.merge_into(
+    jax.device_get(state.variables), config.init_allow
+  )
+  _open.cache_clear()
+  if distributed.is_first_process():
+    preset = ' or '.join(pretrained.presets)
+    log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
+  return state.replace(**variables)
 
 
-def _dataset_info(
-  config: ml_collections.ConfigDict, pretrained: Pretrained
-) -> DatasetInfo:
+def _dataset_info(config: ConfigDict, pretrained: Pretrained) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
   if config.data.name == get_config().data.name:
     if pretrained.dataset:
@@ -180,5 +149,5 @@ def _dataset_info(
     voc = DATASETS['voc2012']
     if pretrained.num_classes == voc.num_classes:
       return voc
-  splits = (config.data.eval_split or config.data.train_split,)
-  return build.open_dataset(config, *splits).info
+  split = config.data.eval_split or config.data.train_split
+  return build.open_dataset(config, split).info

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
+from deeplab_jax import build
+from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data import buckets, images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.evaluation.evaluator import pmap_predict_step
-from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
+from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.weights import checkpoints
 
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-  config: ml_collections.ConfigDict, workdir: Path, inputs: Sequence[str]
+  config: ConfigDict, workdir: Path, inputs: Sequence[str]
 ) -> list[Path]:
   """Segments images with a checkpoint of `workdir`.
 
@@ -40,15 +42,15 @@ def predict(
   """
   paths = images.list_images(inputs)
   network = checkpoints.open_network(
-    workdir, config.eval.step, config.model.to_dict()
+    workdir, config.eval.step, to_json(config)['model']
   )
   variables = distributed.replicate(network.variables)
   # Only now: all processes restore together.
   if not distributed.is_first_process():
     return []
   info = DatasetInfo.from_json(network.dataset)
-  with naming('config.model'):
-    model = deeplab_v3(num_classes=info.num_classes, **network.model)
+  config = with_preset(config, network.model['preset'])
+  model = build.make_model(config, info.num_classes)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,16 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from deeplab_jax import build
 from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.data.records import Tally
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing
@@ -23,19 +22,17 @@ from deeplab_jax.visualize import samples
 
 log = logging.getLogger(__name__)
 
+_Show = Callable[..., None]
+_Tallies = Mapping[str, Any]  # by split, what `Dataset.tally` returns
 
-def prepare(
-  config: ml_collections.ConfigDict, workdir: Path | None
-) -> dict[str, Any]:
+
+def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   """Prepares the splits of `config.data`; prints and draws what they hold.
 
-  A folder is surveyed first, and what is wrong with it is printed. Into the
-  folder `prepare` go `prepare.txt` (what is printed), `prepare.json` and a
-  page of samples of each split, `SPLIT.png`.
-
-  Args:
-    config: of the run.
-    workdir: where the folder `prepare` is made; None for beside the records.
+  A folder is surveyed first, and what is wrong with it is printed. The folder
+  `prepare` receives `prepare.txt` (what is printed), `prepare.json` and a page
+  of samples of each split, `SPLIT.png`. It lies in the workdir, else beside the
+  prepared records.
 
   Returns:
     What `prepare.json` holds.
@@ -44,45 +41,70 @@ def prepare(
     UserError: if the data cannot be prepared, or a file not be written.
   """
   if workdir is not None:
-    _make_folder(workdir)  # fails before the work does
-  splits = (config.data.train_split, config.data.eval_split)
-  splits = tuple(dict.fromkeys(filter(None, splits)))
-  surveyed = config.data.name == 'folder' and config.data.dir
-  text, findings = _survey(config, splits) if surveyed else ('', ())
+    _make_folder(workdir)  # fails before the work is done
+  data, lines = config.data, []
+
+  def show(*parts: object) -> None:
+    lines.extend(f'{part}\n' for part in parts)
+    print(*parts, sep='\n', flush=True)
+
+  splits = tuple(
+    filter(None, dict.fromkeys((data.train_split, data.eval_split)))
+  )
+  surveyed = data.name == 'folder' and data.dir
+  findings = _survey(config, splits, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
-  name = dataset.info.name if surveyed else config.data.name
+  info = dataset.info
+  name = info.name if surveyed else data.name
   tallies = {split: dataset.tally(split) for split in dataset.builders}
+  labeled = {
+    s: tally for s, tally in tallies.items() if tally.class_pixels.any()
+  }
   published = _published(dataset)
   if not surveyed:
-    findings = _compare(
-      dataset.info, tallies, published, config.data.train_split
+    used = labeled | {data.train_split: tallies[data.train_split]}
+    findings = (
+      *label_findings(
+        {s: (t.class_pixels, t.void_pixels) for s, t in used.items()},
+        info.classes,
+        info.values,
+        info.void_value,
+        data.train_split,
+      ),
+      *_other_counts(tallies, published),
     )
-    text = _show(*findings, *[''] * bool(findings))
-    _refuse_fatal(name, findings)
-  weights = _class_weights(tallies[config.data.train_split])
-  text += _show_tables(name, dataset.info, tallies, published)
-  text += _show(
-    f'class weights by median frequency in {config.data.train_split}:',
-    f'--config.loss.class_weights={",".join(weights)}\n',
-  )
+    if findings:
+      _show_findings(name, findings, show)
+  show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
+  pairs = list(labeled.items())
+  for start in range(0, len(pairs), 2):  # that fit side by side on a screen
+    show('', _table(_class_rows(info, dict(pairs[start : start + 2]))))
+  show('', _table(_size_rows(tallies, published)))
+  trained = tallies[data.train_split]
+  weights = [
+    f'{weight:.4g}'
+    for weight in median_frequency_weights(
+      trained.class_pixels, trained.class_image_pixels
+    )
+  ]
+  show(f'class weights by median frequency in {data.train_split}:')
+  show(f'--config.loss.class_weights={",".join(weights)}', '')
   result = {
-    'dataset': dataset.info.to_json(),
+    'dataset': info.to_json(),
     'splits': {split: tally.to_json() for split, tally in tallies.items()},
     'published': published,
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
   if workdir is None:
-    builder = dataset.builders[config.data.train_split]
-    workdir = Path(builder.data_path).parent
+    workdir = Path(dataset.builders[data.train_split].data_path).parent
   output = _make_folder(workdir / 'prepare')
   write_json(output / 'prepare.json', result)
   with replacing(output / 'prepare.txt') as temporary:
-    Path(temporary).write_text(text, encoding='utf-8')
-  for split, tally in _labelled(tallies).items():
+    Path(temporary).write_text(''.join(lines), encoding='utf-8')
+  for split, tally in labeled.items():
     title = f'{name}, {split}: {tally.num_images:,} images'
-    source = dataset.source(split)
-    page = samples.sample_page(source, dataset.info, tally, title)
+    page = samples.sample_page(dataset.source(split), info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
   return result
@@ -99,13 +121,8 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  config: ml_collections.ConfigDict, splits: Sequence[str]
-) -> tuple[str, tuple[Finding, ...]]:
-  """Surveys and prints; returns what was printed, and the findings.
-
-  Raises:
-    UserError: if one of them is fatal.
-  """
+  config: ConfigDict, splits: Sequence[str], show: _Show
+) -> tuple[Finding, ...]:
   data = config.data
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
@@ -115,12 +132,16 @@ def _survey(
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
   )
-  text = _show(str(survey), *survey.findings, '')
-  _refuse_fatal(survey.root, survey.findings)
-  return text, survey.findings
+  show(survey)
+  _show_findings(survey.root, survey.findings, show)
+  return survey.findings
 
 
-def _refuse_fatal(name: object, findings: Sequence[Finding]) -> None:
+def _show_findings(
+  name: object, findings: Sequence[Finding], show: _Show
+) -> None:
+  """Shows them; raises `UserError` if one is fatal."""
+  show(*findings, '')
   fatal = sum(finding.count for finding in findings if finding.fatal)
   if fatal:
     errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
@@ -135,124 +156,68 @@ def _published(dataset: Dataset) -> dict[str, int]:
   for split, builder in dataset.builders.items():
     config = builder.builder_config
     if isinstance(config, voc.VocConfig):
-      count = voc.PUBLISHED[config.variant].get(split)
-      if count is not None:
-        counts[split] = count
-  return counts
+      counts[split] = voc.PUBLISHED[config.variant].get(split)
+  return {split: count for split, count in counts.items() if count}
 
 
-def _compare(
-  info: DatasetInfo,
-  tallies: Mapping[str, Tally],
-  published: Mapping[str, int],
-  trained: str,
+def _other_counts(
+  tallies: _Tallies, published: Mapping[str, int]
 ) -> tuple[Finding, ...]:
-  """Finds absent classes, and splits of more or fewer images than published."""
-  pixels = {
-    split: (tally.class_pixels, tally.void_pixels)
-    for split, tally in tallies.items()
-    if split == trained or tally.class_pixels.any()
-  }
-  found = label_findings(
-    pixels, info.classes, info.values, info.void_value, trained
-  )
+  """Finds splits of more or fewer images than published."""
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
     for split, count in published.items()
     if tallies[split].num_images != count
   )
-  if other:
-    title = 'splits of another number of images than published'
-    found += (Finding(title, len(other), other, fatal=False),)
-  return found
+  title = 'splits of another number of images than published'
+  return (Finding(title, len(other), other, fatal=False),) if other else ()
 
 
-def _labelled(tallies: Mapping[str, Tally]) -> dict[str, Tally]:
-  """Those of the splits that are not all void, as VOC's test is."""
-  return {
-    split: tally for split, tally in tallies.items() if tally.class_pixels.any()
-  }
-
-
-def _show_tables(
-  name: str,
-  info: DatasetInfo,
-  tallies: Mapping[str, Tally],
-  published: Mapping[str, int],
-) -> str:
-  """Prints the counts by class and the sizes; returns what is printed."""
-  text = _show(
-    f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}', ''
-  )
-  splits = list(_labelled(tallies).items())
-  for start in range(0, len(splits), 2):  # which fit side by side on a screen
-    rows = _class_rows(info, dict(splits[start : start + 2]))
-    text += _show(_table(rows), '')
-  return text + _show(_table(_size_rows(tallies, published)), '')
-
-
-def _show(*parts: object) -> str:
-  """Prints each part on lines of its own; returns what is printed."""
-  text = ''.join(f'{part}\n' for part in parts)
-  print(text, end='', flush=True)
-  return text
-
-
-def _class_weights(tally: Tally) -> list[str]:
-  """Writes the weight of each class by its median frequency, shortly."""
-  weights = median_frequency_weights(
-    tally.class_pixels, tally.class_image_pixels
-  )
-  return [f'{weight:.4g}' for weight in weights]
-
-
-def _class_rows(
-  info: DatasetInfo, tallies: Mapping[str, Tally]
-) -> list[list[str]]:
-  """Images, pixels and share of each class, beside one another by split."""
+def _class_rows(info: DatasetInfo, tallies: _Tallies) -> list[list[str]]:
+  """Images, pixels and share of each class, the splits side by side."""
   rows = [['class'], *([name] for name in info.classes), ['all classes']]
   rows.append(['void, of all pixels'])
   for split, tally in tallies.items():
-    pixels = int(tally.class_pixels.sum())
-    rows[0] += [f'{split}: images', 'pixels', '%']
-    for row, images, own in zip(
-      rows[1:-2], tally.class_images, tally.class_pixels, strict=True
-    ):
-      row += [f'{images:,}', f'{own:,}', _percent(own, pixels)]
-    rows[-2] += [
-      f'{tally.num_images:,}',
-      f'{pixels:,}',
-      _percent(pixels, pixels),
+    pixels, void = int(tally.class_pixels.sum()), tally.void_pixels
+    counts = zip(tally.class_images, tally.class_pixels, strict=True)
+    cells = [
+      (f'{split}: images', 'pixels', '%'),
+      *((f'{n:,}', f'{own:,}', _percent(own, pixels)) for n, own in counts),
+      (f'{tally.num_images:,}', f'{pixels:,}', _percent(pixels, pixels)),
+      ('', f'{void:,}', _percent(void, pixels + void)),
     ]
-    void = tally.void_pixels
-    rows[-1] += ['', f'{void:,}', _percent(void, pixels + void)]
+    for row, three in zip(rows, cells, strict=True):
+      row.extend(three)
   return rows
 
 
 def _size_rows(
-  tallies: Mapping[str, Tally], published: Mapping[str, int]
+  tallies: _Tallies, published: Mapping[str, int]
 ) -> list[list[str]]:
-  """Number of images of each split, and their sizes."""
-  rows = [['split'], ['images'], ['smallest'], ['largest']]
+  """The number of images of each split, and their sizes."""
+  rows = [
+    ['split'],
+    ['images'],
+    ['published images'],
+    ['smallest'],
+    ['largest'],
+  ]
   rows += [['most common size'], ['images of that size'], ['sizes']]
   for split, tally in tallies.items():
     by_area = sorted(tally.sizes, key=lambda size: (size[0] * size[1], size))
     common, count = tally.sizes.most_common(1)[0]
+    sizes = by_area[0], by_area[-1], common
     values = [
       split,
       f'{tally.num_images:,}',
-      *(f'{width}x{height}' for height, width in (by_area[0], by_area[-1])),
-      f'{common[1]}x{common[0]}',
+      f'{published[split]:,}' if split in published else '-',
+      *(f'{width}x{height}' for height, width in sizes),
       f'{count:,}',
       f'{len(tally.sizes):,}',
     ]
     for row, value in zip(rows, values, strict=True):
       row.append(value)
-  if published:
-    counts = [published.get(split) for split in tallies]
-    row = ['published images', *(f'{n:,}' if n else '-' for n in counts)]
-    rows.insert(2, row)
-  return rows
+  return rows if published else rows[:2] + rows[3:]
 
 
 def _percent(part: int, whole: int) -> str:

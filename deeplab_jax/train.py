@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, evaluate, import_weights
-from deeplab_jax.config import from_json, to_json, with_preset
+from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.evaluation.evaluator import Scores
 from deeplab_jax.evaluation.metrics import format_table, summary
@@ -68,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     run = _Run(config, workdir, dataset, saved, described)
     changes = ', '.join(
       f'config.{key}={value} (was {before[key]})'
-      for key, value in flatten_dict(to_json(config), sep='.').items()
+      for key, value in flat(config).items()
       if latest and before.get(key, value) != value
     )
     if (latest or 0) < last:
@@ -221,10 +220,9 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _settings_before(workdir: Path) -> dict[str, Any]:
   """What the workdir was last trained with, by key; empty if not known."""
   try:
-    config = from_json(workdir / 'config.json')
+    return flat(from_json(workdir / 'config.json'))
   except (UserError, OSError):
     return {}
-  return flatten_dict(to_json(config), sep='.')
 
 
 def _check(config: ConfigDict, before: dict[str, Any]) -> None:

@@ -2,13 +2,11 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from deeplab_jax import build
 from deeplab_jax import config as default_config
-from deeplab_jax import deeplab_v3
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -28,8 +26,9 @@ def test_default_is_valid_and_locked():
 
 
 def test_every_rule_is_about_a_setting():
-  for key in default_config._RULES:
-    default_config.check_key(key)
+  for keys, _, _ in default_config._RULES:
+    for key in keys.split():
+      default_config.check_key(key)
 
 
 @pytest.mark.parametrize(
@@ -37,30 +36,6 @@ def test_every_rule_is_about_a_setting():
   [
     ('seed', -1),
     ('seed', 2**32),
-    ('model.output_stride', 12),
-    ('model.width', 0.0),
-    ('model.width', 1e-9),
-    ('model.width', 1 / 128),  # half a channel
-    ('model.dtype', 'float16'),
-    ('model.bn_decay', 1.0),
-    ('model.bn_epsilon', -1.0),
-    ('model.aspp_features', 0),
-    ('model.multi_grid', ()),
-    ('model.multi_grid', (1, 0)),
-    ('model.aspp_rates', (6, -12)),
-    ('data.crop_size', (33,)),
-    ('data.crop_size', (33, 33, 3)),
-    ('data.crop_size', (33, 0)),
-    ('data.scale', (2.0, 0.5)),
-    ('data.scale', (0.0, 2.0)),
-    ('data.scale', (1.0,)),
-    ('data.scale', (0.5, 1e30)),
-    ('data.color_jitter', (0.1, 0.1, 0.1)),
-    ('data.color_jitter', (0.0, 0.0, 0.0, 0.6)),
-    ('data.flip', 1.5),
-    ('data.ignore_label', 256),
-    ('data.on_bad_image', 'ignore'),
-    ('data.holdout', 1.0),
     ('data.threads', -1),
     ('data.workers', -1),
     ('train.steps', 0),
@@ -71,37 +46,11 @@ def test_every_rule_is_about_a_setting():
     ('train.eval_every', -5),
     ('eval.batch_size', 0),
     ('eval.panels', -1),
-    ('eval.protocol', 'crop'),
     ('eval.buckets', 0),
-    ('eval.crop_size', (513,)),
-    ('eval.crop_size', (513, 0)),
-    ('eval.overlap', 1.0),
-    ('eval.scales', ()),
-    ('eval.scales', (1.0, 0.0)),
-    ('eval.scales', (5.0,)),
     ('eval.worst_and_best', -1),
     ('eval.step', 'last'),
     ('eval.step', '²'),
     ('data.train_split', ''),
-    ('loss.class_weights', 'median'),
-    ('loss.class_weights', '1,2,'),
-    ('loss.class_weights', '1,-2'),
-    ('loss.class_weights', '1,nan'),
-    ('loss.class_weights', 'inf,1'),
-    ('loss.class_weights', '0,0'),
-    ('loss.class_weights', '1,1e39'),
-    ('loss.hardest', 0.0),
-    ('loss.hardest', 1.1),
-    ('loss.label_smoothing', 1.0),
-    ('loss.label_smoothing', -0.1),
-    ('optimizer.name', 'lion'),
-    ('optimizer.learning_rate', 0.0),
-    ('optimizer.momentum', 1.0),
-    ('optimizer.power', -1.0),
-    ('optimizer.warmup_steps', -1),
-    ('optimizer.weight_decay', -0.1),
-    ('optimizer.head_multiplier', -1.0),
-    ('optimizer.clip_norm', -1.0),
   ],
 )
 def test_value_out_of_range_is_named_with_its_key(key, value):
@@ -117,7 +66,10 @@ def test_value_out_of_range_is_named_with_its_key(key, value):
     ('train.steps', 2.5, 'int'),
     ('train.steps', True, 'int'),
     ('train.sync_bn', 1, 'bool'),
-    ('data.dir', None, 'str'),
+    ('data.dir', 3, 'str'),
+    ('data.train_split', None, 'str'),
+    ('optimizer.clip_norm', '1', 'float'),
+    ('optimizer.name', 3, 'str'),
     ('data.crop_size', (33.0, 33.0), 'int'),
     ('optimizer.learning_rate', '0.1', 'float'),
   ],
@@ -129,9 +81,63 @@ def test_value_of_another_type_is_named_with_its_key(key, value, kind):
   assert str(error.value) == message
 
 
-@pytest.mark.parametrize('value', ['', 'median_frequency', '1,0,.5', '2e3'])
-def test_class_weights_are_a_word_or_numbers_by_commas(value):
-  default_config.validate(changed('loss.class_weights', value))
+@pytest.mark.parametrize(
+  ('text', 'values'),
+  [
+    ('', ()),
+    ('median_frequency', ('median_frequency',)),
+    ('1,0,.5', (1, 0, 0.5)),
+    ('(1, 0, .5)', (1, 0, 0.5)),
+    ('2e3', (2000.0,)),
+  ],
+)
+@pytest.mark.parametrize('by', ['option', 'recipe'])
+def test_class_weights_are_a_word_or_numbers_by_commas(text, values, by):
+  config = default_config.get_config()
+  if by == 'option':
+    argv = ['main', f'--config.loss.class_weights={text}']
+    assert default_config.override(config, argv) == []
+  else:
+    config.loss.class_weights = text
+  default_config.validate(config)
+  build.check(config)
+  assert config.loss.class_weights == values
+
+
+def test_patterns_are_words_by_commas():
+  config = default_config.get_config()
+  argv = ['main', '--config.init_allow=*/moving_mean, logits/*']
+  default_config.override(config, argv)
+  default_config.validate(config)
+  assert config.init_allow == ('*/moving_mean', 'logits/*')
+
+
+@pytest.mark.parametrize('spelling', ['', '0'])
+def test_older_spellings_of_not_set_still_say_so(spelling):
+  keys = {
+    '': [
+      'init_from',
+      'model.preset',
+      'model.rematerialization',
+      'data.dir',
+      'data.prepared_dir',
+      'data.options.list',
+      'predict.output_dir',
+    ],
+    '0': ['model.bn_epsilon', 'optimizer.clip_norm'],
+  }[spelling]
+  config = default_config.get_config()
+  argv = ['main', *(f'--config.{key}={spelling}' for key in keys)]
+  default_config.override(config, argv)
+  default_config.validate(config)
+  assert config.to_dict() == default_config.get_config().to_dict()
+
+
+def test_nothing_may_be_held_out():
+  config = default_config.get_config()
+  default_config.override(config, ['main', '--config.data.options.holdout=0'])
+  default_config.validate(config)
+  assert config.data.options.holdout == 0
 
 
 @pytest.mark.parametrize(
@@ -150,105 +156,17 @@ def test_crop_must_hold_a_cell_of_the_feature_map():
     default_config.validate(config)
 
 
-def refusal(mode='train', *, memory=25_000_000_000, hosts=1, **changes):
-  """What is said of settings; '' if they may fit."""
-  config = default_config.get_config()
-  config.update_from_flattened_dict(
-    {key.replace('__', '.'): value for key, value in changes.items()}
-  )
-  default_config.validate(config)
-  try:
-    default_config.check_machine(
-      config, mode, memory=memory, threads=32_765, hosts=hosts
-    )
-  except UserError as error:
-    return str(error)
-  return ''
-
-
-@pytest.mark.parametrize(
-  'mode, key, value',
-  [
-    ('train', 'train.batch_size', 10**9),
-    ('train', 'eval.batch_size', 10**9),
-    ('eval', 'eval.batch_size', 10**9),
-    ('train', 'data.crop_size', (100_000_000, 65)),
-    ('train', 'data.crop_size', (65, 10**30)),
-    ('train', 'model.width', 1e5),
-    ('eval', 'model.width', 1e5),
-    ('predict', 'model.width', 3e38),
-    ('import', 'model.aspp_features', 10**9),
-    ('train', 'model.aspp_rates', (6, 10**9)),
-    ('eval', 'model.multi_grid', (1, 10**9, 1)),
-    ('train', 'data.threads', 100_000),
-    ('train', 'data.workers', 10**6),
-  ],
-)
-def test_what_no_machine_can_hold_is_refused(mode, key, value):
-  line = refusal(mode, **{key: value})
-  assert line.startswith(f'config.{key}={value}: ')
-  assert 'this machine' in line and '\n' not in line and len(line) < 250
-
-
-@pytest.mark.parametrize(
-  'mode, changes',
-  [
-    ('train', {}),
-    # A recipe of the paper, and a workdir of a large cluster used elsewhere.
-    ('train', {'model.width': 1.0, 'data.crop_size': (513, 513)}),
-    ('predict', {'train.batch_size': 10**9, 'eval.batch_size': 10**9}),
-    ('eval', {'train.batch_size': 10**9, 'data.workers': 10**6}),
-    ('eval', {'eval.crop_size': (10**8, 65)}),  # of whole images it is unused
-    ('train', {'eval.batch_size': 10**9, 'data.eval_split': ''}),
-    ('train', {'eval.panels': 10**30, 'eval.buckets': 10**30}),
-  ],
-)
-def test_what_may_fit_or_is_not_used_is_not_refused(mode, changes):
-  assert refusal(mode, **changes) == ''
-
-
-def test_a_batch_is_shared_by_the_hosts_and_held_twice():
-  # Image and label, 4 bytes a pixel, in the thread that loads it and the step.
-  need = 2 * 4 * 1000 * 65 * 65
-  size = {'train__batch_size': 1000, 'data__crop_size': (65, 65)}
-  size |= {'model__dtype': 'bfloat16', 'data__eval_split': ''}
-  small = {'model__width': 1 / 64, 'model__aspp_features': 1}
-  assert refusal(memory=need, **size, **small) == ''
-  assert 'the loaded batches take at least' in refusal(
-    memory=need - 1, **size, **small
-  )
-  assert refusal(memory=-(-need // 4), hosts=4, **size, **small) == ''
-
-
-def test_a_bound_on_the_parameters_is_below_their_number():
-  model = deeplab_v3('resnet18', num_classes=1, width=0.25, aspp_features=64)
-  shapes = jax.eval_shape(
-    lambda key: model.init(key, jnp.zeros((1, 33, 33, 3)), train=False),
-    jax.random.key(0),
-  )
-  count = sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
-  assert refusal('predict', memory=4 * count) == ''
-  # And not far below: kernels of the last block and the ASPP are most of it.
-  assert 'the parameters' in refusal('predict', memory=2 * count)
-
-
-def test_where_the_system_does_not_tell_nothing_is_refused():
-  assert refusal(memory=None, train__batch_size=10**9) == ''
-
-
 def test_paths_become_absolute_and_sources_stay(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', '/home/me')
   config = default_config.get_config()
-  config.data.dir, config.data.list = 'a/../b', '~/ids.txt'
+  config.data.dir, config.data.options.list = 'a/../b', '~/ids.txt'
   config.init_from, config.predict.output_dir = 'keras', 'out'
-  default_config.make_paths_absolute(config, ['data.dir', 'data.list'])
-  assert config.data.dir == f'{tmp_path}/b'
-  assert config.data.list == '/home/me/ids.txt'
-  assert config.predict.output_dir == 'out'
   default_config.make_paths_absolute(config)
+  assert config.data.dir == f'{tmp_path}/b'
+  assert config.data.options.list == '/home/me/ids.txt'
   assert config.predict.output_dir == f'{tmp_path}/out'
-  assert config.init_from == 'keras' and config.data.prepared_dir == ''
+  assert config.init_from == 'keras' and config.data.prepared_dir is None
   for source in ('hf://timm/net', 'weights.h5'):
     config.init_from = source
     default_config.make_paths_absolute(config)
@@ -256,19 +174,11 @@ def test_paths_become_absolute_and_sources_stay(tmp_path, monkeypatch):
   assert config.init_from == f'{tmp_path}/weights.h5'
 
 
-def test_a_folder_is_not_ignored_for_generated_data():
-  config = changed('data.dir', '/images')
-  with pytest.raises(UserError, match=r'dir=/images is not used .*folder'):
-    default_config.validate(config)
-  config.data.name = 'folder'
-  default_config.validate(config)
-
-
 @pytest.mark.parametrize(
   'section, words',
   [
     ({}, 'config.optimizer.clip_norm is missing'),
-    (3, 'config.optimizer is a section and cannot be set to 3'),
+    (3, 'config.optimizer.clip_norm is missing: the section was replaced'),
     ({'nme': 'sgd'}, 'unknown key config.optimizer.nme'),
   ],
 )
@@ -309,6 +219,68 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(default_config.to_json(config)))
   assert default_config.from_json(path).to_dict() == config.to_dict()
+
+
+# What version 0.1.0 wrote.
+OLD = {
+  'init_from': '',
+  'init_allow': '*/a,b',
+  'model': {'preset': '', 'bn_epsilon': 0.0, 'multi_grid': [1, 1, 1]},
+  'data': {'dir': '', 'list': 'ids.txt', 'holdout': 0.2, 'scale': [1.0, 2.0]},
+  'loss': {'class_weights': '1,2'},
+  'optimizer': {'clip_norm': 0.0},
+}
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'expected'),
+  [
+    ('loss.class_weights', '', ()),
+    ('loss.class_weights', 'median_frequency', ('median_frequency',)),
+    ('data.list', '', None),
+    ('optimizer.clip_norm', 2.0, 2.0),
+  ],
+)
+def test_settings_of_an_older_workdir_are_read(tmp_path, key, value, expected):
+  section, name = key.split('.')
+  saved = {**OLD, section: {**OLD[section], name: value}}
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(saved))
+  config = default_config.get_config()
+  config.init_allow = ('*/a', 'b')
+  config.model.multi_grid, config.data.scale = (1, 1, 1), (1.0, 2.0)
+  config.loss.class_weights = (1, 2)
+  if key == 'data.list':
+    assert expected is None  # then the share has no meaning
+  else:
+    config.data.options.update(list='ids.txt', holdout=0.2)
+    config[section][name] = expected
+  assert default_config.from_json(path).to_dict() == config.to_dict()
+
+
+def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
+  path = tmp_path / 'lion.py'
+  path.write_text(
+    'from deeplab_jax import config as default\n'
+    'def optimizer(**settings): pass\n'
+    'def get_config():\n'
+    '  config = default.get_config()\n'
+    '  config.optimizer.name = optimizer\n'
+    '  config.data.options.folders = 3\n'
+    '  return config\n'
+  )
+  config = default_config.from_recipe(path)
+  default_config.validate(config)
+  assert callable(config.optimizer.name) and config.data.options.folders == 3
+  saved = default_config.to_json(config)
+  assert saved['optimizer']['name'] == 'lion.optimizer'
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(UserError) as error:
+    default_config.from_json(tmp_path / 'config.json')
+  assert (
+    'config.optimizer.name=lion.optimizer is a function of a recipe; name that:'
+    ' --config=RECIPE'
+  ) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -372,3 +344,13 @@ def test_missing_recipe_is_named(tmp_path, name):
   with pytest.raises(UserError, match='no such file') as error:
     default_config.from_recipe(str(path))
   assert str(path) in str(error.value)
+
+
+def test_a_wrong_name_of_a_recipe_is_answered_with_those_there_are():
+  with pytest.raises(UserError) as error:
+    default_config.from_recipe('camvid_resnet')
+  assert str(error.value).startswith('--config=camvid_resnet: no such file')
+  assert str(error.value).endswith(
+    'known recipes: camvid_resnet18, camvid_resnet50, voc_resnet101,'
+    ' voc_resnet50, voc_resnet50_seed, voc_resnet50_stage2'
+  )

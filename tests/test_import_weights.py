@@ -180,12 +180,19 @@ def test_configuration_that_contradicts_the_source_is_refused(
   assert words in str(error.value)
 
 
-def test_settings_that_were_given_are_not_adopted(source):
-  config = make_config({'model.width': 0.5}, init_from=str(source))
-  import_weights.adopt_settings(config, {'model.width'})
-  assert config.model.backbone == 'resnet50'
-  assert config.model.width == 0.5
-  assert config.model.aspp_features == 256
+def test_the_weights_fix_the_network_and_options_win(source):
+  config = import_weights.config_of(str(source), 'resnet18')
+  expected = make_config(
+    {},
+    init_from=str(source),
+    model__preset='keras',
+    model__backbone='resnet50',
+    model__width=BASE / 64,
+    model__aspp_features=256,
+  )
+  assert config.to_dict() == expected.to_dict()
+  import_weights.open_source(config)
+  default_config.override(config, ['main', '--config.model.width=0.5'])
   with pytest.raises(UserError, match='contradicts'):
     import_weights.open_source(config)
 
@@ -199,8 +206,7 @@ def test_seed_checkpoint_brings_the_classes_of_voc(monkeypatch, tmp_path):
   )
   path = tmp_path / 'seed.ckpt'
   path.write_bytes(bytes.fromhex('57fb808b247547db'))
-  config = make_config({}, init_from=str(path))
-  import_weights.adopt_settings(config, set())
+  config = import_weights.config_of(str(path), 'resnet18')
   pretrained, config = import_weights.open_source(config)
   assert config.model.preset == 'seed'
   assert config.model.aspp_features == 256

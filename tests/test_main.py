@@ -1,5 +1,6 @@
 """The command line: modes, settings, and one line for each mistake."""
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ from PIL import Image
 
 from deeplab_jax import config as default_config
 from deeplab_jax import main
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime import console
+from deeplab_jax.runtime.errors import Preempted, UserError
 
 
 @pytest.fixture
@@ -32,7 +34,10 @@ def command(capsys):
     with flagsaver.flagsaver():
       flags.FLAGS.unparse_flags()
       try:
-        main._run(main._parse_flags(argv))
+        console.log_to_stderr()
+        rest = console.parse_flags(argv)
+        with console.one_line_errors(flags.FLAGS.debug):
+          main.main(rest)
       except SystemExit as stop:
         status = stop.code
       finally:
@@ -60,15 +65,30 @@ def refused(command):
 
 @pytest.fixture
 def received(monkeypatch):
-  """What a driver that does nothing was called with."""
+  """What drivers that do nothing were called with."""
   calls = []
-
-  class Driver:
-    def __getattr__(self, name):
-      return lambda *arguments: calls.append((name, *arguments))
-
-  monkeypatch.setattr(main, '_driver', lambda name: Driver())
+  for module, name in (
+    (main.train, 'train_and_evaluate'),
+    (main.evaluate, 'evaluate'),
+    (main.predict, 'predict'),
+    (main.prepare, 'prepare'),
+    (main.import_weights, 'import_weights'),
+  ):
+    monkeypatch.setattr(module, name, functools.partial(_note, calls, name))
   return calls
+
+
+def _note(calls, *call):
+  calls.append(call)
+
+
+def raising(error):
+  """A function of any arguments that raises an error."""
+
+  def function(*_):
+    raise error
+
+  return function
 
 
 @pytest.mark.parametrize(
@@ -89,9 +109,12 @@ def received(monkeypatch):
     ('--config.optimizer=3', '--config.optimizer=3'),
     ('--config.data.crop_size=(33,)', 'crop_size must be (height, width)'),
     ('--config.data.crop_size=33', 'crop_size must be (height, width)'),
-    ('--config.data.crop_size=(33,a)', "of type int, got ('(33,a)',)"),
+    ('--config.data.crop_size=(33,a)', "of type int, got ('(33', 'a)')"),
     ('--config.data.crop_size=(5,5)', 'config.data.crop_size=(5, 5) must be'),
-    ('--config.model.output_stride=12', 'output_stride must be 8 or 16 or 32'),
+    (
+      '--config.model.output_stride=12',
+      'config.model: output_stride must be 8, 16 or 32',
+    ),
     ('--config.model.multi_grid=(1,)', 'config.model: multi_grid needs'),
     ('--config.model.backbone=vgg', 'config.model: backbone must be one of'),
     ('--config.train.batch_size=6', 'config.train.batch_size=6 must be divis'),
@@ -111,17 +134,20 @@ def received(monkeypatch):
     ('--steps=3', 'did you mean --config.train.steps?'),
     ('--seed=3', 'did you mean --config.seed?'),
     ('--config.train.steps=%s' % (10**22), 'steps must be in 1..2^31 - 1, '),
-    ('--config.train.batch_size=1000000000', 'loaded batches take at least'),
-    ('--config.eval.batch_size=1000000000', 'batches of evaluation take'),
-    ('--config.data.crop_size=(100000000,65)', 'loaded batches take at least'),
-    ('--config.model.width=1e-9', 'config.model.width must be above 1/128'),
+    ('--config.train.batch_size=1000000000', 'config.train.batch_size=100000'),
+    ('--config.eval.batch_size=1000000000', 'config.eval.batch_size=100000000'),
+    ('--config.data.crop_size=(100000000,65)', '=(100000000, 65) need at'),
+    ('--config.model.width=1e-9', 'config.model: width must be above 1/128'),
     ('--config.model.width=100000', 'config.model.width=100000.0, config.mode'),
     (
       '--config.model.aspp_rates=(1000000000,)',
-      'atrous convolution reaches take at',
+      'config.model.aspp_rates=(1000000000,) need at least',
     ),
     ('--config.data.threads=100000', 'config.data.threads=100000: '),
-    ('--config.data.workers=1000000', 'processes that load images take at'),
+    (
+      '--config.data.workers=1000000',
+      'config.data.workers=1000000 need at least',
+    ),
     (
       '--config.optimizer.warmup_steps=999',
       'warmup_steps=999 must be at most config.train.steps=',
@@ -228,7 +254,7 @@ def test_relative_paths_of_options_and_recipes_become_absolute(
   monkeypatch.chdir(tmp_path)
   paths = {
     'data.dir': 'images',
-    'data.list': '../ids.txt',
+    'data.options.list': '../ids.txt',
     'init_from': 'weights.h5',
     'predict.output_dir': '~/masks',
   }
@@ -243,36 +269,76 @@ def test_relative_paths_of_options_and_recipes_become_absolute(
       '  return config\n'
     )
     options = ['--config=recipe.py']
-  monkeypatch.setattr(main, '_adopt_settings', lambda *_: None)
+  monkeypatch.setattr(
+    main.import_weights, 'config_of', lambda *_: default_config.get_config()
+  )
   assert command('--workdir=w', *options)[0] == 0
   ((_, config, _),) = received
   assert config.data.dir == f'{tmp_path}/images'
-  assert config.data.list == f'{tmp_path.parent}/ids.txt'
+  assert config.data.options.list == f'{tmp_path.parent}/ids.txt'
   assert config.init_from == f'{tmp_path}/weights.h5'
   assert config.predict.output_dir == os.path.expanduser('~/masks')
 
 
-def test_paths_of_an_older_workdir_stay_as_they_are(
-  trained, command, received, tmp_path
+def test_relative_paths_of_an_older_workdir_mean_the_current_folder(
+  trained, command, received, tmp_path, monkeypatch
 ):
   saved = json.loads((trained.workdir / 'config.json').read_text())
-  saved['data']['dir'], saved['data']['list'] = 'mini', 'old.txt'
+  saved['data']['dir'] = 'mini'
+  del saved['data']['options']
+  saved['data'] |= {'list': 'old.txt', 'holdout': 0.1}
   (tmp_path / 'config.json').write_text(json.dumps(saved))
-  command(f'--workdir={tmp_path}', '--config.data.list=new.txt')
+  monkeypatch.chdir(tmp_path)
+  command('--workdir=.', '--config.data.options.list=new.txt')
   ((_, config, _),) = received
-  assert config.data.dir == 'mini'
-  assert config.data.list == os.path.abspath('new.txt')
+  assert config.data.dir == f'{tmp_path}/mini'
+  assert config.data.options.list == f'{tmp_path}/new.txt'
+
+
+def test_without_recipe_the_weights_decide_and_options_win(
+  trained, command, received, tmp_path
+):
+  source = f'--config.init_from={trained.workdir}'
+  for mode in ('train', 'import'):
+    options = f'--workdir={tmp_path}/w', f'--mode={mode}', source
+    assert command(*options, '--config.model.aspp_features=9')[0] == 0
+    _, config, _ = received.pop()
+    expected = make_config(
+      {},
+      init_from=str(trained.workdir),
+      model__preset='paper',
+      model__width=0.125,
+      model__aspp_features=9,
+    )
+    assert config.to_dict() == expected.to_dict()
+
+
+def test_a_recipe_by_name_decides_before_the_weights(
+  trained, command, received, tmp_path
+):
+  source = f'--config.init_from={trained.workdir}'
+  options = f'--workdir={tmp_path}/w', '--config=camvid_resnet18', source
+  assert command(*options)[0] == 0
+  ((_, config, _),) = received
+  assert config.model.width == 0.25 and config.model.aspp_features == 128
 
 
 def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):
-  def interrupted(name):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(main, '_driver', interrupted)
+  stop = raising(KeyboardInterrupt())
+  monkeypatch.setattr(main.train, 'train_and_evaluate', stop)
   status, output, errors = command(f'--workdir={tmp_path}')
   assert (status, output, errors) == (130, '', 'interrupted\n')
   with pytest.raises(KeyboardInterrupt):
     command(f'--workdir={tmp_path}', '--debug')
+
+
+def test_a_preempted_run_ends_with_the_status_of_the_signal(
+  command, monkeypatch, tmp_path
+):
+  stop = raising(Preempted(signal.SIGTERM, 3))
+  monkeypatch.setattr(main.train, 'train_and_evaluate', stop)
+  line = 'stopped at step 3; the same command goes on from there\n'
+  assert command(f'--workdir={tmp_path}') == (143, '', line)
 
 
 @pytest.mark.parametrize(
@@ -285,10 +351,7 @@ def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):
 def test_what_the_system_refuses_is_one_line(
   command, monkeypatch, tmp_path, error, line
 ):
-  def refuse(name):
-    raise error
-
-  monkeypatch.setattr(main, '_driver', refuse)
+  monkeypatch.setattr(main.prepare, 'prepare', raising(error))
   arguments = f'--workdir={tmp_path}', '--mode=prepare'
   assert command(*arguments) == (1, '', f'error: {line}\n')
   with pytest.raises(OSError, match=line.split(': ')[-1]):

@@ -10,7 +10,7 @@ import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -82,16 +82,15 @@ class Dataset:
 
 
 def load_dataset(
-  name: str,
+  name: str | Callable[..., Builders],
   *,
-  directory: str = '',
-  prepared_dir: str = '',
+  directory: str | None = '',
+  prepared_dir: str | None = '',
   splits: Sequence[str] = ('train', 'val'),
   ignore_label: int = 255,
   label_map: str = '',
   on_bad_image: str = 'stop',
-  list_file: str = '',
-  holdout: float = 0.1,
+  options: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
 
@@ -105,14 +104,24 @@ def load_dataset(
     label_map: of 'folder', what other values in the files stand for, see
       `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
-    list_file: of 'voc2012_segmentation/list', the ids to train on.
-    holdout: of the same, the share of them that is the split 'holdout'.
+    options: of this data set alone, by name.
 
   Raises:
     UserError: if the name, a split, an option or anything in the source is
       wrong.
   """
-  if name not in LOADERS:
+  options = {'list': '', 'holdout': 0.1} | dict(options or {})
+  loader = name if callable(name) else LOADERS.get(name)
+  if directory and name == 'shapes':
+    raise errors.UserError(
+      f"config.data.dir={directory} is for data sets that read it, as 'folder'"
+      ' does; shapes does not'
+    )
+  if on_bad_image not in ('stop', 'skip'):
+    raise errors.UserError(
+      f"config.data.on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}"
+    )
+  if loader is None:
     raise errors.UserError(
       f'config.data.name: no data set {name!r}; known: {", ".join(LOADERS)}'
     )
@@ -127,15 +136,15 @@ def load_dataset(
     )
   if not splits:
     raise ValueError('splits must name at least one split')
-  builders = LOADERS[name](
-    directory=directory,
+  builders = loader(
+    directory=directory or '',
     prepared_dir=prepared_dir or None,
     splits=splits,
     ignore_label=ignore_label,
     label_map=label_map,
     on_bad_image=on_bad_image,
-    list_file=list_file,
-    holdout=holdout,
+    list_file=options['list'],
+    holdout=options['holdout'],
   )
   any_builder = next(iter(builders.values()))
   info = datasets.DatasetInfo.from_json(any_builder.info.metadata['info'])

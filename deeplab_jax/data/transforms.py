@@ -51,10 +51,13 @@ class RandomScaleCropFlip:
 
   def __post_init__(self) -> None:
     if len(self.size) != 2 or min(self.size) < 1:
-      raise ValueError(f'size must be (height, width) from 1, got {self.size}')
-    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
       raise ValueError(
-        f'scale must be (smallest, largest) above 0, got {self.scale}'
+        f'crop_size must be (height, width) from 1, got {self.size}'
+      )
+    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < 2**31:
+      raise ValueError(
+        'scale must be (smallest, largest), above 0 and below 2^31, got'
+        f' {self.scale}'
       )
     if not 0 <= self.flip <= 1:
       raise ValueError(f'flip must be 0 to 1, got {self.flip}')

@@ -13,6 +13,7 @@ from jax import lax
 
 from deeplab_jax.data import transforms
 from deeplab_jax.models.layers import resample
+from deeplab_jax.runtime.errors import require
 
 Size = tuple[int, int]  # height, width
 
@@ -34,6 +35,14 @@ class Protocol:
   )  # share of a window that the next one covers, in [0, 1)
   scales: tuple[float, ...] = (1.0,)  # factors on the size
   flip: bool = False  # look at the mirrored image as well
+
+  def __post_init__(self) -> None:
+    size, scales = self.crop_size, self.scales
+    fits = len(size) == 2 and min(size) >= 1
+    require(fits, 'crop_size must be (height, width) from 1', size)
+    require(0 <= self.overlap < 1, 'overlap must be in [0, 1)', self.overlap)
+    fits = len(scales) > 0 and min(scales) > 0 and max(scales) <= 4
+    require(fits, 'scales must be numbers above 0, at most 4', scales)
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Returns a function of variables, images and sizes, see `probabilities`.

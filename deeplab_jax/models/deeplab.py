@@ -34,6 +34,7 @@ from deeplab_jax.models.resnet import (
   ResNetV2,
   unit_geometry,
 )
+from deeplab_jax.runtime.errors import require
 
 
 class DeepLabV3(nn.Module):
@@ -287,6 +288,16 @@ def deeplab_v3(
     'bn_epsilon': bn_epsilon or None,
   }
   settings = _settings(preset, own)
+  check_settings(
+    {
+      **settings,
+      'width': width,
+      'aspp_rates': aspp_rates,
+      'aspp_features': aspp_features,
+      'bn_decay': bn_decay,
+    },
+    dtype,
+  )
   norm = functools.partial(
     BatchNorm,
     momentum=bn_decay,
@@ -326,6 +337,31 @@ def deeplab_v3(
     settings['upsampling'],
     tuple(settings['mean']),
     tuple(settings['std']),
+    dtype,
+  )
+
+
+def check_settings(settings: dict[str, Any], dtype: Any) -> None:
+  """Raises `ValueError` for values of which no network can be made."""
+  width, rates = settings['width'], settings['aspp_rates']
+  features, decay = settings['aspp_features'], settings['bn_decay']
+  epsilon = settings['bn_epsilon']
+  require(
+    width > 0 and round(64 * width) >= 1,
+    'width must be above 1/128, which leaves at least one of 64 channels',
+    width,
+  )
+  require(
+    len(rates) > 0 and min(rates) >= 1,
+    'aspp_rates must be a tuple of numbers from 1',
+    rates,
+  )
+  require(features >= 1, 'aspp_features must be at least 1', features)
+  require(0 <= decay < 1, 'bn_decay must be in [0, 1)', decay)
+  require(epsilon > 0, 'bn_epsilon must be above 0', epsilon)
+  require(
+    dtype in ('float32', 'bfloat16', jnp.float32, jnp.bfloat16),
+    'dtype must be float32 or bfloat16',
     dtype,
   )
 

@@ -69,9 +69,9 @@ def unit_geometry(
   check_choice('stride_unit', stride_unit, STRIDE_UNITS)
   if output_stride not in (8, 16, 32):
     raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
-  if len(multi_grid) != units[3]:
+  if len(multi_grid) != units[3] or min(multi_grid) < 1:
     raise ValueError(
-      f'multi_grid needs one factor for each of the {units[3]} units of'
+      f'multi_grid needs one factor from 1 for each of the {units[3]} units of'
       f' block4, got {tuple(multi_grid)}'
     )
   current_stride, rate, blocks = 4, 1, []

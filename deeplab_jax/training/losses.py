@@ -8,6 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deeplab_jax.runtime.errors import require
+
+
+def check_settings(
+  label_smoothing: float, hardest: float, class_weights: Sequence[float] | None
+) -> None:
+  """Raises `ValueError` for settings that no loss can have."""
+  smoothing, weights = label_smoothing, class_weights
+  require(0 <= smoothing < 1, 'label_smoothing must be in [0, 1)', smoothing)
+  require(0 < hardest <= 1, 'hardest must be in (0, 1]', hardest)
+  if weights is not None:
+    numbers = all(isinstance(x, int | float) for x in weights)
+    holds = numbers and min(weights) >= 0 and 0 < max(weights) < 2**128
+    rule = 'class_weights must be finite numbers from 0, not all of them 0'
+    require(holds, rule, weights)
+
 
 def softmax_cross_entropy(
   logits: jax.Array,

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import path_aware_map
 
+from deeplab_jax.runtime.errors import choose, require
+
 # To add an optimizer: a function of the momentum, which it may ignore, that
 # makes the core of the chain below.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -21,7 +23,13 @@ def poly_schedule(
 
   Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
   rises linearly from 0 and meets the curve after `warmup_steps` steps.
+
+  Raises:
+    ValueError: for a value that makes no such schedule.
   """
+  require(learning_rate > 0, 'learning_rate must be above 0', learning_rate)
+  require(power >= 0, 'power must be at least 0', power)
+  require(warmup_steps >= 0, 'warmup_steps must be at least 0', warmup_steps)
   poly = optax.polynomial_schedule(learning_rate, 0, power, steps)
   if not warmup_steps:
     return poly
@@ -48,13 +56,13 @@ def make_optimizer(
     clip_norm: gradients of a larger global norm are scaled to it; None: never.
 
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name or an impossible value.
   """
-  if not callable(name) and name not in OPTIMIZERS:
-    raise ValueError(
-      f'optimizer must be {" or ".join(OPTIMIZERS)}, got {name!r}'
-    )
-  core = name if callable(name) else OPTIMIZERS[name]
+  core, rule = choose('optimizer', name, OPTIMIZERS), 'must be at least 0'
+  require(0 <= momentum < 1, 'momentum must be in [0, 1)', momentum)
+  require(weight_decay >= 0, f'weight_decay {rule}', weight_decay)
+  require(head_multiplier >= 0, f'head_multiplier {rule}', head_multiplier)
+  require((clip_norm or 1) > 0, 'clip_norm must be above 0', clip_norm)
   # The same parts for all numbers: a run may go on with others.
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),

@@ -96,6 +96,7 @@ def train_step(
     and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`, the
     number of pixels that have a part in the loss.
   """
+  losses.check_settings(label_smoothing, hardest, class_weights)
 
   def loss_of(params: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(

@@ -1,0 +1,129 @@
+"""What all commands share: flags, a plain log, and errors in one line."""
+
+import contextlib
+import difflib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from deeplab_jax.runtime.errors import Preempted, UserError
+
+
+def run(
+  main: Callable[[list[str]], None], debug: flags.FlagHolder[bool]
+) -> None:
+  """Runs a command: parses its flags, calls it, and exits.
+
+  Args:
+    main: takes the name of the program and what `parse_flags` left.
+    debug: the flag that shows tracebacks instead of one line.
+  """
+  log_to_stderr()
+
+  def command(argv: list[str]) -> None:
+    with one_line_errors(debug.value):
+      main(argv)
+
+  app.run(command, flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the flags that the command defines; returns the other arguments.
+
+  These are settings (`--config.section.key=value`), inputs and misspelled
+  flags, which `config.override` refuses.
+  """
+  with one_line_errors('--debug' in argv), named_options():
+    try:
+      return flags.FLAGS(argv, known_only=True)
+    except SystemExit:  # absl exits with 1 after it has printed the help
+      sys.stdout.flush()
+      sys.exit(0)
+
+
+@contextlib.contextmanager
+def named_options(known: Sequence[str] = ()) -> Iterator[None]:
+  """Turns what absl says about an option into a `UserError`.
+
+  Args:
+    known: names of options, 'workdir' or 'config.train.steps', one of which is
+      proposed for a misspelled one.
+  """
+  try:
+    yield
+  except flags.UnrecognizedFlagError as error:
+    name = error.flagname
+    near = next((k for k in known if k.endswith(f'.{name}')), None)
+    near = near or did_you_mean(name, known)
+    raise UserError(
+      f"option: Unknown command line flag '{name}'"
+      + (f'; did you mean --{near}?' if near else '')
+    ) from error
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(f'option: {" ".join(str(error).split())}') from error
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+  """The one of `names` that is most like a misspelled one; '' if none is."""
+  return next(iter(difflib.get_close_matches(name, names, 1)), '')
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool = False) -> Iterator[None]:
+  """Ends the process with one line on stderr instead of a traceback.
+
+  The exit status is 1 for a `UserError` and for what the system refuses. It is
+  128 and the signal's number for Ctrl-C, for output that nobody reads any more,
+  and for `Preempted`.
+
+  Args:
+    debug: raises errors, so that they show where they come from.
+  """
+  try:
+    yield
+  except Preempted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(128 + stop.signal)
+  except (UserError, OSError, KeyboardInterrupt) as error:
+    if debug:
+      raise
+    sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+  """Prints an error in one line; returns the exit status."""
+  if isinstance(error, KeyboardInterrupt):
+    print('interrupted', file=sys.stderr)
+    return 128 + signal.SIGINT
+  if isinstance(error, BrokenPipeError):
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    # What is still to be flushed at exit would fail again.
+    os.dup2(nowhere, sys.stdout.fileno())
+    try:
+      print('broken pipe', file=sys.stderr, flush=True)
+    except BrokenPipeError:
+      os.dup2(nowhere, sys.stderr.fileno())
+    return 128 + signal.SIGPIPE
+  message = str(error)
+  if isinstance(error, OSError):
+    message = error.strerror or message
+    if error.filename is not None:
+      message = f'{error.filename}: {message}'
+  print(f'error: {message}', file=sys.stderr)
+  return 1
+
+
+def log_to_stderr() -> None:
+  """Shows the package's own log as plain lines, and only warnings of others."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  own = logging.getLogger('deeplab_jax')
+  own.addHandler(handler)
+  own.setLevel(logging.INFO)
+  own.propagate = False
