@@ -1,7 +1,7 @@
 """Checkpoints that describe themselves, through Orbax.
 
 `WORKDIR/checkpoints/STEP` holds the state as numpy arrays, and as JSON the
-settings of the model, the classes and the measures that it reached.
+settings of the model, the classes and the metrics that it reached.
 """
 
 import contextlib
@@ -94,14 +94,14 @@ class Checkpoints:
 
     Args:
       state: tree of arrays with a field `step`.
-      metadata: JSON values; `metadata['measures']['miou']` ranks the
-        checkpoint, which without measures is only ever the latest.
+      metadata: JSON values; `metadata['metrics']['miou']` ranks the
+        checkpoint, which without metrics is only ever the latest.
     """
     state = jax.device_get(state)
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    miou = (metadata.get('measures') or {}).get('miou')
+    miou = (metadata.get('metrics') or {}).get('miou')
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -114,9 +114,11 @@ class Checkpoints:
   def metadata(self, step: int) -> dict[str, Any]:
     """What `save` was given as `metadata`."""
     with self._readable(step):
-      return self._manager.restore(
+      metadata = self._manager.restore(
         step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
       ).metadata
+    # The name of the metrics in older checkpoints.
+    return {'metrics' if k == 'measures' else k: v for k, v in metadata.items()}
 
   def restore(self, step: int, template: Any) -> Any:
     """Restores the state into numpy arrays of the template's structure."""
