@@ -17,7 +17,7 @@ from PIL import Image
 
 from deeplab_jax import build, deeplab_v3, evaluate, ops
 from deeplab_jax.benchmark.timing import compilations
-from deeplab_jax.data import images
+from deeplab_jax.data import images, transforms
 from deeplab_jax.data.buckets import FILLER
 from deeplab_jax.data.transforms import MEAN_COLOR
 from deeplab_jax.evaluation import metrics
