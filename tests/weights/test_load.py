@@ -241,7 +241,7 @@ def tar_of(path, members, mode='w:gz'):
 def zip_of(name):
   content = io.BytesIO()
   with zipfile.ZipFile(content, 'w') as file:
-    file.writestr(name, pickle.dumps({'a': 1}))
+    file.writestr(zipfile.ZipInfo(name), pickle.dumps({'a': 1}))
   return content.getvalue()
 
 
@@ -263,7 +263,11 @@ def npz():
     ('model.h5', pickle.dumps({'a': 1}, 2), 'is a pickle'),
     ('model.pth', zip_of('archive/data.pkl'), 'is a zip file'),
     ('model.npz', npz(), 'is a zip file'),
-    ('model.tar.gz', gzip.compress(b'x' * 1000), 'truncated or damaged'),
+    (
+      'model.tar.gz',
+      gzip.compress(b'x' * 1000, mtime=0),
+      'truncated or damaged',
+    ),
     ('x.safetensors', b'\x10' + b'\0' * 7 + b'{' * 99, 'truncated or damaged'),
   ],
 )
