@@ -1,5 +1,11 @@
-"""What the README says is so."""
+"""What README and the pages in docs say is so."""
 
+import ast
+import contextlib
+import functools
+import inspect
+import json
+import math
 import re
 import shlex
 import subprocess
@@ -7,29 +13,51 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import miniature_voc
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from miniature import as_options
+from PIL import Image
 
+from deeplab_jax import BACKBONES, PRESETS, deeplab_v3
+from deeplab_jax.config import from_recipe, get_config, override, validate
+from deeplab_jax.data.images import decode_label
+from deeplab_jax.data.load import LOADERS
+from deeplab_jax.evaluation.protocols import PROTOCOLS
+from deeplab_jax.training.losses import LOSSES
+from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from deeplab_jax.training.steps import TrainState
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+PAGES = sorted([
+  *ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('experiments/*.md')
+])  # fmt: skip
 
 
-def test_tree_names_every_module():
-  tree = README.split('## How it is built')[1]
-  for group in re.findall(r'(\S*)\{(.*?)\}\.py', tree):
-    tree += ' '.join(f' {group[0]}{name}.py' for name in group[1].split(','))
-  modules = (ROOT / 'deeplab_jax').rglob('*.py')
-  names = {str(path.relative_to(ROOT / 'deeplab_jax')) for path in modules}
-  named = set(re.findall(r'[\w/]+\.py', tree))
-  wanted = {name for name in names if not name.endswith('__init__.py')}
-  assert wanted <= named
-  assert {name for name in named if '/' in name} - {
-    'tests/test_architecture.py'
-  } <= wanted
+def section(text, title):
+  """What follows a heading, up to the next one of its level."""
+  level = title.split()[0]
+  return text.split(f'\n{title}\n')[1].split(f'\n{level} ')[0]
+
+
+def blocks(text, language):
+  return re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)
+
+
+def test_readme_has_at_most_900_words():
+  assert len(README.split()) <= 900
+
+
+def test_readme_names_the_folders_that_exist():
+  named = set(re.findall(r'^\| `(.*?)/` \|', README, re.MULTILINE))
+  folders = {
+    path.parent for path in (ROOT / 'deeplab_jax').rglob('__init__.py')
+  } | {ROOT / name for name in ('docs', 'experiments', 'tests')}
+  assert named == {str(path.relative_to(ROOT)) for path in folders}
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -41,8 +69,94 @@ def test_ci_runs_the_test_command_of_the_readme():
   )
 
 
+def anchors(text):
+  """The names that GitHub gives to the headings of a page."""
+  text = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+  titles = re.findall(r'^#+ (.*)', text, re.MULTILINE)
+  return {re.sub(r'[^\w\- ]', '', t.lower()).replace(' ', '-') for t in titles}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+  text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+  for link in re.findall(r'\]\((.*?)\)', text):
+    if link.startswith('https://'):
+      continue
+    place, _, anchor = link.partition('#')
+    target = (page.parent / place).resolve() if place else page
+    assert target.exists(), link
+    assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def commands(page):
+  """The commands of a page that start the main program, as words."""
+  for block in blocks(page.read_text(), 'bash'):
+    for line in block.replace('\\\n', ' ').splitlines():
+      _, found, arguments = line.partition('-m deeplab_jax.main ')
+      if found:
+        yield shlex.split(arguments)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_commands_have_recipes_modes_and_settings_that_exist(page):
+  for words in commands(page):
+    options = dict(word.partition('=')[::2] for word in words if '--' in word)
+    assert '--workdir' in options or options['--mode'] == 'prepare'
+    modes = 'prepare', 'train', 'import', 'eval', 'predict'
+    assert options.get('--mode', 'train') in modes
+    recipe = options.get('--config', 'RECIPE')
+    config = get_config()
+    if recipe not in ('RECIPE', 'recipe.py'):
+      config = from_recipe(recipe)
+    settings = [word for word in words if word.startswith('--config.')]
+    assert not override(config, ['main', *settings])
+    validate(config)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_settings_that_a_page_names_exist(page):
+  if page.name in ('CHANGELOG.md', 'settings.md'):
+    return  # one names old settings, the other is made from config.py
+  keys = flatten_dict(get_config().to_dict(), sep='.')
+  sections = 'model|data|train|loss|optimizer|eval|predict'
+  pattern = rf'`(?:--config\.|config\.)?((?:{sections})\.[a-z_.]+)(?:=(.*?))?`'
+  for key, value in re.findall(pattern, page.read_text()):
+    if re.fullmatch(r'model\.(apply|init)|.*\.(py|json|txt|png)', key):
+      continue
+    assert key in keys
+    if value and not value.isupper():
+      config = get_config()
+      override(config, ['main', f'--config.{key}={value}'])
+      validate(config)
+
+
+def test_presets_are_those_of_the_page_on_weights():
+  table = section((ROOT / 'docs/weights.md').read_text(), '## Presets')
+  head, _, *rows = re.findall(r'^\|(.*)\|$', table, re.MULTILINE)
+  shown = {name: {} for name in re.findall(r'`(\w+)`', head)}
+  for row in rows:
+    what, *cells = (cell.strip() for cell in row.split('|'))
+    keys = re.findall(r'`(\w+)`', what)
+    for preset, cell in zip(shown.values(), cells, strict=True):
+      preset |= dict(zip(keys, cell_values(cell, len(keys)), strict=True))
+  paper, varied = PRESETS['paper'], shown['paper'].keys()
+  assert list(shown) == list(PRESETS)
+  for name, preset in PRESETS.items():
+    assert preset == {**paper, **shown[name]}
+    assert shown[name].keys() == varied
+
+
+def cell_values(cell, count):
+  """Reads 'yes', 'last', '1e-5', or 'mean, std' where one number is of all."""
+  with contextlib.suppress(ValueError, SyntaxError):
+    cell = ast.literal_eval(cell)
+  if count == 1:
+    return [{'yes': True, 'no': False}.get(cell, cell)]
+  return [x if isinstance(x, tuple) else (float(x),) * 3 for x in cell]
+
+
 def run_in_miniature(command, places, settings):
-  """Runs a command of the README from the project's folder."""
+  """Runs a command of the pages from the project's folder."""
   for placeholder, place in places.items():
     command = command.replace(placeholder, str(place))
   program, *arguments = shlex.split(command)
@@ -57,10 +171,11 @@ def run_in_miniature(command, places, settings):
   return done
 
 
+@pytest.mark.compiles
 def test_two_commands_train_on_voc_in_two_stages(tmp_path):
-  section = README.split('## Train on PASCAL VOC')[1].split('\n## ')[0]
-  blocks = re.findall(r'```bash\n(.*?)\n```', section, re.DOTALL)
-  first, second = (block.replace('\\\n', ' ') for block in blocks)
+  page = (ROOT / 'docs/pascal_voc.md').read_text()
+  both = blocks(section(page, '## Train in two stages'), 'bash')
+  first, second = (block.replace('\\\n', ' ') for block in both)
   data = tmp_path / 'data'
   miniature_voc.write_voc_devkit(data)
   miniature_voc.write_sbd(data)
@@ -102,10 +217,97 @@ def read_variables(workdir):
     return saved.restore_variables(saved.step_named('best'))
 
 
-@pytest.mark.slow
-def test_three_lines_give_a_working_model():
-  block = README.split('## Use it in three lines')[1]
-  code = re.search(r'```python\n(.*?)```', block, re.DOTALL)[1]
+@pytest.mark.compiles
+def test_three_lines_segment_with_the_network_of_the_first_command(
+  tmp_path, random_variables
+):
+  """With weights that favor class 4 everywhere, every pixel is class 4."""
+  (code,) = blocks(section(README, '## Segment images'), 'python')
+  lines = code.strip().split('\n\n')[-1].splitlines()
+  assert len(lines) == 3
+  settings = get_config().model.to_dict()
+  sizes = 'backbone', 'width', 'output_stride', 'aspp_features'
+  model = deeplab_v3(num_classes=6, **{key: settings[key] for key in sizes})
+  names = {'deeplab_v3': deeplab_v3}
+  exec(lines[0], names)
+  assert repr(names['model']) == repr(model)
+  variables = random_variables(model)
+  variables['params']['logits'] = {
+    'kernel': np.zeros((1, 1, 64, 6), np.float32),
+    'bias': np.eye(6, dtype=np.float32)[4],
+  }
+  state = TrainState(step=1, opt_state=(), **variables)
+  with Checkpoints(tmp_path / 'workdir') as saved:
+    saved.save(state, {'model': settings, 'dataset': None})
+  photo = np.random.default_rng(0).integers(0, 256, (45, 70, 3), np.uint8)
+  Image.fromarray(photo).save(tmp_path / 'photo.jpg')
   names = {}
-  exec(code, names)
-  assert names['logits'].shape == (1, 375, 500, 21)
+  code = code.replace('/tmp/deeplab', str(tmp_path / 'workdir'))
+  exec(code.replace('photo.jpg', str(tmp_path / 'photo.jpg')), names)
+  assert np.array_equal(names['classes'], np.full((1, 45, 70), 4))
+
+
+@pytest.mark.compiles
+def test_examples_of_extending_run(tmp_path):
+  page = (ROOT / 'docs/extending.md').read_text()
+  names = {'__name__': 'extending'}
+  for code in blocks(page, 'python'):
+    exec(code.replace("'PREPARED'", repr(str(tmp_path))), names)
+  backbone = BACKBONES.pop('strided')
+  loss, optimizer = LOSSES.pop('focal'), OPTIMIZERS.pop('lion')
+  protocol, loader = PROTOCOLS.pop('half_size'), LOADERS.pop('halves')
+
+  # At equal logits a pixel has the probability 1 / C.
+  each = loss(jnp.zeros((2, 4)), jnp.array([1, 255]))
+  np.testing.assert_allclose(each, [0.75**2 * math.log(4), 0], rtol=1e-6)
+  config = names['get_config']()
+  assert (config.loss.name, config.optimizer.name) == (loss, optimizer)
+  validate(config)
+
+  # Lion moves each parameter by the learning rate, by sign of the gradient.
+  chain = make_optimizer(optimizer, 0.1)
+  params = {'backbone': {'bias': jnp.zeros(3)}}
+  gradients = {'backbone': {'bias': jnp.array([2.0, -0.3, 0.0])}}
+  moves, _ = chain.update(gradients, chain.init(params), params)
+  np.testing.assert_allclose(moves['backbone']['bias'], [-0.1, 0.1, 0])
+
+  model = deeplab_v3(backbone, num_classes=3, output_stride=8, aspp_features=4)
+  assert model.backbone == names['model'].backbone
+  with pytest.raises(ValueError, match='output_stride must be 8, got 16'):
+    deeplab_v3(backbone, output_stride=16)
+
+  # Half of 33 pixels are 17: the map that the network itself would give.
+  images = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (1, 33, 33, 3)))
+  init = functools.partial(model.init, train=False)
+  variables = jax.jit(init)(jax.random.key(0), images)
+  look = protocol().scores(model)
+  seen = jax.jit(look)(variables, images, jnp.array([[33, 33]]))
+  half = model.apply(variables, images[:, ::2, ::2], train=False)
+  np.testing.assert_allclose(seen.sum(-1), 1, rtol=1e-5)
+  np.testing.assert_allclose(
+    seen[:, ::2, ::2], jax.nn.softmax(half), rtol=1e-4, atol=1e-5
+  )
+
+  dataset = names['dataset']
+  assert inspect.signature(loader).parameters.keys() == {'prepared_dir'}
+  assert dataset.info.classes == ('left', 'right')
+  assert len(dataset.source('val')) == 2
+  label = decode_label(dataset.source('train')[1]['label'])
+  np.testing.assert_array_equal(
+    label, np.broadcast_to(np.arange(64) >= 23, (48, 64))
+  )
+
+
+def test_cells_of_the_tutorial_are_python_with_imports_that_exist():
+  """CI runs the notebook; this names what a renamed module breaks at once."""
+  notebook = json.loads((ROOT / 'docs/tutorial.ipynb').read_text())
+  cells = [c for c in notebook['cells'] if c['cell_type'] == 'code']
+  assert cells
+  for cell in cells:
+    tree = ast.parse(''.join(cell['source']))
+    imports = [
+      node
+      for node in tree.body
+      if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    exec(compile(ast.Module(imports, []), 'tutorial', 'exec'), {})
