@@ -63,12 +63,15 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
 
 def make_model(config: ConfigDict, num_classes: int) -> DeepLabV3:
   """The network of `config.model`."""
+  # The memory of CPUs is slow: there, what it saves costs no time.
+  on_cpu = jax.default_backend() == 'cpu'
+  settings = {
+    'axis_name': AXIS_NAME if config.train.sync_bn else None,
+    'rematerialization': 'elementwise' if on_cpu else 'none',
+    **_set(config.model),
+  }
   with naming('config.model'):
-    return deeplab_v3(
-      num_classes=num_classes,
-      axis_name=AXIS_NAME if config.train.sync_bn else None,
-      **_set(config.model),
-    )
+    return deeplab_v3(num_classes=num_classes, **settings)
 
 
 def _set(section: ConfigDict) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
   model.bn_epsilon = placeholder(float)  # of the variance; unset: by preset
   model.dtype = 'float32'  # or bfloat16; parameters stay float32
   # What to compute twice to save memory: `none`, `elementwise` or `block`.
+  # Unset: `elementwise` on CPUs, `none` elsewhere.
   model.rematerialization = placeholder(str)
 
   data = config.data = ConfigDict()
