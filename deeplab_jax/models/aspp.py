@@ -62,7 +62,7 @@ class ASPP(nn.Module):
     shared = self.activation, self.norm, self.dtype
     conv = functools.partial(ConvNormRelu, self.features)
     pooling = ImagePooling(self.features, *shared, name='pooling')
-    branches = [
+    branches: list[Callable[..., jax.Array]] = [
       functools.partial(pooling, mask=mask),
       conv(1, 1, *shared, name='conv'),
       *(

@@ -130,16 +130,16 @@ class DeepLabV3(nn.Module):
     extended = tuple(self._extended(n) for n in size)
     bottom, right = (n - own for n, own in zip(extended, size, strict=True))
     x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
-    mask, blanking = None, contextlib.nullcontext()
+    mask, padding = None, contextlib.ExitStack()
     if sizes is not None and self.pads_freely:
       sizes = jnp.asarray(sizes)
       x = jnp.where(ops.within(sizes, extended), x, 0)
       sizes = self._extended(sizes)
-      blanking = ops.padded(sizes, extended)
+      padding.enter_context(ops.padded(sizes, extended))
       mask = ops.within(
         -(-sizes // stride), [-(-n // stride) for n in extended]
       )
-    with blanking:
+    with padding:
       x = self.backbone(x.astype(self.dtype), train=train)[self.features]
       x = self.aspp(x, train=train, mask=mask)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)

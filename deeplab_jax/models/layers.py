@@ -4,7 +4,7 @@ All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class ConvNormRelu(nn.Module):
 
 def resample(
   x: jax.Array,
-  size: tuple[int, int],
+  size: Sequence[int],
   step: tuple[float, float],
   sizes: jax.Array | None = None,
 ) -> jax.Array:
@@ -104,9 +104,9 @@ def _interpolation(
   length: int, out: int, step: float, lengths: jax.Array | None
 ) -> np.ndarray | jax.Array:
   """Weights [out, length] of `resample`; [B, out, length] with lengths [B]."""
-  position = np.arange(out) * step
+  positions, places = np.arange(out) * step, np.arange(length)
   if lengths is None:
-    position = np.minimum(position, length - 1)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(length)))
-  position = jnp.minimum(position, lengths[:, None] - 1)
-  return jnp.maximum(0, 1 - jnp.abs(position[..., None] - np.arange(length)))
+    positions = np.minimum(positions, length - 1)
+    return np.maximum(0, 1 - np.abs(positions[:, None] - places))
+  own = jnp.minimum(positions, lengths[:, None] - 1)
+  return jnp.maximum(0, 1 - jnp.abs(own[..., None] - places))

@@ -106,11 +106,9 @@ def conv2d(
 def _conv2d(
   x: jax.Array, kernel: jax.Array, stride: int, rate: int
 ) -> jax.Array:
-  settings = {'stride': stride, 'rate': rate}
-  return _by_platform(
-    functools.partial(convolutions.on_cpu, **settings),
-    functools.partial(convolutions.by_xla, **settings),
-  )(x, kernel)
+  own = functools.partial(functools.partial, stride=stride, rate=rate)
+  form = _by_platform(own(convolutions.on_cpu), own(convolutions.by_xla))
+  return form(x, kernel)
 
 
 @_conv2d.defjvp
@@ -118,7 +116,7 @@ def _conv2d_differential(
   stride: int, rate: int, values: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
   y = _conv2d(*values, stride, rate)
-  settings = {'stride': stride, 'rate': rate}
+  own = functools.partial(functools.partial, stride=stride, rate=rate)
 
   def tangent(x: Any, kernel: Any, x_dot: Any, kernel_dot: Any) -> jax.Array:
     return _conv2d(x_dot, kernel, stride, rate) + _conv2d(
@@ -126,8 +124,7 @@ def _conv2d_differential(
     )
 
   gradients = _by_platform(
-    functools.partial(convolutions.gradients_on_cpu, **settings),
-    functools.partial(convolutions.xla_gradients, **settings),
+    own(convolutions.gradients_on_cpu), own(convolutions.xla_gradients)
   )
   return y, linear_call(tangent, gradients, values, tangents, like=y)
 
@@ -136,11 +133,11 @@ def _conv2d_differential(
 def _cached_conv2d(
   x: jax.Array, kernel: jax.Array, cached: Any, stride: int, rate: int
 ) -> jax.Array:
-  settings = {'stride': stride, 'rate': rate}
-  return _by_platform(
-    functools.partial(convolutions.cached_on_cpu, **settings),
-    lambda x, kernel, _: convolutions.by_xla(x, kernel, **settings),
-  )(x, kernel, cached)
+  form = _by_platform(
+    functools.partial(convolutions.cached_on_cpu, stride=stride, rate=rate),
+    lambda x, kernel, _: convolutions.by_xla(x, kernel, stride, rate),
+  )
+  return form(x, kernel, cached)
 
 
 @functools.partial(_cached_conv2d.defjvp, symbolic_zeros=True)

@@ -147,7 +147,7 @@ def winograd_pays(
     and dtype == jnp.float32
     and min(shape[1:3]) >= _WINOGRAD_FROM_SIZE
     and min(kernel_shape[2:]) >= _WINOGRAD_FROM_CHANNELS
-    and winograd.share(*shape[1:3], rate) <= up_to
+    and winograd.share(shape[1:3], rate) <= up_to
   )
 
 

@@ -61,10 +61,10 @@ def _transpose(
 ) -> list[jax.Array | None]:
   gradients = transpose(*values[:count], gradient)
   asked = map(ad.is_undefined_primal, values[count:])
-  return [None] * count + [
-    gradient if linear else None
-    for linear, gradient in zip(asked, gradients, strict=True)
+  own = [
+    g if linear else None for linear, g in zip(asked, gradients, strict=True)
   ]
+  return [*[None] * count, *own]
 
 
 def _batch(

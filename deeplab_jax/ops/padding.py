@@ -44,9 +44,9 @@ def padded(sizes: jax.Array, size: tuple[int, int]) -> Iterator[None]:
 
 def blank(x: jax.Array, *, lowest: bool = False) -> jax.Array:
   """Sets padding to zero, or to the lowest value, which wins no maximum."""
-  if _sizes.get() is None:
+  if (padding := _sizes.get()) is None:
     return x
-  sizes, size = _sizes.get()
+  sizes, size = padding
   strides = [
     (length - 1) // max(rows - 1, 1)
     for length, rows in zip(size, x.shape[1:3], strict=True)

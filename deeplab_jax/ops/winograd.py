@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# A line of more pixels takes tiles: in two dimensions it has as many kernels as
-# the square of its products, and each serves `rate * rate` lines of an image.
+# Longer lines take tiles: in two dimensions a line has as many kernels as the
+# square of its products, and each serves `rate * rate` lines of an image.
 _LINES_UP_TO = 3
 _SHARED_FROM_RATE = 8
 _SHARED_LINES_UP_TO = 5
@@ -43,16 +43,16 @@ class Form(NamedTuple):
 
   @property
   def border(self) -> int:
-    """Pixels beside the tile that have a part in its result."""
+    """Pixels at each end of the tile that its result depends on."""
     return (self.input.shape[1] - self.tile) // 2
 
-  def count(self, size: int, rate: int) -> int:
+  def cover(self, size: int, rate: int) -> int:
     """How many tiles cover one of the `rate` lines in `size` pixels."""
     return -(-size // (self.tile * rate))
 
 
 def form_of(size: int, rate: int) -> Form:
-  """The one for an axis of `size` pixels and taps `rate` pixels apart."""
+  """The form for an axis of `size` pixels and taps `rate` pixels apart."""
   pixels = -(-size // rate)
   shared = rate >= _SHARED_FROM_RATE
   if 1 < pixels <= (_SHARED_LINES_UP_TO if shared else _LINES_UP_TO):
@@ -63,10 +63,10 @@ def form_of(size: int, rate: int) -> Form:
 
 @functools.cache
 def tiles(points: tuple[float, ...]) -> Form:
-  """Tiles of one pixel less than there are points, for one product more.
+  """Tiles of `len(points) - 1` pixels, by Toom and Cook.
 
-  Toom and Cook: the product of two polynomials from their values at the points
-  and at infinity.
+  The product of two polynomials follows from their values at the points and at
+  infinity: two products more than pixels.
   """
   tile = len(points) - 1
   output = np.vander(points, tile, increasing=True)
@@ -137,15 +137,15 @@ def line(pixels: int) -> Form:
 def convolve(
   x: jax.Array, kernel: jax.Array, rate: int = 1, *, transposed: bool = False
 ) -> jax.Array:
-  """Fewer products between transforms of the map and of the kernel, 3x3 alone.
+  """Convolves [B, H, W, Cin] with [3, 3, Cin, Cout] at stride 1.
 
   An atrous convolution is one of rate 1 on each of the `rate * rate` maps that
   take every `rate`th pixel of a row and of a column. Each is cut into tiles of
-  3x3 pixels, which take 25 products a pair of channels instead of 81; where it
-  is small enough to be taken whole, fewer do, see `winograd`.
+  3x3 pixels, which take 25 products per pair of channels instead of 81. A map
+  of few pixels is taken whole and takes fewer, see `form_of`.
 
-  With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient
-  of the convolution with respect to x does.
+  With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin]: the gradient with
+  respect to x.
   """
   kernels = transform(kernel, x.shape[1:3], rate, transposed=transposed)
   return convolve_transformed(x, kernels, rate, transposed=transposed)
@@ -153,19 +153,15 @@ def convolve(
 
 def transform(
   kernel: jax.Array,
-  size: tuple[int, int],
+  size: Sequence[int],
   rate: int = 1,
   *,
   transposed: bool = False,
 ) -> tuple[jax.Array, ...]:
   """The kernel [3, 3, Cin, Cout] transformed for maps of a height and width.
 
-  Returns:
-    As many arrays as a line of the height takes products, each [products of a
-    line of the width, Cin, Cout].
-
-  Raises:
-    ValueError: for a kernel of another size.
+  These are as many arrays as a column takes products, each [products of a row,
+  Cin, Cout].
   """
   if kernel.shape[:2] != (3, 3):
     raise ValueError(f'kernel must be 3x3, got {kernel.shape[:2]}')
@@ -176,10 +172,8 @@ def transform(
   return tuple(_transform(across, _weighted_sum(row, taps)) for row in down)
 
 
-def fits(
-  kernels: Sequence[jax.Array], size: tuple[int, int], rate: int
-) -> bool:
-  """Whether `transform` gives such for maps of this size."""
+def fits(kernels: Sequence[jax.Array], size: Sequence[int], rate: int) -> bool:
+  """Whether `transform` gives the same shapes for maps of this size."""
   down, across = (form_of(n, rate) for n in size)
   return (len(kernels), len(kernels[0])) == (down.products, across.products)
 
@@ -191,14 +185,14 @@ def convolve_transformed(
   *,
   transposed: bool = False,
 ) -> jax.Array:
-  """`convolve` with a kernel that `transform` has transformed.
+  """`convolve` with a transformed kernel.
 
-  With `transposed` the kernels' last axis is that of x's channels.
+  With `transposed` the last axis of the kernels is that of x's channels.
   """
   down, across = (form_of(n, rate) for n in x.shape[1:3])
   contract = 2 if transposed else 1
   lines, parts = _lines(x, 1, down, rate), []
-  # The products of a row at a time, while they are in the caches.
+  # One row of products at a time, while it is in the caches.
   for to_row, kernel in zip(down.input, kernels, strict=True):
     columns = _columns(lines, to_row, down, across, rate)
     products = lax.dot_general(
@@ -211,19 +205,13 @@ def convolve_transformed(
 def kernel_gradient(
   x: jax.Array, gradient: jax.Array, rate: int = 1
 ) -> jax.Array:
-  """Gradient of `convolve` with respect to the kernel.
+  """Gradient of `convolve` with respect to the kernel, [3, 3, Cin, Cout].
 
-  Args:
-    x: [B, H, W, Cin], of the convolution.
-    gradient: [B, H, W, Cout], with respect to its result.
-    rate: of the convolution.
-
-  Returns:
-    [3, 3, Cin, Cout].
+  `gradient` [B, H, W, Cout] is that of the result.
   """
   down, across = (form_of(n, rate) for n in x.shape[1:3])
   batch, height, width, channels = x.shape
-  count = batch * rate**2 * down.count(height, rate) * across.count(width, rate)
+  count = batch * rate**2 * down.cover(height, rate) * across.cover(width, rate)
   features = gradient.shape[-1]
   part = jax.ShapeDtypeStruct((across.tile, count, features), x.dtype)
   (to_parts,) = jax.linear_transpose(
@@ -236,7 +224,7 @@ def kernel_gradient(
     to_kernel = lax.dot_general(
       columns, to_products, (((1,), (1,)), ((0,), (0,)))
     )
-    # One after another, lest the columns are kept for all at once.
+    # One at a time, so that only its columns are kept.
     lines, to_kernel = lax.optimization_barrier((lines, to_kernel))
     kernels.append(to_kernel)
   kernel = jax.ShapeDtypeStruct((3, 3, channels, features), x.dtype)
@@ -247,13 +235,9 @@ def kernel_gradient(
 
 
 def _columns(
-  lines: jax.Array,
-  to_row: np.ndarray,
-  down: Form,
-  across: Form,
-  rate: int,
+  lines: jax.Array, to_row: np.ndarray, down: Form, across: Form, rate: int
 ) -> jax.Array:
-  """What a row of kernels is multiplied by: [products, tiles, C]."""
+  """The factors of a row of kernels: [products, tiles, C]."""
   row = _weighted_sum(to_row, _windows(lines, 1, down))
   row = lax.optimization_barrier(_lines(row, 3, across, rate))
   columns = _windows(row, 3, across)
@@ -262,12 +246,12 @@ def _columns(
 
 
 def _assembled(
-  parts: Sequence[jax.Array], shape: tuple[int, int, int], rate: int
+  parts: list[jax.Array], shape: Sequence[int], rate: int
 ) -> jax.Array:
   """The map [*shape, C] of the rows' products, [tile, tiles, C] each."""
   batch, height, width = shape
   down, across = (form_of(n, rate) for n in (height, width))
-  high, wide = down.count(height, rate), across.count(width, rate)
+  high, wide = down.cover(height, rate), across.cover(width, rate)
   y = jnp.stack([_weighted_sum(weights, parts) for weights in down.output])
   y = y.reshape(down.tile, across.tile, batch, high, rate, wide, rate, -1)
   y = y.transpose(2, 3, 0, 4, 5, 1, 6, 7)
@@ -275,20 +259,20 @@ def _assembled(
   return y[:, :height, :width]
 
 
-def share(height: int, width: int, rate: int) -> float:
-  """Its products over those of `by_taps`."""
+def share(size: Sequence[int], rate: int) -> float:
+  """Its number of products over that of one matrix product per tap."""
   share = 1.0
-  for size in (height, width):
-    taps = sum(max(size - rate * abs(i), 0) for i in (-1, 0, 1))
-    form = form_of(size, rate)
-    share *= form.products * rate * form.count(size, rate) / taps
+  for length in size:
+    taps = sum(max(length - rate * abs(i), 0) for i in (-1, 0, 1))
+    form = form_of(length, rate)
+    share *= form.products * rate * form.cover(length, rate) / taps
   return share
 
 
 def _lines(x: jax.Array, axis: int, form: Form, rate: int) -> jax.Array:
   """Splits an axis in [pixels of a line, rate], with zeros around each line."""
   size = x.shape[axis]
-  pixels = form.tile * form.count(size, rate) + 2 * form.border
+  pixels = form.tile * form.cover(size, rate) + 2 * form.border
   before = rate * form.border
   pads = [(0, 0)] * x.ndim
   pads[axis] = before, rate * pixels - before - size
@@ -305,17 +289,16 @@ def _windows(x: jax.Array, axis: int, form: Form) -> list[jax.Array]:
   ]
 
 
-def _weighted_sum(weights: np.ndarray, terms: list[jax.Array]) -> jax.Array:
-  total = None
-  for weight, term in zip(weights, terms, strict=True):
-    if weight:
-      part = term * weight.astype(term.dtype)
-      total = part if total is None else total + part
-  return total
+def _weighted_sum(weights: np.ndarray, terms: Sequence[jax.Array]) -> jax.Array:
+  parts = [
+    term * weight.astype(term.dtype)
+    for weight, term in zip(weights, terms, strict=True)
+    if weight
+  ]
+  return functools.reduce(jnp.add, parts)
 
 
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
   """[m, n] times [n, ...] -> [m, ...]."""
-  matrix = jnp.asarray(matrix, x.dtype)
-  y = lax.dot(matrix, x.reshape(len(x), -1))
+  y = lax.dot(jnp.asarray(matrix, x.dtype), x.reshape(len(x), -1))
   return y.reshape(-1, *x.shape[1:])

@@ -142,10 +142,10 @@ def test_pixels_under_a_tap_are_those_of_the_padded_map(offset, stride):
 
 def test_winograd_share_of_hand_counted_products():
   # 3 tiles of 5 products a line; the taps reach 8, 9 and 8 pixels of 9.
-  assert winograd.share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
+  assert winograd.share((9, 9), 1) == pytest.approx((15 / 25) ** 2)
   # 12 lines of 4 products, and of 3; taps reach 21, 33, 21 pixels and 8, 20, 8.
   share = 48 / 75 * (36 / 36)
-  assert winograd.share(33, 20, 12) == pytest.approx(share)
+  assert winograd.share((33, 20), 12) == pytest.approx(share)
 
 
 def test_matmul_keeps_the_leading_dimensions():

@@ -71,4 +71,4 @@ def test_lines_of_pairs_and_of_five_have_many_zeros():
 def test_choice(size, rate, products, tile, count):
   form = form_of(size, rate)
   assert (form.products, form.tile) == (products, tile)
-  assert form.count(size, rate) == count
+  assert form.cover(size, rate) == count
