@@ -18,10 +18,10 @@ from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.errors import UserError, choose, naming
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 
@@ -38,6 +38,7 @@ def check(config: ConfigDict) -> None:
   _make_protocol(config)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
+    choose('name', loss.name, losses.LOSSES)
     losses.check_settings(
       loss.label_smoothing,
       loss.hardest,
@@ -101,6 +102,7 @@ def make_train_step(
     model=model,
     optimizer=optimizer,
     freeze_bn=config.train.freeze_bn,
+    loss=choose('loss', config.loss.name, losses.LOSSES),
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,
     **of_data,
@@ -142,11 +144,9 @@ def make_evaluator(
   split = config.data.eval_split
   return Evaluator(
     model,
-    dataset.source(split),
-    dataset.sizes(split),
-    dataset.info,
+    dataset,
+    split,
     _make_protocol(config),
-    split=split,
     batch_size=config.eval.batch_size,
     buckets=config.eval.buckets,
     threads=config.data.threads,
@@ -155,8 +155,7 @@ def make_evaluator(
 
 def _make_protocol(config: ConfigDict) -> Protocol:
   with naming('config.eval'):
-    return Protocol(
-      config.eval.protocol,
+    return choose('protocol', config.eval.protocol, PROTOCOLS)(
       crop_size=config.eval.crop_size,
       overlap=config.eval.overlap,
       scales=config.eval.scales,

@@ -2,23 +2,19 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
-from deeplab_jax import build
+from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.evaluation import metrics
-from deeplab_jax.evaluation.evaluator import (
-  Evaluator,
-  ScoredImage,
-  write_archive,
-)
-from deeplab_jax.evaluation.protocols import Protocol, in_words
+from deeplab_jax.data.survey import check_tallies
+from deeplab_jax.evaluation.evaluator import Scores, write_archive
+from deeplab_jax.evaluation.metrics import format_table
+from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training.writers import write_json
@@ -29,122 +25,24 @@ from deeplab_jax.weights import checkpoints
 log = logging.getLogger(__name__)
 
 
-def evaluate_variables(
-  evaluator: Evaluator,
-  variables: dict[str, Any],
-  panels: int,
-  visit: Sequence[Callable[[ScoredImage], None]] = (),
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-  """Counts every pixel of a split once.
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Evaluates a checkpoint of `workdir`; prints and returns its metrics.
 
-  Args:
-    evaluator: of the split.
-    variables: `params` and `batch_stats`, prepared or not, on the devices.
-    panels: how many images the picture shows.
-    visit: called with each image.
-
-  Returns:
-    The measures over the whole set and those averaged over images with the
-    number of `images` and the protocol; the confusion matrix int64 [C, C]; and
-    a picture of the first images (image, label and prediction).
-  """
-  classes = evaluator.info.classes
-  confusion = np.zeros((len(classes), len(classes)), np.int64)
-  of_images, shown = {}, {}
-  for scored in evaluator.scored(variables):
-    confusion += scored.confusion
-    of_images[scored.index] = scored.measures
-    if scored.index < panels:
-      shown[scored.index] = scored.prediction
-    for call in visit:
-      call(scored)
-  # In the order of the records: equal for any batches.
-  rows = [of_images[index] for index in sorted(of_images)]
-  measures = {
-    **metrics.measures(confusion, classes),
-    **metrics.average(rows),
-    **evaluator.description,
-    'images': len(rows),
-  }
-  picture = evaluator.picture(dict(sorted(shown.items())))
-  return measures, confusion, picture
-
-
-class _Extremes:
-  """The images of the lowest and the highest mIoU, each with its prediction."""
-
-  def __init__(self, count: int) -> None:
-    self._count = count
-    self.worst: list[tuple[float, int, np.ndarray]] = []
-    self.best: list[tuple[float, int, np.ndarray]] = []
-
-  def add(self, scored: ScoredImage) -> None:
-    miou = scored.measures['per_image_miou']
-    if np.isnan(miou):
-      return
-    entry = (miou, scored.index, scored.prediction)
-    self.worst = sorted([*self.worst, entry])[: self._count]
-    best = sorted([*self.best, entry], key=lambda e: (-e[0], e[1]))
-    self.best = best[: self._count]
-
-  def save(self, evaluator: Evaluator, path: Path) -> list[str]:
-    """Writes PATH_worst.png and PATH_best.png; returns a line for each."""
-    lines = []
-    for kind, entries in (('worst', self.worst), ('best', self.best)):
-      picture = evaluator.picture({index: map_ for _, index, map_ in entries})
-      if picture is not None:
-        visualize.save_png(_beside(path, f'_{kind}.png'), picture)
-        names = [f'{evaluator.name(i)} {100 * m:.1f}' for m, i, _ in entries]
-        lines.append(f'{kind} images by mIoU: {", ".join(names)}')
-    return lines
-
-
-class _Archive:
-  """Predictions as palette PNGs for a test server."""
-
-  def __init__(self, evaluator: Evaluator) -> None:
-    self._evaluator = evaluator
-    self._pngs: dict[int, bytes] = {}
-
-  def add(self, scored: ScoredImage) -> None:
-    info = self._evaluator.info
-    self._pngs[scored.index] = visualize.indexed_png(
-      *info.in_file_values(scored.prediction)
-    )
-
-  def save(self, path: Path) -> str:
-    """Writes the archive; returns a line that says where."""
-    if path.exists():
-      log.warning('%s: earlier predictions are replaced', path)
-    name = self._evaluator.info.name
-    write_archive(
-      path,
-      ((self._evaluator.name(i), png) for i, png in sorted(self._pngs.items())),
-      'VOC2012' if name.lower().startswith('voc2012') else name,
-    )
-    return f'{len(self._pngs)} predictions in {path}'
-
-
-def evaluate(
-  config: ml_collections.ConfigDict, workdir: Path
-) -> dict[str, Any]:
-  """Evaluates a checkpoint of `workdir`.
-
-  It prints the measures, and writes them into the folder `eval` with pictures:
-  NAME.json, NAME.png (the first images), NAME_confusion.png, NAME_worst.png and
-  NAME_best.png. NAME is made of the split, the protocol and what else differs
-  from the usual, as `val_whole` or `val_whole_flip_step300`. With
-  `config.eval.save_predictions` there is the archive NAME.tar.gz, which for a
-  split without labels is all.
-
-  Returns:
-    What NAME.json holds: what `evaluate_variables` gives, and `step`.
+  It writes them into the folder `eval` with pictures: NAME.json, NAME.png (the
+  first images), NAME_confusion.png, NAME_worst.png and NAME_best.png. NAME
+  tells the split, the protocol and what is not the default, as
+  `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
+  archive NAME.tar.gz, and for a split without labels nothing else.
 
   Raises:
     UserError: if the checkpoint or the data cannot be used.
   """
   split, saves = config.data.eval_split, config.eval.save_predictions
-  _check(config)
+  if not split:
+    raise UserError(
+      'config.data.eval_split is empty, as for training without evaluation;'
+      ' name a split: --config.data.eval_split=val'
+    )
   dataset = build.open_dataset(config, split)
   _warn_of_trained(dataset, config.data.train_split, split)
   if not saves:
@@ -155,63 +53,95 @@ def evaluate(
   config = with_preset(config, network.model['preset'])
   model = build.make_model(config, dataset.info.num_classes)
   evaluator = build.make_evaluator(model, dataset, config)
-  extremes = _Extremes(config.eval.worst_and_best)
-  first = distributed.is_first_process()
-  archive = _Archive(evaluator) if saves and first else None
-  measures, confusion, picture = evaluate_variables(
-    evaluator,
-    distributed.replicate(evaluator.prepare(network.variables)),
-    config.eval.panels,
-    [extremes.add, *([archive.add] if archive else [])],
-  )
-  result = {**measures, 'step': network.step}
-  if first:
-    folder = workdir / 'eval'
-    folder.mkdir(exist_ok=True)
-    path = folder / result_name(
-      evaluator.description,
-      trained_stride=network.trained_stride,
-      step=None if config.eval.step == 'best' else network.step,
+  if saves and evaluator.protocol.transform:
+    raise UserError(
+      'config.eval.save_predictions needs whole images, and'
+      f' config.eval.protocol={evaluator.protocol.name} cuts them; use whole or'
+      ' sliding_window'
     )
+  variables = ops.cache_kernels(model, network.variables, evaluator.view_size)
+  first = distributed.is_first_process()
+  scores = evaluator.run(
+    distributed.replicate(variables),
+    keep=dataset.tally(split).num_images if first else 0,
+  )
+  result = {**scores.metrics, 'step': network.step}
+  if first:
+    path = (
+      workdir
+      / 'eval'
+      / result_name(
+        evaluator.description,
+        trained_stride=network.trained_stride,
+        step=None if config.eval.step == 'best' else network.step,
+      )
+    )
+    path.parent.mkdir(exist_ok=True)
     # All files before the first line, which nobody may be there to read.
-    lines = []
-    if archive:
-      lines.append(archive.save(_beside(path, '.tar.gz')))
+    lines = _save_archive(path, scores) if saves else []
     if _has_labels(dataset, split):
-      matrix = confusion_picture(confusion, evaluator.info.classes)
-      pictures = {'': picture, '_confusion': matrix}
-      lines += _save_measures(path, result, pictures)
-      lines += extremes.save(evaluator, path)
+      lines += _save_metrics(path, scores, result, config.eval)
       print_report(result)
-    for line in lines:
-      print(line, flush=True)
+    print(*lines, sep='\n', flush=True)
   return result
 
 
-def _save_measures(
-  path: Path, result: dict[str, Any], pictures: dict[str, np.ndarray | None]
+def _save_archive(path: Path, scores: Scores) -> list[str]:
+  """Writes PATH.tar.gz, palette PNGs for a test server; returns its report."""
+  path, info = Path(f'{path}.tar.gz'), scores.evaluator.info
+  if path.exists():
+    log.warning('%s: earlier predictions are replaced', path)
+  maps = ((i, info.in_file_values(scores.prediction(i))) for i in scores.packed)
+  write_archive(
+    path,
+    (
+      (scores.evaluator.name(i), visualize.indexed_png(*map_))
+      for i, map_ in maps
+    ),
+    'VOC2012' if info.name.lower().startswith('voc2012') else info.name,
+  )
+  return [f'{len(scores.packed)} predictions in {path}']
+
+
+def _save_metrics(
+  path: Path, scores: Scores, result: dict[str, Any], settings: ConfigDict
 ) -> list[str]:
-  """Writes PATH.json and the pictures, by what is added to PATH."""
-  _warn_of_replaced(_beside(path, '.json'), result)
-  write_json(_beside(path, '.json'), result)
+  """Writes PATH.json and the pictures; returns the report about them."""
+  name, classes = scores.evaluator.name, scores.evaluator.info.classes
+  _warn_of_replaced(Path(f'{path}.json'), result)
+  write_json(f'{path}.json', result)
+  lines = [f'metrics and pictures: {path}*']
+  pictures = {
+    '': scores.picture(list(scores.packed)[: settings.panels]),
+    '_confusion': confusion_picture(scores.confusion, classes),
+  }
+  mious = {i: m['per_image_miou'] for i, m in scores.of_images.items()}
+  for kind, chosen in extremes(mious, settings.worst_and_best).items():
+    if chosen:
+      pictures[f'_{kind}'] = scores.picture(chosen)
+      names = [f'{name(i)} {100 * mious[i]:.1f}' for i in chosen]
+      lines.append(f'{kind} images by mIoU: {", ".join(names)}')
   for ending, picture in pictures.items():
     if picture is not None:
-      visualize.save_png(_beside(path, f'{ending}.png'), picture)
-  return [f'measures and pictures: {path}*']
+      visualize.save_png(f'{path}{ending}.png', picture)
+  return lines
+
+
+def extremes(mious: dict[int, float], count: int) -> dict[str, list[int]]:
+  """The images of the lowest and the highest mIoU; ties in their order."""
+  rated = sorted(i for i, miou in mious.items() if not np.isnan(miou))
+  return {
+    'worst': sorted(rated, key=lambda i: mious[i])[:count],
+    'best': sorted(rated, key=lambda i: -mious[i])[:count],
+  }
 
 
 def result_name(
   description: dict[str, Any], *, trained_stride: int, step: int | None = None
 ) -> str:
-  """Names an evaluation so that another one has another name.
+  """Names an evaluation by its split, protocol and what is not the default.
 
-  Args:
-    description: of split and protocol, see `Evaluator`.
-    trained_stride: the output stride of training.
-    step: of the checkpoint, None for the best one.
-
-  Returns:
-    The split, the protocol, and what differs from the usual.
+  That is the output stride of training, and of the best checkpoint no `step`.
   """
   parts = [description['split'], description['protocol']]
   if 'crop_size' in description:
@@ -232,11 +162,11 @@ def result_name(
 
 def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
   """Tells of an earlier evaluation that may not be repeatable any more."""
-  if not path.exists():
-    return
   try:
     before = json.loads(path.read_text())
-  except (OSError, ValueError):
+  except FileNotFoundError:
+    return
+  except ValueError:
     before = {}
   # As it reads when it is written and read.
   if before != json.loads(json.dumps(result)):
@@ -244,21 +174,43 @@ def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
     log.warning('%s: another evaluation, of step %s, is replaced', path, step)
 
 
-def _beside(path: Path, ending: str) -> Path:
-  # Not `with_suffix`: a name may have dots.
-  return path.with_name(path.name + ending)
-
-
 def _has_labels(dataset: Dataset, split: str) -> bool:
   return bool(dataset.tally(split).class_pixels.any())
 
 
 def check_labels(dataset: Dataset, split: str) -> None:
-  """Raises `UserError` unless there is something to measure."""
+  """Raises `UserError` unless the split has a pixel with a class to count."""
   if not _has_labels(dataset, split):
     raise UserError(
       f'config.data.eval_split={split} has no pixel with a class to count; for'
       ' predictions alone: --mode=eval --config.eval.save_predictions=true'
+    )
+
+
+def check_data(dataset: Dataset, trained: str, scored: str) -> None:
+  """Refuses labels that teach nothing, and scores of images trained on.
+
+  Scoring a whole split that is trained on is only warned of.
+  """
+  tallies = {s: dataset.tally(s) for s in (trained, scored) if s}
+  for finding in check_tallies(dataset.info, tallies, trained):
+    log.warning('%s', finding.line)
+  if not scored:
+    return
+  check_labels(dataset, scored)
+  shared = dataset.shared_names(trained, scored)
+  if trained == scored:
+    log.warning(
+      'config.data.eval_split=%s is what is trained on: the score says nothing'
+      ' about other images',
+      scored,
+    )
+  elif shared:
+    raise UserError(
+      f'config.data.train_split={trained} and config.data.eval_split={scored}'
+      f' share {len(shared)} images ({shared[0]}, ...), which makes the score'
+      ' worthless; take splits that share none, or train without evaluation:'
+      " config.data.eval_split=''"
     )
 
 
@@ -276,24 +228,12 @@ def _warn_of_trained(dataset: Dataset, trained: str, scored: str) -> None:
       )
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
-  if not config.data.eval_split:
-    raise UserError(
-      'config.data.eval_split is empty, as for training without evaluation;'
-      ' name a split: --config.data.eval_split=val'
-    )
-  if config.eval.save_predictions and config.eval.protocol == 'center_crop':
-    raise UserError(
-      'config.eval.save_predictions needs whole images, and'
-      ' config.eval.protocol=center_crop cuts them; use whole or sliding_window'
-    )
-
-
 def print_report(result: dict[str, Any]) -> None:
-  """Prints the measures as a table, on the first process alone."""
+  """Prints the metrics as a table, on the first process alone."""
   if not distributed.is_first_process():
     return
   print(f'step {result["step"]}, {result["images"]} images')
-  if 'protocol' in result:  # not where an older version evaluated
-    print(f'{result["split"]}: {in_words(result)}')
-  print(metrics.format_table(result), flush=True)
+  keys = 'split', 'protocol', 'output_stride', 'crop_size', 'scales', 'flip'
+  # An older version did not note them all.
+  print(', '.join(f'{k} {result[k]}' for k in keys if k in result))
+  print(format_table(result), flush=True)

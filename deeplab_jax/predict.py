@@ -4,17 +4,17 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from deeplab_jax import build
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data import buckets, images
 from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.evaluation import evaluator
+from deeplab_jax.evaluation.evaluator import pmap_predict_step
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
@@ -23,34 +23,23 @@ from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar('_T')
-
 
 def predict(
-  config: ml_collections.ConfigDict, workdir: Path, inputs: Sequence[str]
+  config: ConfigDict, workdir: Path, inputs: Sequence[str]
 ) -> list[Path]:
   """Segments images with a checkpoint of `workdir`.
 
-  For each image it writes `NAME.png`, the class indices as a palette PNG of the
-  image's own size, and `NAME_overlay.png`, the classes over the image with a
-  legend, and prints the share of each class.
-
-  Args:
-    config: of the run.
-    workdir: holds the checkpoints.
-    inputs: files, folders or globs.
+  For each image of `inputs` (files, folders or globs) it writes `NAME.png`, the
+  classes as a palette PNG of the image's own size, and `NAME_overlay.png`, the
+  classes over the image with a legend, and prints the share of each class.
 
   Returns:
     The palette PNGs, in the order of the images.
 
   Raises:
-    UserError: if there is no checkpoint; and at the end, with all others done,
-      if an image could not be read.
+    UserError: without a checkpoint; and at the end, if an image could not be
+      read, after all others are done.
   """
-  if not inputs:
-    raise UserError(
-      'no image given; name files, folders or globs after the options'
-    )
   paths = images.list_images(inputs)
   network = checkpoints.open_network(
     workdir, config.eval.step, to_json(config)['model']
@@ -66,30 +55,26 @@ def predict(
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(
-      f'config.predict.output_dir={folder}: {error.strerror}'
-    ) from error
+    place = f'config.predict.output_dir={folder}'
+    raise UserError(f'{place}: {error.strerror}') from error
   targets = _targets(paths, folder)
   earlier = sum(target.exists() for target in targets.values())
   if earlier:
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   limit = config.eval.buckets if model.pads_freely else None
-  written = []
+  unread = list(paths)
   for path, image, label in _segment(model, variables, paths, limit):
     _write(targets[path], path, image, label, info)
-    written.append(targets[path])
-  if written:
-    print(
-      f'{len(written)} images segmented by step {network.step}, in {folder}'
-    )
-  done = set(written)
-  unread = [path for path in paths if targets[path] not in done]
+    unread.remove(path)
+  done = len(paths) - len(unread)
+  if done:
+    print(f'{done} images segmented by step {network.step}, in {folder}')
   if unread:
     raise UserError(
       f'{len(unread)} of {len(paths)} images could not be read, first'
       f' {unread[0]}; see above'
     )
-  return written
+  return list(targets.values())
 
 
 def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -115,59 +100,40 @@ def _segment(
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
   """Yields path, image [H, W, 3] and classes [H, W], in the order of the paths.
 
-  The images are padded to at most `limit` sizes; those that cannot be read are
-  named and left out.
+  The images are padded to at most `limit` sizes, which their heads tell before
+  the pixels are read. Those that cannot be read are named and left out.
   """
-  predict_step = evaluator.pmap_predict_step(model=model)
-  sizes = {
-    path: size for path in paths if (size := _read(path, images.read_size))
-  }
-  fitting = buckets.bucket_of_each(list(sizes.values()), limit)
-  padded = dict(zip(sizes, fitting, strict=True))
-  read = (
-    (path, image)
-    for path in sizes
-    if (image := _read(path, images.read_image)) is not None
-  )
-
-  def room(pair: tuple[Path, np.ndarray]) -> tuple[int, int]:
-    path, image = pair
-    size = image.shape[:2]
-    # A file may say after its pixels that it is to be turned.
-    return padded[path] if size == sizes[path] else size
-
+  predict_step = pmap_predict_step(model=model)
+  sizes = {p: size for p in paths if (size := _read(images.read_size, p))}
+  padded = buckets.bucket_of_each(list(sizes.values()), limit)
+  room = dict(zip(sizes.values(), padded, strict=True))
+  loaded = ((p, _read(images.read_image, p)) for p in sizes)
+  pairs = (pair for pair in loaded if pair[1] is not None)
   devices = jax.local_device_count()
-  # Images in a row that are padded to one size go to the devices together.
-  for size, run in itertools.groupby(read, room):
-    while group := list(itertools.islice(run, devices)):
-      yield from _segment_group(predict_step, variables, group, size)
+  # Images in a row that are padded to one size go to the devices together. A
+  # file may say after its pixels that its image is to be turned, hence `get`.
+  for (height, width), row in itertools.groupby(
+    pairs, lambda pair: room.get(pair[1].shape[:2], pair[1].shape[:2])
+  ):
+    while group := list(itertools.islice(row, devices)):
+      batch = {
+        'image': np.zeros((devices, 1, height, width, 3), np.uint8),
+        'size': np.full((devices, 1, 2), (height, width), np.int32),
+      }
+      for device, (_, image) in enumerate(group):
+        h, w = batch['size'][device, 0] = image.shape[:2]
+        batch['image'][device, 0, :h, :w] = image
+      labels = distributed.unshard(predict_step(variables, batch))
+      for (path, image), label in zip(group, labels, strict=False):
+        yield path, image, label[: image.shape[0], : image.shape[1]]
 
 
-def _read(path: Path, function: Callable[[Path], _T]) -> _T | None:
+def _read(function: Callable[[Path], Any], path: Path) -> Any:
   try:
     return function(path)
   except UserError as error:
     log.warning('%s; left out', error)
     return None
-
-
-def _segment_group(
-  predict_step: Any,
-  variables: dict[str, Any],
-  group: Sequence[tuple[Path, np.ndarray]],
-  size: tuple[int, int],
-) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-  devices = jax.local_device_count()
-  batch = {
-    'image': np.zeros((devices, 1, *size, 3), np.uint8),
-    'size': np.full((devices, 1, 2), size, np.int32),
-  }
-  for row, (_, image) in enumerate(group):
-    height, width = batch['size'][row, 0] = image.shape[:2]
-    batch['image'][row, 0, :height, :width] = image
-  labels = distributed.unshard(predict_step(variables, batch))
-  for (path, image), label in zip(group, labels, strict=False):
-    yield path, image, label[: image.shape[0], : image.shape[1]]
 
 
 def _write(

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
-from deeplab_jax import DeepLabV3, ResNetV2
+from deeplab_jax import DeepLabV3, ResNetV2, build
 from deeplab_jax import config as default_config
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
@@ -146,4 +146,40 @@ def shard_mapped(step, out_specs):
       out_specs=out_specs,
       check_vma=False,
     )
+  )
+
+
+def share(patch, owner, name, key):
+  """Lets all calls of a function with one `key` share the first result.
+
+  Traced functions are such results: traced again, equal ones take seconds.
+  """
+  function, results = getattr(owner, name), {}
+
+  def shared(*arguments, **named):
+    k = key(*arguments, **named)
+    if k not in results:
+      results[k] = function(*arguments, **named)
+    return results[k]
+
+  patch.setattr(owner, name, shared)
+
+
+def share_programs(patch):
+  """Lets runs and evaluations of equal settings share their programs."""
+  share(
+    patch,
+    build,
+    'make_train_step',
+    lambda config, model, _, **of_data: repr(
+      (model, config.loss, config.optimizer, config.train, of_data)
+    ),
+  )
+  share(
+    patch,
+    build,
+    'make_evaluator',
+    lambda model, dataset, config: repr(
+      (model, config.eval, config.data, dataset.info)
+    ),
   )

@@ -40,8 +40,6 @@ class DatasetInfo:
         f'ignore_label {self.ignore_label} is one of the classes, 0 to '
         f'{count - 1}, or not in 0..255'
       )
-    if len(self.values) != count:
-      raise ValueError(f'{len(self.values)} values for {count} classes')
 
   @property
   def num_classes(self) -> int:
@@ -65,14 +63,8 @@ class DatasetInfo:
 
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
-    return {
-      'name': self.name,
-      'classes': list(self.classes),
-      'palette': self.palette.tolist(),
-      'ignore_label': self.ignore_label,
-      'values': list(self.values),
-      'void_value': self.void_value,
-    }
+    lists = {'classes': list(self.classes), 'values': list(self.values)}
+    return vars(self) | lists | {'palette': self.palette.tolist()}
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> Self:
@@ -84,7 +76,7 @@ class Tally:
   """Counts the images and pixels of a split."""
 
   def __init__(self, num_classes: int, ignore_label: int) -> None:
-    self._ignore_label = ignore_label
+    self.ignore_label = ignore_label
     self.num_images = self.void_pixels = 0
     self.sizes = collections.Counter()  # images of each (height, width)
     zeros = np.zeros(num_classes, np.int64)
@@ -95,8 +87,8 @@ class Tally:
   def add(self, label: np.ndarray) -> None:
     """Adds a label uint8 [H, W] of classes and void."""
     counts = np.bincount(label.ravel(), minlength=256)
-    self.void_pixels += int(counts[self._ignore_label])
-    counts[self._ignore_label] = 0
+    self.void_pixels += int(counts[self.ignore_label])
+    counts[self.ignore_label] = 0
     pixels = counts[: len(self.class_pixels)]
     self.num_images += 1
     self.sizes[label.shape] += 1
@@ -106,25 +98,20 @@ class Tally:
 
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
-    return {
-      'num_images': self.num_images,
-      'ignore_label': self._ignore_label,
-      'sizes': [[*size, count] for size, count in sorted(self.sizes.items())],
-      'class_pixels': self.class_pixels.tolist(),
-      'class_images': self.class_images.tolist(),
-      'class_image_pixels': self.class_image_pixels.tolist(),
-      'void_pixels': self.void_pixels,
-    }
+    sizes = [[*size, count] for size, count in sorted(self.sizes.items())]
+    arrays = {k: v for k, v in vars(self).items() if k.startswith('class_')}
+    lists = {name: array.tolist() for name, array in arrays.items()}
+    return vars(self) | lists | {'sizes': sizes}
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> Self:
     """Reads `to_json`."""
     tally = cls(len(values['class_pixels']), values['ignore_label'])
-    tally.num_images = values['num_images']
-    tally.void_pixels = values['void_pixels']
-    tally.sizes.update({(h, w): count for h, w, count in values['sizes']})
-    for name in ('class_pixels', 'class_images', 'class_image_pixels'):
-      setattr(tally, name, np.array(values[name], np.int64))
+    for name, value in values.items():
+      array = name.startswith('class_')
+      setattr(tally, name, np.array(value, np.int64) if array else value)
+    sizes = {(h, w): count for h, w, count in values['sizes']}
+    tally.sizes = collections.Counter(sizes)
     return tally
 
 

@@ -1,6 +1,6 @@
 """Any directory in the layout of `folder_files`, prepared as array_record.
 
-Every split is a prepared set of its own, so that evaluation alone reuses what
+Every split is a prepared set of its own, so that an evaluation reuses what
 training prepared. Its files are read and checked once, here. The name of the
 set has a fingerprint of the source: a split that changed is prepared again.
 """
@@ -55,8 +55,8 @@ def load(
       "config.data.dir is empty; the data set 'folder' needs its directory"
     )
   root = folder_files.find_root(directory)
-  classes = folder_files.read_classes(root)
-  meaning = labels.Meaning(classes, ignore_label, label_map)
+  lines = folder_files.read_classes(root)
+  meaning = labels.Meaning(lines, ignore_label, label_map)
   # All lists are checked before the first is prepared, which may take minutes.
   configs = {
     split: _make_config(root, split, meaning, on_bad_image) for split in splits
@@ -220,7 +220,7 @@ def _first_palette(root: str) -> np.ndarray:
   for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
     if path.suffix.lower() in label_files.LABEL_SUFFIXES:
       try:
-        palette = label_files.label_palette(path)
+        palette = label_files.open_label(path).palette
       except UserError:
         continue  # the check of the records reports it
       if palette is not None:

@@ -21,6 +21,11 @@ from deeplab_jax.data.label_files import LABEL_SUFFIXES
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file
 
+# The folder of each kind of file, and the suffixes that count there.
+_Kind = tuple[str, str, Sequence[str]]
+_IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
+_LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
+
 
 class Item(NamedTuple):
   """One listed image: its id and its two files."""
@@ -61,8 +66,8 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
 
 
-def read_classes(root: pathlib.Path) -> labels.ClassList:
-  """Returns what `classes.txt` in a folder says.
+def read_classes(root: pathlib.Path) -> list[str]:
+  """Returns the lines of `classes.txt` in a folder.
 
   Raises `UserError` if the file is missing, or a line is blank, repeated or has
   a wrong color.
@@ -79,9 +84,9 @@ def read_classes(root: pathlib.Path) -> labels.ClassList:
       f'{path}: needs 1 to 256 lines with one class name each, none blank'
     )
   with naming(str(path)):
-    classes = labels.parse_classes(lines)
-  refuse_repeats(path, classes.lines)
-  return classes
+    names, _ = labels.parse_classes(lines)
+  refuse_repeats(path, names)
+  return lines
 
 
 def list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
@@ -154,18 +159,16 @@ class _Files:
         f'{listed!r} leads out of {self._root / "JPEGImages"}; list ids, as'
         f' {os.path.basename(bare)!r}'
       )
-    found = self._find('JPEGImages', name, IMAGE_SUFFIXES)
+    found = self._find(_IMAGES, name)
     if not found and suffix.lower() in IMAGE_SUFFIXES:
-      found = self._find('JPEGImages', bare, IMAGE_SUFFIXES)
+      found = self._find(_IMAGES, bare)
       own = [f for f in found if _normal(f.name) == os.path.basename(name)]
       found, name = own or found, bare if found else name
     if not found:
-      raise self._missing('JPEGImages', name, 'image', IMAGE_SUFFIXES)
-    part = 'SegmentationClass'
-    masks = self._find(part, name, LABEL_SUFFIXES)
-    masks = masks or self._find(part, f'{name}_mask', LABEL_SUFFIXES)
+      raise self._missing(_IMAGES, name)
+    masks = self._find(_LABELS, name) or self._find(_LABELS, f'{name}_mask')
     if not masks:
-      raise self._missing(part, name, 'label', LABEL_SUFFIXES)
+      raise self._missing(_LABELS, name)
     for files in (found, masks):
       if len(files) > 1:
         raise UserError(
@@ -179,9 +182,8 @@ class _Files:
         raise UserError(f'{files[0]} is {kind} or take {name!r} off the list')
     return Item(name, found[0], masks[0])
 
-  def _find(
-    self, part: str, name: str, suffixes: Sequence[str]
-  ) -> list[pathlib.Path]:
+  def _find(self, kind: _Kind, name: str) -> list[pathlib.Path]:
+    _, part, suffixes = kind
     path = self._root / part / name  # an id may name a subfolder
     files = self._listing(path.parent).get(path.name, ())
     return [file for file in files if file.suffix.lower() in suffixes]
@@ -196,23 +198,22 @@ class _Files:
         files[_normal(file.stem)].append(file)
     return self._folders[folder]
 
-  def _missing(
-    self, part: str, name: str, kind: str, suffixes: Sequence[str]
-  ) -> UserError:
+  def _missing(self, kind: _Kind, name: str) -> UserError:
     """Says what is there instead."""
+    what, part, suffixes = kind
     path, hint = self._root / part / name, ''
     listing = self._listing(path.parent)
     if path.name in listing:
       other = listing[path.name][0].name
-      hint = f'; there is {other}, but {kind} files end in {" ".join(suffixes)}'
+      hint = f'; there is {other}, but {what} files end in {" ".join(suffixes)}'
     elif self._hints > 0:
       self._hints -= 1
       # An id with a folder too many is looked for without it.
       listing = listing or self._listing(self._root / part)
       hint = near(path.name, (f.name for fs in listing.values() for f in fs))
     return UserError(
-      f'{path}{".png" if kind == "label" else ""}: listed, but there is no '
-      f'{kind} file of that name{hint}; add it or take {name!r} off the list'
+      f'{path}{".png" if what == "label" else ""}: listed, but there is no '
+      f'{what} file of that name{hint}; add it or take {name!r} off the list'
     )
 
 

@@ -99,8 +99,8 @@ def _refuse_pages(image: Image.Image) -> None:
     image.seek(0)
     if alike:
       raise Unusable(
-        f'{image.n_frames} pages of {width}x{height}; store one RGB or gray '
-        'image alone'
+        f'{image.n_frames} pages of {width}x{height}; store a single RGB or '
+        'gray image'
       )
 
 

@@ -59,31 +59,20 @@ def open_label(path: Path, data: bytes | None = None) -> LabelFile:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
       raise Unusable(
-        f'a label of {frames} frames or pages; store the one that belongs to '
-        'the image, alone'
+        f'a label of {frames} frames or pages; store only the one that belongs '
+        'to the image'
       )
     image_files.refuse_extra_channels(image)
     _refuse_scaled(image)
-    raw = image_files.raw_mode(image)
+    raw, palette = image_files.raw_mode(image), None
     orientation, to_turn = image_files.load(image)
-    palette, pixels = _palette(image), _label_pixels(image, raw)
-    if image.format == 'GIF' and palette is not None:
-      _refuse_renumbered(pixels, palette)
-  return LabelFile(
-    path, image_files.turn(pixels, to_turn), palette, orientation != 1
-  )
-
-
-def label_palette(path: Path) -> np.ndarray | None:
-  """Returns the palette of a palette image, uint8 [N, 3], or None."""
-  with image_files.opened(path) as image:
-    return _palette(image)
-
-
-def _palette(image: Image.Image) -> np.ndarray | None:
-  if image.mode != 'P':
-    return None
-  return np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
+    pixels = _label_pixels(image, raw)
+    if image.mode == 'P':
+      palette = np.uint8(image.getpalette('RGB')).reshape(-1, 3)
+      if image.format == 'GIF':
+        _refuse_renumbered(pixels, palette)
+  pixels = image_files.turn(pixels, to_turn)
+  return LabelFile(path, pixels, palette, turned=orientation != 1)
 
 
 def _refuse_lossy(image: Image.Image) -> None:
@@ -94,7 +83,7 @@ def _refuse_lossy(image: Image.Image) -> None:
     return
   raise Unusable(
     f'a label must be lossless, this is a {form}, which may change values; '
-    'export it as PNG again from where it was drawn'
+    'export it as PNG from where it was drawn'
   )
 
 

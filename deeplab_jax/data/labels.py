@@ -7,7 +7,6 @@ are left out, so classes are 0..C-1 without a gap. Classes are what is stored
 and trained on.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,29 +22,17 @@ _VOID = 'void'
 _LABEL_MAP = 'config.data.label_map'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClassList:
-  """What classes.txt says."""
+def parse_classes(
+  lines: Sequence[str],
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+  """Splits lines of 'name', or all of 'name R G B', into names and colors.
 
-  lines: tuple[str, ...]  # the names, by label value
-  colors: np.ndarray | None = None  # uint8 [len(lines), 3], if they have some
-
-  @property
-  def void_line(self) -> int | None:
-    """The label value of the line that gives void its color, or None."""
-    names = [name.casefold() for name in self.lines]
-    has_one = self.colors is not None and _VOID in names
-    return names.index(_VOID) if has_one else None
-
-
-def parse_classes(lines: Sequence[str]) -> ClassList:
-  """Reads lines of 'name', or all of 'name R G B'.
-
-  Raises `ValueError` if only some lines have a color, or a color is wrong.
+  Colors are uint8 [N, 3], or None. Raises `ValueError` if only some lines have
+  a color, or a color is wrong.
   """
   found = [_COLOR.fullmatch(line) for line in lines]
   if not any(found):
-    return ClassList(tuple(lines))
+    return tuple(lines), None
   if None in found:
     raise ValueError(
       f'{lines[found.index(None)]!r} has no color, and others have one; end '
@@ -59,7 +46,7 @@ def parse_classes(lines: Sequence[str]) -> ClassList:
     other = names[colors.index(color)]
     if other != name:
       raise ValueError(f'{other!r} and {name!r} have one color, {color}')
-  return ClassList(names, np.array(colors, np.uint8))
+  return names, np.array(colors, np.uint8)
 
 
 def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
@@ -87,7 +74,7 @@ class Meaning:
   """Turns what label files hold into classes.
 
   Attributes:
-    lines: the names in classes.txt, by label value; none where it is unknown.
+    lines: the names in classes.txt, by label value.
     line_colors: uint8 [len(lines), 3], or None where the lines have none.
     classes: the names without those of void; `values` are their label values.
     void_values: the label values of void; `ignore_label` is one of them.
@@ -97,16 +84,21 @@ class Meaning:
 
   def __init__(
     self,
-    class_list: ClassList | None,
+    lines: Sequence[str],
     ignore_label: int = 255,
     label_map: str | None = '',
   ) -> None:
-    """Raises `UserError` if the parts contradict each other."""
-    class_list = class_list or ClassList(())
-    self.lines, self.line_colors = class_list.lines, class_list.colors
+    """Takes the lines of classes.txt, none if they are not known.
+
+    Raises `UserError` if the parts contradict each other.
+    """
+    self.lines, self.line_colors = parse_classes(lines)
     count = len(self.lines)
     self.ignore_label = ignore_label
-    self.void_values = {ignore_label, class_list.void_line} - {None}
+    self.void_values = {ignore_label}
+    if self.line_colors is not None:  # one line may give void its color
+      named = (v for v in range(count) if self.lines[v].casefold() == _VOID)
+      self.void_values.update(named)
     self.values = tuple(v for v in range(count) if v not in self.void_values)
     self.classes = tuple(self.lines[value] for value in self.values)
     self.stored_ignore_label = 255 if ignore_label < count else ignore_label
@@ -119,7 +111,7 @@ class Meaning:
         )
     if self.lines and not self.values:
       raise UserError(
-        'classes.txt names no class beside void, '
+        'classes.txt names no class besides void, '
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
     self._table = np.arange(256, dtype=np.uint8)
@@ -193,11 +185,8 @@ class Meaning:
 
   def _of_palette(self, file: LabelFile) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
-    counts, void, palette = (
-      _counts(file.pixels),
-      self.ignore_label,
-      file.palette,
-    )
+    counts, void = _counts(file.pixels), self.ignore_label
+    palette = file.palette
     if void >= len(self.lines):
       names = dict(zip(map(tuple, self.colors), self.classes, strict=True))
       color = tuple(palette[void]) if void < len(palette) else None
@@ -223,9 +212,8 @@ class Meaning:
     self, colors: np.ndarray, counts: np.ndarray, path: Any
   ) -> np.ndarray:
     """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
-    known = {
-      tuple(c): value for value, c in enumerate(self.line_colors.tolist())
-    }
+    lines = map(tuple, self.line_colors.tolist())
+    known = {color: value for value, color in enumerate(lines)}
     values = [known.get(tuple(color), -1) for color in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))

@@ -15,7 +15,7 @@ from deeplab_jax.runtime.errors import UserError
 
 
 class Records(Sequence[dict[str, Any]]):
-  """Stored records, of which TFDS gives the bytes, at random access."""
+  """Random access to the records that TFDS gives as bytes."""
 
   def __init__(self, serialized: Sequence[bytes]) -> None:
     self._serialized = serialized
@@ -78,7 +78,7 @@ class Dataset:
     return self.builders[split]
 
 
-# A data set of one's own is a line here, or is passed to `load_dataset` itself.
+# A new data set is a line here, or its loader is passed to `load_dataset`.
 LOADERS: dict[str, Callable[..., Builders]] = {
   'shapes': shapes.load,
   'folder': folder.load,
@@ -153,7 +153,8 @@ def _taken(
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns what a loader takes; refuses what is set and it does not take."""
-  name = getattr(name, '__name__', name)
+  if callable(name):
+    name = getattr(name, 'func', name).__name__
   fixed = getattr(loader, 'keywords', {})  # by functools.partial
   parameters = inspect.signature(loader).parameters
   takes = [key for key in parameters if key not in fixed]

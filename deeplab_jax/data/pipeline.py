@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import grain
@@ -65,8 +66,7 @@ def make_train_iterator(
     for place, row in enumerate(rows):
       epoch, index = divmod(row, len(source))
       record = source[_order(len(source), seed, epoch)[index]]
-      rng = np.random.default_rng((seed, 1, row))
-      pair = _load_pair(record, transforms, rng)
+      pair = load_example(record, transforms, (seed, 1, row))
       for name, picture in zip(('image', 'label'), pair, strict=True):
         if not place:
           batch[name] = np.empty((len(rows), *picture.shape), np.uint8)
@@ -167,15 +167,11 @@ def _iterate(
   return iter(dataset)
 
 
-def load_example(record: Record, transforms: Sequence[Transform] = ()) -> Pair:
-  """Returns the image and label that `make_eval_iterator` pads."""
-  return _load_pair(record, transforms, np.random.default_rng(0))
-
-
-def _load_pair(
-  record: Record, transforms: Sequence[Transform], rng: np.random.Generator
+def load_example(
+  record: Record, transforms: Sequence[Transform] = (), seed: Any = 0
 ) -> Pair:
-  """Returns image uint8 [H, W, 3] and label uint8 [H, W] of a record."""
+  """Returns image uint8 [H, W, 3] and label uint8 [H, W], transformed."""
+  rng = np.random.default_rng(seed)
   try:
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])

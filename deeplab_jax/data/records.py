@@ -1,7 +1,6 @@
 """How a data set is stored: a TFDS builder that writes records once.
 
-A data set of its own is one file: a `RecordsBuilder`, and a loader that returns
-what `prepared` gives, as `shapes.load` does.
+A new data set is one file with a `RecordsBuilder` and a loader, as `shapes` is.
 """
 
 import concurrent.futures

@@ -46,11 +46,9 @@ class ShapesSegmentation(records.RecordsBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     self.info.metadata['info'] = _INFO.to_json()
+    count, void = _INFO.num_classes, _INFO.ignore_label
     return {
-      split: (
-        datasets.Tally(_INFO.num_classes, _INFO.ignore_label),
-        self._generate_examples(split),
-      )
+      split: (datasets.Tally(count, void), self._generate_examples(split))
       for split in ('train', 'val')
     }
 

@@ -122,8 +122,8 @@ def survey_folder(
   """
   root = folder_files.find_root(directory)
   notes = _Notes(list)
-  classes = notes.catch(_CLASSES, folder_files.read_classes, root)
-  meaning = labels.Meaning(classes, ignore_label, label_map)
+  lines = notes.catch(_CLASSES, folder_files.read_classes, root)
+  meaning = labels.Meaning(lines or (), ignore_label, label_map)
   listed = _read_lists(root, splits, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
@@ -135,9 +135,9 @@ def survey_folder(
       notes[title] += examples
     notes.catch(_PALETTES, palettes.add, colors)
   of_classes: tuple[Finding, ...] = ()
-  if classes is not None:
+  if lines:
     for value in np.flatnonzero(counts.any(0)).tolist():
-      if value >= len(classes.lines) and value != ignore_label:
+      if value >= len(lines) and value != ignore_label:
         (rows,) = counts[:, value].nonzero()
         notes[_VALUES].append(
           f'{value}: {counts[:, value].sum():,} pixels in {len(rows):,} files, '
@@ -262,7 +262,7 @@ def label_findings(
       index = int(np.argmax(pixels))
       text = f'{values[index]} ({classes[index]}) is the only value'
       if void:
-        text += f' beside void, {void_value}, in {trained}; '
+        text += f' besides void, {void_value}, in {trained}; '
         text += _remedy(pixels, values, void_value)
       else:
         text += f' in {trained}, so there is nothing to learn'

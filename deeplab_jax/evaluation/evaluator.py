@@ -1,13 +1,14 @@
 """Scores every image of a split, over all devices and hosts."""
 
-import dataclasses
+import contextlib
 import functools
 import gzip
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,8 @@ from flax import linen as nn
 from jax import lax
 
 from deeplab_jax.data.buckets import FILLER, plan_batches
-from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.pipeline import load_example, make_eval_iterator
-from deeplab_jax.data.transforms import CenterCrop
 from deeplab_jax.evaluation import metrics
-from deeplab_jax.evaluation.metrics import confusion_matrix
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
@@ -41,23 +39,20 @@ def eval_step(
 
   Args:
     variables: what `model.apply` takes.
-    batch: this device's share, with `size` int32 [b, 2] (height and width of
-      each image before padding) and `index` int32 [b].
-    scores: maps (variables, image, size) to [b, H, W, C], highest at the class
-      to predict, see `protocols.make_scores`.
+    batch: this device's share: `image` and `label` as in training, `size` int32
+      [b, 2] (height and width before padding) and `index` int32 [b].
+    scores: see `Protocol.scores`.
     num_classes: C.
-    ignore_label: marks pixels that are not counted.
-    axis_name: of the mapped device axis; None where there is none, as under
-      plain `jax.jit`. `jax.shard_map` needs `check_vma=False`.
+    ignore_label: the label of pixels that do not count.
+    axis_name: see `training.steps.train_step`.
 
   Returns:
     `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
-    `prediction` uint8 [B, H, W] of the images of all devices and hosts, the
-    same on each.
+    `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
   prediction = _likeliest(scores(variables, batch['image'], batch['size']))
   count = functools.partial(
-    confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
+    metrics.confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
   )
   own = {
     'index': batch['index'],
@@ -72,13 +67,7 @@ def eval_step(
 def predict_step(
   variables: dict[str, Any], batch: dict[str, jax.Array], *, model: nn.Module
 ) -> jax.Array:
-  """Most likely class of each pixel of `image`, padded from `size` [b, 2].
-
-  It needs no mapped axis.
-
-  Returns:
-    uint8 [b, H, W].
-  """
+  """Predicts classes uint8 [b, H, W] of `image`, padded from `size` [b, 2]."""
   return _likeliest(
     model.apply(variables, batch['image'], train=False, sizes=batch['size'])
   )
@@ -89,59 +78,62 @@ def _likeliest(scores: jax.Array) -> jax.Array:
 
 
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
-  """`eval_step` over all devices; its results have no device axis."""
-  return jax.pmap(
-    functools.partial(eval_step, **settings),
-    axis_name=AXIS_NAME,
-    in_axes=(None, 0),
-    out_axes=None,
-  )
+  """Maps `eval_step` over all devices; its results have no device axis."""
+  step = functools.partial(eval_step, **settings)
+  return jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
 
 
-def pmap_predict_step(**settings: Any) -> Callable[..., Any]:
-  """`predict_step` over the local devices; batch and result have their axis."""
-  return jax.pmap(
-    functools.partial(predict_step, **settings),
-    axis_name=AXIS_NAME,
-    in_axes=(None, 0),
-    devices=jax.local_devices(),
-  )
+def pmap_predict_step(model: nn.Module) -> Callable[..., Any]:
+  """Maps `predict_step` over the local devices, in the batch and the result."""
+  step = functools.partial(predict_step, model=model)
+  return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScoredImage:
-  """What the evaluation knows of one image.
+class Scores(NamedTuple):
+  """What an evaluation found, with predictions that are kept compressed."""
 
-  Attributes:
-    index: of the record.
-    confusion: int32 [C, C], rows truth, columns prediction.
-    measures: by name, see `metrics.measures_of_images`.
-    prediction: uint8 [H, W], without padding.
-  """
+  evaluator: 'Evaluator'
+  metrics: dict[str, Any]  # JSON values, with the protocol and the `images`
+  confusion: np.ndarray  # int64 [C, C], rows truth, columns prediction
+  of_images: dict[int, dict[str, float]]  # `image_metrics` of each record
+  packed: dict[int, tuple[tuple[int, int], bytes]]  # shape, zlib's bytes
 
-  index: int
-  confusion: np.ndarray
-  measures: dict[str, float]
-  prediction: np.ndarray
+  def prediction(self, index: int) -> np.ndarray:
+    """The classes uint8 [H, W] of a record."""
+    shape, data = self.packed[index]
+    return np.frombuffer(zlib.decompress(data), np.uint8).reshape(shape)
+
+  def picture(self, indices: Sequence[int]) -> np.ndarray | None:
+    """Image, label and prediction of records, a row each; None for none."""
+    if not indices:
+      return None
+    info = self.evaluator.info
+    return visualize.panel(
+      *zip(*map(self.evaluator.example, indices), strict=True),
+      [self.prediction(i) for i in indices],
+      info.palette,
+      info.ignore_label,
+    )
 
 
 class Evaluator:
-  """Scores a split by one protocol; planned and compiled once.
+  """Scores a split by a protocol; batches are planned and compiled once.
 
   Attributes:
-    info: what the labels mean.
+    info: what the labels mean, a `DatasetInfo`.
+    protocol: how to look at images.
     description: of the split and the protocol, JSON values.
+    view_size: (height, width) of the largest images or windows that the network
+      sees at scale 1.
   """
 
   def __init__(
     self,
     model: Any,
-    source: Sequence[dict[str, bytes]],
-    sizes: Sequence[tuple[int, int]],
-    info: DatasetInfo,
+    dataset: Any,
+    split: str,
     protocol: Protocol,
     *,
-    split: str,
     batch_size: int,
     buckets: int,
     threads: int,
@@ -150,51 +142,43 @@ class Evaluator:
 
     Args:
       model: a `DeepLabV3`.
-      source: the records, see `pipeline.make_train_iterator`.
-      sizes: (height, width) of each record.
-      info: what the labels mean.
+      dataset: a `data.load.Dataset` with the split.
+      split: the name of the split.
       protocol: how to look at images.
-      split: its name, for the description.
       batch_size: over all devices; rounded up to a multiple of their number.
-      buckets: of how many sizes batches may be, each compiled; where padding
-        would move the logits (`DeepLabV3.pads_freely`), of any number.
-      threads: that load.
+      buckets: how many sizes batches may have, each compiled; unlimited where
+        padding would move the logits (`DeepLabV3.pads_freely`).
+      threads: how many load images.
     """
-    self.info = info
+    self.info, self.protocol = dataset.info, protocol
     self.description = {'split': split, **protocol.describe(model)}
-    self._source, self._sizes, self._transforms = source, sizes, ()
-    self._threads, self._model = threads, model
-    if protocol.kind == 'center_crop':
-      self._transforms = (CenterCrop(protocol.crop_size),)
-      self._sizes = [protocol.crop_size] * len(sizes)
+    self._source, self._threads = dataset.source(split), threads
+    self._sizes, self._transforms = dataset.sizes(split), ()
+    if protocol.transform:
+      self._sizes = [protocol.crop_size] * len(self._sizes)
+      self._transforms = (protocol.transform(protocol.crop_size),)
     devices = jax.device_count()
-    batch_size = min(batch_size, len(sizes))  # more rows would be filler alone
+    batch_size = min(batch_size, len(self._sizes))  # more would be filler alone
     self._plan = plan_batches(
       self._sizes,
       limit=buckets if model.pads_freely else None,
       batch_size=-(-batch_size // devices) * devices,
     )
-    self._view = protocol.view_size(self._plan[-1].size)
+    self.view_size = self._plan[-1].size
+    if 'crop_size' in protocol.uses:
+      self.view_size = protocol.crop_size
     self._step = pmap_eval_step(
       scores=protocol.scores(model),
-      num_classes=info.num_classes,
-      ignore_label=info.ignore_label,
+      num_classes=self.info.num_classes,
+      ignore_label=self.info.ignore_label,
     )
 
-  def prepare(self, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables for `scored`, see `DeepLabV3.prepare`.
-
-    They suit the largest images, or the window, at scale 1, and most layers at
-    other sizes. It takes a second or so, which pays from some dozens of images
-    on.
-    """
-    return self._model.prepare(variables, self._view)
-
-  def scored(self, variables: dict[str, Any]) -> Iterator[ScoredImage]:
-    """Yields every image of all hosts once, on every host.
+  def run(self, variables: dict[str, Any], keep: int) -> Scores:
+    """Scores every image of all hosts once, on every host.
 
     Args:
-      variables: `params` and `batch_stats`, prepared or not, on the devices.
+      variables: of the model, replicated over the devices.
+      keep: how many predictions to keep, those of the first records.
     """
     iterator = make_eval_iterator(
       self._source,
@@ -205,49 +189,46 @@ class Evaluator:
       hosts=jax.process_count(),
       threads=self._threads,
     )
-    try:
-      # Fetched one batch late, so that the devices never wait for the host.
-      pending = None
+    confusion, of_images, packed = 0, {}, {}
+
+    def count(results: dict[str, jax.Array]) -> None:
+      nonlocal confusion
+      results = jax.device_get(results)
+      confusion += results['confusion'].sum(0, np.int64)
+      values = metrics.image_metrics(results['confusion'])
+      for row, index in enumerate(results['index'].tolist()):
+        if index != FILLER:
+          of_images[index] = {k: float(v[row]) for k, v in values.items()}
+        if 0 <= index < keep:
+          height, width = self._sizes[index]
+          data = results['prediction'][row, :height, :width].tobytes()
+          packed[index] = (height, width), zlib.compress(data, level=1)
+
+    with contextlib.closing(iterator):
+      pending = None  # one batch, so that the devices never wait for the host
       for batch in iterator:
         results = self._step(variables, distributed.shard(batch))
         if pending is not None:
-          yield from self._images(pending)
+          count(pending)
         pending = results
-      yield from self._images(pending)
-    finally:
-      iterator.close()
-
-  def _images(self, results: dict[str, jax.Array]) -> Iterator[ScoredImage]:
-    results = jax.device_get(results)
-    measures = metrics.measures_of_images(results['confusion'])
-    for row, index in enumerate(results['index'].tolist()):
-      if index != FILLER:
-        height, width = self._sizes[index]
-        yield ScoredImage(
-          index,
-          results['confusion'][row],
-          {name: float(values[row]) for name, values in measures.items()},
-          results['prediction'][row, :height, :width],
-        )
+      count(pending)
+    # In the order of the records, whatever the batches were.
+    of_images, packed = (dict(sorted(d.items())) for d in (of_images, packed))
+    found = {
+      **metrics.compute_metrics(confusion, self.info.classes),
+      **metrics.average(list(of_images.values())),
+      **self.description,
+      'images': len(of_images),
+    }
+    return Scores(self, found, confusion, of_images, packed)
 
   def name(self, index: int) -> str:
     """The name of a record."""
     return self._source[index]['name'].decode()
 
-  def picture(self, predictions: Mapping[int, np.ndarray]) -> np.ndarray | None:
-    """Image, label and prediction of records, a row each; None for none."""
-    if not predictions:
-      return None
-    examples = [
-      load_example(self._source[index], self._transforms)
-      for index in predictions
-    ]
-    return visualize.panel(
-      *zip(*examples, strict=True),
-      list(predictions.values()),
-      self.info.palette,
-      self.info.ignore_label,
-    )
+  def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image and the label of a record, as the protocol takes them."""
+    return load_example(self._source[index], self._transforms)
 
 
 def write_archive(
@@ -255,15 +236,10 @@ def write_archive(
   results: Iterable[tuple[str, bytes]],
   dataset: str = 'VOC2012',
 ) -> None:
-  """Writes results/DATASET/Segmentation/comp6_test_cls/NAME.png.
+  """Writes results/DATASET/Segmentation/comp6_test_cls/NAME.png as a .tar.gz.
 
-  comp6 is the competition for training on any data. Equal results make equal
-  bytes, and the file appears whole or not at all.
-
-  Args:
-    path: the .tar.gz to write.
-    results: the name of each image and its palette PNG (mode P).
-    dataset: as the server calls it.
+  PASCAL VOC's server takes it; comp6 is the competition for training on any
+  data. Equal results, each a name and a palette PNG (mode P), make equal bytes.
   """
   with (
     replacing(path) as temporary,

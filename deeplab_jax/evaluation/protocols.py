@@ -1,148 +1,108 @@
-"""How a network looks at an image in evaluation: once, or many times.
-
-Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
-(2017), section 4.1: the image at several scales and mirrored, the
-probabilities averaged.
-"""
+"""How an evaluation looks at an image: once, or many times."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deeplab_jax.models.layers import check_choice, resample
+from deeplab_jax.data import transforms
+from deeplab_jax.models.layers import resample
 from deeplab_jax.runtime.errors import require
 
-PROTOCOLS = ('whole', 'center_crop', 'sliding_window')
+Size = tuple[int, int]  # height, width
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """One way to evaluate.
+  """The protocol 'whole', each image at its own size, and the base of others.
 
-  Attributes:
-    kind: 'whole', every image at its own size; 'center_crop', resized and cut
-      by `transforms.CenterCrop`; or 'sliding_window'.
-    crop_size: (height, width) of the crop or the window.
-    overlap: of windows, see `sliding_window`.
-    scales: see `probabilities`.
-    flip: see `probabilities`.
+  `transform` makes from `crop_size` what gives each image and label that size
+  on the host, as `data.transforms.CenterCrop` does.
   """
 
-  kind: str = 'whole'
-  crop_size: tuple[int, int] = (513, 513)
-  overlap: float = 1 / 3
-  scales: tuple[float, ...] = (1.0,)
-  flip: bool = False
+  name: ClassVar[str] = 'whole'
+  uses: ClassVar[tuple[str, ...]] = ()  # which of crop_size and overlap
+  transform: ClassVar[type[transforms.CenterCrop] | None] = None
+  crop_size: Size = (513, 513)  # of a crop or a window
+  overlap: float = (
+    1 / 3
+  )  # share of a window that the next one covers, in [0, 1)
+  scales: tuple[float, ...] = (1.0,)  # factors on the size
+  flip: bool = False  # look at the mirrored image as well
 
   def __post_init__(self) -> None:
-    check_choice('protocol', self.kind, PROTOCOLS)
     size, scales = self.crop_size, self.scales
-    require(
-      len(size) == 2 and min(size) >= 1,
-      'crop_size must be (height, width) from 1',
-      size,
-    )
+    fits = len(size) == 2 and min(size) >= 1
+    require(fits, 'crop_size must be (height, width) from 1', size)
     require(0 <= self.overlap < 1, 'overlap must be in [0, 1)', self.overlap)
-    require(
-      len(scales) > 0 and min(scales) > 0 and max(scales) <= 4,
-      'scales must be numbers above 0, at most 4',
-      scales,
-    )
-
-  def view_size(self, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) that the network sees of such an image at scale 1."""
-    return self._window or size
-
-  @property
-  def _window(self) -> tuple[int, int] | None:
-    return self.crop_size if self.kind == 'sliding_window' else None
+    fits = len(scales) > 0 and min(scales) > 0 and max(scales) <= 4
+    require(fits, 'scales must be numbers above 0, at most 4', scales)
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
-    """What `evaluator.eval_step` takes, see `make_scores`."""
-    return make_scores(
-      model,
-      scales=self.scales,
-      flip=self.flip,
-      window=self._window,
-      overlap=self.overlap,
+    """Returns a function of variables, images and sizes, see `probabilities`.
+
+    It gives scores [B, H, W, C], the highest for the class to predict.
+    """
+    if self.scales == (1.0,) and not self.flip:
+      return lambda variables, images, sizes: model.apply(
+        variables, images, train=False, sizes=sizes
+      )
+    return functools.partial(
+      probabilities, model, scales=self.scales, flip=self.flip
     )
 
   def describe(self, model: Any) -> dict[str, Any]:
-    """What tells this evaluation from others, JSON values."""
-    description = {
-      'protocol': self.kind,
+    """Returns what tells this evaluation from others, as JSON values."""
+    settings = {
+      'protocol': self.name,
       'output_stride': model.backbone.output_stride,
-      'scales': [float(scale) for scale in self.scales],
+      'scales': list(map(float, self.scales)),
       'flip': self.flip,
+      'crop_size': list(self.crop_size),
+      'overlap': self.overlap,
     }
-    if self.kind != 'whole':
-      description['crop_size'] = list(self.crop_size)
-    if self.kind == 'sliding_window':
-      description['overlap'] = self.overlap
-    return description
+    unused = {'crop_size', 'overlap'} - set(self.uses)
+    return {k: v for k, v in settings.items() if k not in unused}
 
 
-def in_words(description: dict[str, Any]) -> str:
-  """Says what `Protocol.describe` gave."""
-  size = 'x'.join(map(str, description.get('crop_size', ())))
-  words = [
-    {
-      'whole': 'whole images',
-      'center_crop': f'centre crop {size} of images resized to cover it',
-      'sliding_window': f'sliding window {size}',
-    }[description['protocol']],
-    f'output stride {description["output_stride"]}',
-  ]
-  if description['scales'] != [1.0]:
-    words.append(f'scales {" ".join(map(str, description["scales"]))}')
-  if description['flip']:
-    words.append('mirrored as well')
-  return ', '.join(words)
+class CenterCrop(Protocol):
+  """The middle of each image, see `transforms.CenterCrop`."""
+
+  name = 'center_crop'
+  uses = ('crop_size',)
+  transform = transforms.CenterCrop
 
 
-def make_scores(
-  model: Any,
-  *,
-  scales: Sequence[float] = (1.0,),
-  flip: bool = False,
-  window: tuple[int, int] | None = None,
-  overlap: float = 0.0,
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-  """What `evaluator.eval_step` takes.
+class SlidingWindow(Protocol):
+  """Overlapping windows of each image, see `sliding_window`."""
 
-  Args:
-    model: a `DeepLabV3`.
-    scales: see `probabilities`.
-    flip: see `probabilities`.
-    window: (height, width), see `sliding_window`; None for the whole image.
-    overlap: see `sliding_window`.
+  name = 'sliding_window'
+  uses = ('crop_size', 'overlap')
 
-  Returns:
-    A function of variables, images [B, H, W, 3] and sizes [B, 2] (height and
-    width before padding) to scores [B, H, W, C]: the logits if the network
-    looks once, else averaged probabilities.
-  """
-  if window is None and tuple(scales) == (1.0,) and not flip:
-    return lambda variables, images, sizes: model.apply(
-      variables, images, train=False, sizes=sizes
+  def scores(self, model: Any) -> Callable[..., jax.Array]:
+    """Averages the probabilities of the windows."""
+    look = functools.partial(
+      probabilities, model, scales=self.scales, flip=self.flip
+    )
+    return lambda variables, images, sizes: sliding_window(
+      functools.partial(look, variables),
+      images,
+      sizes,
+      window=self.crop_size,
+      overlap=self.overlap,
     )
 
-  def scores(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-    view = functools.partial(
-      probabilities, model, variables, scales=scales, flip=flip
-    )
-    if window is None:
-      return view(images, sizes)
-    return sliding_window(view, images, sizes, window=window, overlap=overlap)
 
-  return scores
+# To add a protocol: a subclass with a name of its own.
+PROTOCOLS: dict[str, type[Protocol]] = {
+  protocol.name: protocol for protocol in (Protocol, CenterCrop, SlidingWindow)
+}
 
 
 def probabilities(
@@ -156,8 +116,9 @@ def probabilities(
 ) -> jax.Array:
   """Averages softmax probabilities over scales and the mirrored image.
 
-  Pixel p of an image stands at p * scale in the scaled one, so that 513 becomes
-  385 and 769 at scales 0.75 and 1.5, as in the DeepLab code.
+  Chen et al., "Rethinking Atrous Convolution" (2017), section 4.1. Pixel p of
+  an image stands at p * scale in the scaled one, so that 513 becomes 385 and
+  769 at scales 0.75 and 1.5, as in the DeepLab code.
 
   Args:
     model: a `DeepLabV3`.
@@ -165,7 +126,7 @@ def probabilities(
     images: [B, H, W, 3], padded at the bottom and the right.
     sizes: int [B, 2], height and width without padding.
     scales: factors on the size.
-    flip: also look at the left-right mirrored image, its padding left in place.
+    flip: also look at the images mirrored left to right; the padding stays.
 
   Returns:
     float32 [B, H, W, C].
@@ -184,8 +145,8 @@ def probabilities(
     seen = jax.nn.softmax(resample(logits, size, (scale,) * 2, own))
     return total + _mirror(seen, mirrored), None
 
-  # Mirroring no column leaves an image as it is. The loop over both compiles
-  # the network once for a scale, and holds one result at a time.
+  # To mirror no column changes nothing. The loop over both views compiles the
+  # network once for a scale, and holds one result at a time.
   widths = sizes[:, 1]
   views = jnp.stack([jnp.zeros_like(widths), widths][: 2 if flip else 1])
   total = jnp.zeros((*images.shape[:3], model.num_classes))
@@ -195,8 +156,8 @@ def probabilities(
 
 
 def _scaled(sizes: Any, scale: float) -> Any:
-  """Whole numbers: the pixels of a scaled side that lie on the side itself."""
-  # Rounding must not take the last one.
+  """Counts the pixels of a scaled side that lie on the side itself."""
+  # Rounding must not lose the last one.
   return ((sizes - 1) * scale + 1e-3) // 1 + 1
 
 
@@ -205,34 +166,31 @@ def sliding_window(
   images: jax.Array,
   sizes: jax.Array,
   *,
-  window: tuple[int, int],
+  window: Size,
   overlap: float,
 ) -> jax.Array:
-  """Averages what each of several overlapping windows of an image shows.
+  """Averages what overlapping windows of images show.
 
-  Windows stand on a grid, and at the far edges shift back into the image's own
-  area; an image that is smaller than a window is padded to it.
+  Windows stand on a grid. At the far edges they shift back into the image; an
+  image that is smaller than a window is padded to its size.
 
   Args:
     view: maps windows [B, *window, 3] and the sizes [B, 2] of their unpadded
       part to probabilities [B, *window, C].
     images: [B, H, W, 3], padded at the bottom and the right.
     sizes: int [B, 2], height and width without padding.
-    window: (height, width).
-    overlap: share of a window, in [0, 1), that the next one covers again.
+    window: height and width.
+    overlap: see `Protocol`.
 
   Returns:
     float32 [B, H, W, C]; 0 in padding that no window reached.
   """
   height, width = images.shape[1:3]
-  bottom, right = (
-    max(0, w - n) for w, n in zip(window, (height, width), strict=True)
-  )
-  images = jnp.pad(
-    images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode='edge'
-  )
+  bottom, right = max(0, window[0] - height), max(0, window[1] - width)
+  padding = ((0, 0), (0, bottom), (0, right), (0, 0))
+  images = jnp.pad(images, padding, mode='edge')
   room = np.subtract(images.shape[1:3], window)
-  stride = [max(1, round(n * (1 - overlap))) for n in window]
+  stride = np.array([max(1, round(n * (1 - overlap))) for n in window])
   steps = [math.ceil(r / s) + 1 for r, s in zip(room, stride, strict=True)]
   grid = np.stack(np.indices(steps), -1).reshape(-1, 2)
   last = jnp.maximum(sizes - jnp.asarray(window), 0)
@@ -240,9 +198,9 @@ def sliding_window(
 
   def look(sums: tuple, place: jax.Array) -> tuple[tuple, None]:
     total, count = sums
-    corner = jnp.minimum(place * jnp.asarray(stride), last)
-    # Beyond the one that reaches the edge, windows would repeat it.
-    needed = ((place - 1) * jnp.asarray(stride) < last) | (place == 0)
+    corner = jnp.minimum(place * stride, last)
+    # Windows after the one that reaches the edge would only repeat it.
+    needed = ((place - 1) * stride < last) | (place == 0)
     weight = needed.all(-1).astype(jnp.float32)[:, None, None, None]
     seen = weight * view(_cut(images, corner, window), own)
     weight = jnp.broadcast_to(weight, (*seen.shape[:3], 1))
@@ -263,10 +221,8 @@ def _mirror(maps: jax.Array, widths: jax.Array) -> jax.Array:
   return jnp.take_along_axis(maps, source[:, None, :, None], axis=2)
 
 
-def _cut(
-  maps: jax.Array, corners: jax.Array, window: tuple[int, int]
-) -> jax.Array:
-  """[B, H, W, C] -> [B, *window, C] from corners [B, 2] on."""
+def _cut(maps: jax.Array, corners: jax.Array, window: Size) -> jax.Array:
+  """[B, H, W, C] -> [B, *window, C], from corners [B, 2] on."""
   return jax.vmap(
     lambda map_, corner: lax.dynamic_slice(
       map_, (*corner, 0), (*window, map_.shape[-1])
@@ -275,7 +231,7 @@ def _cut(
 
 
 def _add(maps: jax.Array, parts: jax.Array, corners: jax.Array) -> jax.Array:
-  """Adds parts [B, h, w, C] to maps [B, H, W, C] from corners [B, 2] on."""
+  """Adds parts [B, h, w, C] to maps [B, H, W, C], from corners [B, 2] on."""
   sums = _cut(maps, corners, parts.shape[1:3]) + parts
   return jax.vmap(
     lambda map_, part, corner: lax.dynamic_update_slice(

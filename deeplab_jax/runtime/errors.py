@@ -1,7 +1,7 @@
 """The exceptions that stand for bad input, and for a stop by a signal."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -50,6 +50,13 @@ def require(holds: bool, rule: str, value: Any) -> None:
   """
   if not holds:
     raise ValueError(f'{rule}, got {value!r}')
+
+
+def choose(what: str, name: Any, choices: Mapping[str, Any]) -> Any:
+  """Returns the choice of that name; a function or class stands for itself."""
+  chosen = choices.get(name, name)
+  require(callable(chosen), f'{what} must be {" or ".join(choices)}', name)
+  return chosen
 
 
 @contextlib.contextmanager

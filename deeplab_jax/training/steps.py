@@ -1,21 +1,7 @@
-"""One step of training, and its pmap.
+"""One step of training, a pure function, and its pmap.
 
-The step is a pure function of its arguments. Batches hold `image` uint8
-[b, H, W, 3] RGB and `label` uint8 [b, H, W]; under pmap both have the device
-axis in front.
-
-It runs under `jax.pmap` and `jax.shard_map` with the name of the mapped axis,
-and under plain `jax.jit` with `axis_name` None:
-
-```
-step = jax.jit(
-  functools.partial(
-    train_step, model=model, optimizer=optimizer, axis_name=None
-  ),
-  donate_argnums=0,
-)
-state, measures = step(state, batch)
-```
+It runs under `jax.pmap` and `jax.shard_map` (with `check_vma=False`) with the
+name of the mapped axis, and under plain `jax.jit` with `axis_name` None.
 """
 
 import functools
@@ -30,17 +16,12 @@ from flax import struct
 from jax import lax
 
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.training.losses import (
-  check_settings,
-  hardest_pixels,
-  pixel_weights,
-  softmax_cross_entropy,
-)
+from deeplab_jax.training import losses
 
 
 @struct.dataclass
 class TrainState:
-  """What training carries from step to step; replicated, no device axis."""
+  """What training changes; replicated, without a device axis."""
 
   step: jax.Array
   params: Any
@@ -56,10 +37,10 @@ class TrainState:
 def create_state(
   model: nn.Module, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-  """Initial state: fresh variables, drawn from `seed` alone."""
+  """Draws the initial state from `seed` alone."""
 
   def create(key: jax.Array) -> TrainState:
-    # The size matters to no parameter.
+    # No parameter depends on the size of the images.
     variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -68,7 +49,7 @@ def create_state(
       opt_state=optimizer.init(variables['params']),
     )
 
-  # It runs once: optimising it takes 25 s of compiling on CPU for nothing.
+  # This program runs once: optimizing it would only add 25 s on a CPU.
   options = None
   if jax.default_backend() == 'cpu':
     options = {'xla_backend_optimization_level': 0}
@@ -83,37 +64,39 @@ def train_step(
   optimizer: optax.GradientTransformation,
   ignore_label: int = 255,
   freeze_bn: bool = False,
+  loss: Callable[..., jax.Array] = losses.softmax_cross_entropy,
+  label_smoothing: float = 0.0,
   class_weights: Sequence[float] | None = None,
   hardest: float = 1.0,
-  label_smoothing: float = 0.0,
   axis_name: str | None = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Updates the state by one batch.
 
-  The loss is the mean over the valid pixels of the batch of all devices,
-  weighted by the classes if they have weights.
+  The loss of a batch is the mean over its valid pixels on all devices, weighted
+  by their classes.
 
   Args:
     state: the same on every device.
-    batch: this device's share.
-    model: maps images to logits [b, H, W, C]. Where it averages batch
-      statistics over an axis, that is `axis_name`.
+    batch: this device's `image` uint8 [b, H, W, 3] RGB and `label` uint8
+      [b, H, W].
+    model: maps images to logits [b, H, W, C]. If it averages batch statistics
+      over an axis, that axis is `axis_name`.
     optimizer: the one that made `state.opt_state`.
-    ignore_label: marks pixels that have no part in the loss.
-    freeze_bn: normalise by the running statistics and leave them as they are.
-    class_weights: one for each class; None for equal ones.
+    ignore_label: the label of pixels that have no part in the loss.
+    freeze_bn: normalize by the running statistics and do not update them.
+    loss: a function like those in `losses.LOSSES`.
+    label_smoothing: see `losses.softmax_cross_entropy`.
+    class_weights: see `losses.pixel_weights`.
     hardest: share of each image's pixels of a weight above 0 that have a part
-      in the loss, those of the largest cross-entropy, see `hardest_pixels`.
-    label_smoothing: see `softmax_cross_entropy`.
-    axis_name: of the mapped device axis; None where there is none, as under
-      plain `jax.jit`. `jax.shard_map` needs `check_vma=False`.
+      in the loss, see `losses.hardest_pixels`.
+    axis_name: of the mapped device axis, None without one.
 
   Returns:
     The next state, and scalars that are equal on every device: float32 `loss`
     and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`, the
     number of pixels that have a part in the loss.
   """
-  check_settings(label_smoothing, hardest, class_weights)
+  losses.check_settings(label_smoothing, hardest, class_weights)
 
   def loss_of(params: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(
@@ -122,20 +105,19 @@ def train_step(
       train=not freeze_bn,
       mutable=['batch_stats'],
     )
-    losses = softmax_cross_entropy(
-      logits, batch['label'], ignore_label, label_smoothing
-    )
-    weighted, weights = _weigh(
-      losses, batch['label'], ignore_label, class_weights, hardest
-    )
+    label = batch['label']
+    each = loss(logits, label, ignore_label, label_smoothing)
+    weights = losses.pixel_weights(label, class_weights, ignore_label)
+    if hardest < 1:  # by the loss alone: a weight makes no pixel harder
+      weights *= losses.hardest_pixels(each, weights > 0, hardest)
     total = _across(lax.psum, weights.sum(), axis_name)
-    loss = weighted.sum() / jnp.where(total > 0, total, 1)
-    return loss, (updated['batch_stats'], (weights > 0).sum())
+    mean = (weights * each).sum() / jnp.where(total > 0, total, 1)
+    return mean, (updated['batch_stats'], (weights > 0).sum())
 
-  (loss, (batch_stats, valid)), gradients = jax.value_and_grad(
+  (mean, (batch_stats, valid)), gradients = jax.value_and_grad(
     loss_of, has_aux=True
   )(state.params)
-  loss, gradients = _across(lax.psum, (loss, gradients), axis_name)
+  mean, gradients = _across(lax.psum, (mean, gradients), axis_name)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
@@ -146,7 +128,7 @@ def train_step(
     opt_state=opt_state,
   )
   return state, {
-    'loss': loss,
+    'loss': mean,
     'grad_norm': optax.global_norm(gradients),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
@@ -155,41 +137,16 @@ def train_step(
 def _across(
   collective: Callable[[Any, str], Any], tree: Any, axis_name: str | None
 ) -> Any:
-  """Combines what the devices hold; of one alone XLA would make a copy.
-
-  What one device holds then stays mapped for JAX: `pmap` takes it, `vmap` with
-  `out_axes=None` does not.
-  """
+  """Combines what the devices hold; for one device XLA would add a copy."""
   if axis_name is None or lax.axis_size(axis_name) == 1:
     return tree
   return collective(tree, axis_name)
 
 
-def _weigh(
-  losses: jax.Array,
-  labels: jax.Array,
-  ignore_label: int,
-  class_weights: Sequence[float] | None,
-  hardest: float,
-) -> tuple[jax.Array, jax.Array]:
-  """Losses times weights, and the weights, of each pixel."""
-  if class_weights is None:  # the losses are 0 at void already
-    weights, weighted = labels != ignore_label, losses
-  else:
-    weights = pixel_weights(labels, class_weights, ignore_label)
-    weighted = weights * losses
-  if hardest < 1:
-    # By the cross-entropy alone: a weight makes no pixel harder.
-    kept = hardest_pixels(losses, weights > 0, hardest)
-    weighted, weights = weighted * kept, weights * kept
-  return weighted, weights
-
-
 def pmap_train_step(**settings: Any) -> Callable[..., Any]:
-  """`train_step` over all devices; its argument `state` is donated.
+  """Maps `train_step` over all devices; it donates the state.
 
-  The state goes in and comes out without a device axis, batch and measures
-  with one.
+  The state has no device axis; the batch and the metrics have one.
   """
   return jax.pmap(
     functools.partial(train_step, **settings),
