@@ -142,7 +142,8 @@ def test_the_table_shows_what_was_measured(monkeypatch, capsys, tmp_path):
   lines = tmp_path / 'lines'
   benchmark.main(['', '--mode=train', f'--json={lines}', '--batch=2'])
   benchmark.main(['', '--mode=train', f'--json={lines}'])
-  assert [json.loads(line) for line in lines.open()] == [measured] * 2
+  written = lines.read_text().splitlines()
+  assert [json.loads(line) for line in written] == [measured] * 2
   assert commands[0][1:3] == ['-m', 'deeplab_jax.benchmark']
   assert {'--batch=2', '--mode=train', '--in_process'} <= set(commands[0])
   table = capsys.readouterr().out
