@@ -192,7 +192,9 @@ class ResNetV2(nn.Module):
   dtype: Any = jnp.float32
 
   def __post_init__(self) -> None:
-    self._geometry()
+    unit_geometry(
+      self.units, self.output_stride, self.multi_grid, self.stride_unit
+    )
     check_choice('stem_pool', self.stem_pool, ops.POOL_PADDINGS)
     check_choice(
       'rematerialization', self.rematerialization, ops.REMATERIALIZATIONS
@@ -200,11 +202,6 @@ class ResNetV2(nn.Module):
     rule = 'width must be above 1/128, which leaves at least one of 64 channels'
     require(self.width > 0 and round(64 * self.width) >= 1, rule, self.width)
     super().__post_init__()
-
-  def _geometry(self) -> tuple[tuple[UnitGeometry, ...], ...]:
-    return unit_geometry(
-      self.units, self.output_stride, self.multi_grid, self.stride_unit
-    )
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -220,7 +217,10 @@ class ResNetV2(nn.Module):
     x = Conv(base, 7, 2, use_bias=bias, dtype=dtype, name='stem')(x)
     x = ops.max_pool(x, self.stem_pool)
     outputs = {'stem': x}
-    for i, geometry in enumerate(self._geometry(), 1):
+    blocks = unit_geometry(
+      self.units, self.output_stride, self.multi_grid, self.stride_unit
+    )
+    for i, geometry in enumerate(blocks, 1):
       own = {'conv_bias': bias, 'norm': self.norm, 'dtype': dtype}
       unit = functools.partial(self.unit, base * 2 ** (i - 1), **own)
       block = Block(unit, geometry, self.rematerialization, name=f'block{i}')
