@@ -202,7 +202,7 @@ def test_seed_checkpoint_brings_the_classes_of_voc(monkeypatch, tmp_path):
   monkeypatch.setitem(
     load._KINDS,
     'TensorFlow',
-    load._KINDS['TensorFlow']._replace(read=lambda path: fill(shapes)),
+    (lambda path: fill(shapes), *load._KINDS['TensorFlow'][1:]),
   )
   path = tmp_path / 'seed.ckpt'
   path.write_bytes(bytes.fromhex('57fb808b247547db'))

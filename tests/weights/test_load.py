@@ -61,9 +61,10 @@ def slim(monkeypatch, tmp_path):
   """Function (shapes) -> a file that a stand-in for TensorFlow reads so."""
 
   def write(shapes, name='model.ckpt'):
-    _, *others = load._KINDS['TensorFlow']
     monkeypatch.setitem(
-      load._KINDS, 'TensorFlow', (lambda path: fill(shapes), *others)
+      load._KINDS,
+      'TensorFlow',
+      (lambda path: fill(shapes), *load._KINDS['TensorFlow'][1:]),
     )
     path = tmp_path / name
     path.write_bytes(b'x' * 100 + bytes.fromhex('57fb808b247547db'))
