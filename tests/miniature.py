@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
-from deeplab_jax import DeepLabV3, ResNetV2
+from deeplab_jax import DeepLabV3, ResNetV2, build, predict
 from deeplab_jax import config as default_config
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import BatchNorm
@@ -146,4 +146,47 @@ def shard_mapped(step, out_specs):
       out_specs=out_specs,
       check_vma=False,
     )
+  )
+
+
+def share(patch, owner, name, key):
+  """Lets all calls of a function with one `key` share the first result.
+
+  Traced functions are such results: traced again, equal ones take seconds.
+  """
+  function, results = getattr(owner, name), {}
+
+  def shared(*arguments, **named):
+    k = key(*arguments, **named)
+    if k not in results:
+      results[k] = function(*arguments, **named)
+    return results[k]
+
+  patch.setattr(owner, name, shared)
+
+
+def share_programs(patch):
+  """Lets runs and evaluations of equal settings share their programs."""
+  ignored = ('step', 'panels', 'worst_and_best', 'save_predictions')
+  share(
+    patch,
+    build,
+    'make_train_step',
+    lambda config, model, _, **of_data: repr(
+      (model, config.loss, config.optimizer, config.train, of_data)
+    ),
+  )
+  share(patch, predict, 'pmap_predict_step', lambda model: repr(model))
+  share(
+    patch,
+    build,
+    'make_evaluator',
+    lambda model, dataset, config: repr(
+      (
+        model,
+        {k: v for k, v in config.eval.items() if k not in ignored},
+        config.data,
+        dataset.info,
+      )
+    ),
   )

@@ -1,26 +1,31 @@
 """Evaluation against a plain loop over the images."""
 
+import contextlib
 import functools
 import io
 import json
 import logging
 import shutil
 import tarfile
+import types
 
 import jax
 import numpy as np
 import pytest
-from miniature import make_config
+from miniature import make_config, share_programs
 from PIL import Image
 
-from deeplab_jax import DeepLabV3, build, deeplab_v3, evaluate
+from deeplab_jax import build, deeplab_v3, evaluate, ops
 from deeplab_jax.benchmark.timing import compilations
-from deeplab_jax.data import images
+from deeplab_jax.data import images, transforms
 from deeplab_jax.data.buckets import FILLER
-from deeplab_jax.data.transforms import CenterCrop, pad_to
 from deeplab_jax.evaluation import metrics
-from deeplab_jax.evaluation.evaluator import ScoredImage
-from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.evaluation.protocols import (
+  PROTOCOLS,
+  CenterCrop,
+  Protocol,
+  SlidingWindow,
+)
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -31,12 +36,16 @@ def read_variables(workdir):
     return saved.restore_variables(saved.latest_step)
 
 
+_PLAIN = {}
+
+
 def plain_predictions(config, dataset, variables, size=None, transform=None):
   """Name, label and prediction of one image at a time, padded to `size`."""
-  model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
-  apply = jax.jit(
-    lambda x, sizes: model.apply(variables, x, train=False, sizes=sizes)
+  model = build.make_model(config, dataset.info.num_classes)
+  plain = _PLAIN.setdefault(
+    repr(model), jax.jit(functools.partial(model.apply, train=False))
   )
+  apply = functools.partial(plain, variables)
   for record in dataset.source(config.data.eval_split):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
@@ -44,15 +53,15 @@ def plain_predictions(config, dataset, variables, size=None, transform=None):
       image, label = transform(image, label, None)
     height, width = label.shape
     if size:
-      padded = pad_to(image, label, size)[0]
-      logits = apply(padded[None], np.array([[height, width]]))
+      padded = transforms.pad_to(image, label, size)[0]
+      logits = apply(padded[None], sizes=np.array([[height, width]]))
     else:
-      logits = apply(image[None], None)
+      logits = apply(image[None], sizes=None)
     logits = np.asarray(logits)[0, :height, :width]
     yield record['name'].decode(), label, logits.argmax(-1)
 
 
-def plain_measures(predictions, dataset):
+def plain_metrics(predictions, dataset):
   """Counted by numpy, whole and image by image."""
   classes = dataset.info.num_classes
   confusions = []
@@ -61,35 +70,41 @@ def plain_measures(predictions, dataset):
     valid = label != 255
     np.add.at(confusion, (label[valid], prediction[valid]), 1)
     confusions.append(confusion)
-  of_images = metrics.measures_of_images(np.stack(confusions))
+  of_images = metrics.image_metrics(np.stack(confusions))
   return {
-    **metrics.measures(np.sum(confusions, 0), dataset.info.classes),
+    **metrics.compute_metrics(np.sum(confusions, 0), dataset.info.classes),
     **{key: float(np.mean(values)) for key, values in of_images.items()},
   }
 
 
-def assert_measures_agree(measures, expected):
+def assert_metrics_agree(found, expected):
   for key, value in expected.items():
     # Rounding may tip a pixel of some thousands over to another class.
-    assert measures[key] == pytest.approx(value, abs=2e-3), key
+    assert found[key] == pytest.approx(value, abs=2e-3), key
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs():
+  """Each program of these evaluations is traced once."""
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(patch)
+    yield
 
 
 @pytest.fixture
 def run(trained):
-  """Function (**changes) -> config, data set and what the evaluation gives."""
+  """Function (**changes) -> config, data set, metrics, picture of the first."""
 
   def run(**changes):
     config = make_config(trained.settings, **changes)
     dataset = build.open_dataset(config, config.data.eval_split)
-    model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
+    model = build.make_model(config, dataset.info.num_classes)
+    evaluator = build.make_evaluator(model, dataset, config)
     variables = distributed.replicate(read_variables(trained.workdir))
-    measures, confusion, picture = evaluate.evaluate_variables(
-      build.make_evaluator(model, dataset, config),
-      variables,
-      config.eval.panels,
-    )
-    assert confusion.sum() > 0
-    return config, dataset, measures, picture
+    scores = evaluator.run(variables, config.eval.panels)
+    assert scores.confusion.sum() > 0
+    picture = scores.picture(list(scores.packed))
+    return config, dataset, scores.metrics, picture
 
   return run
 
@@ -100,17 +115,17 @@ def run(trained):
 def test_evaluation_equals_a_loop_over_the_images(
   trained, run, split, batch_size
 ):
-  config, dataset, measures, picture = run(
+  config, dataset, found, picture = run(
     data__eval_split=split, eval__batch_size=batch_size, eval__buckets=1
   )
   size = dataset.tally(split).max_size
-  expected = plain_measures(
+  expected = plain_metrics(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
   )
-  assert_measures_agree(measures, expected)
-  assert measures['images'] == {'val': 3, 'train': 6}[split]
-  assert set(measures) - set(expected) == {
+  assert_metrics_agree(found, expected)
+  assert found['images'] == {'val': 3, 'train': 6}[split]
+  assert set(found) - set(expected) == {
     *('images', 'split', 'protocol', 'output_stride', 'scales', 'flip'),
   }
   rows = dataset.tally(split).num_images
@@ -118,72 +133,104 @@ def test_evaluation_equals_a_loop_over_the_images(
 
 
 def test_each_image_may_have_its_own_size(trained, run):
-  config, dataset, measures, _ = run(eval__buckets=9)
-  expected = plain_measures(
+  config, dataset, found, _ = run(eval__buckets=9)
+  expected = plain_metrics(
     plain_predictions(config, dataset, read_variables(trained.workdir)),
     dataset,
   )
-  assert_measures_agree(measures, expected)
+  assert_metrics_agree(found, expected)
 
 
 def test_weights_of_output_stride_16_are_evaluated_at_8(trained, run):
   assert trained.config.model.output_stride == 16
-  config, dataset, measures, _ = run(eval__buckets=1, model__output_stride=8)
+  config, dataset, found, _ = run(eval__buckets=1, model__output_stride=8)
   size = dataset.tally('val').max_size
-  expected = plain_measures(
+  expected = plain_metrics(
     plain_predictions(config, dataset, read_variables(trained.workdir), size),
     dataset,
   )
-  assert_measures_agree(measures, expected)
-  assert measures['output_stride'] == 8
+  assert_metrics_agree(found, expected)
+  assert found['output_stride'] == 8
 
 
 def test_center_crop_counts_the_crops_alone(trained, run):
-  config, dataset, measures, picture = run(
+  config, dataset, found, picture = run(
     eval__protocol='center_crop', eval__crop_size=(30, 41)
   )
-  expected = plain_measures(
+  expected = plain_metrics(
     plain_predictions(
       config,
       dataset,
       read_variables(trained.workdir),
-      transform=CenterCrop((30, 41)),
+      transform=transforms.CenterCrop((30, 41)),
     ),
     dataset,
   )
-  assert_measures_agree(measures, expected)
-  assert measures['protocol'] == 'center_crop'
-  assert measures['crop_size'] == [30, 41]
+  assert_metrics_agree(found, expected)
+  assert found['protocol'] == 'center_crop'
+  assert found['crop_size'] == [30, 41]
   assert picture.shape == (3 * 30 + 2 * 4, 3 * 41 + 2 * 4, 3)
 
 
-def test_windows_and_scales_are_named_beside_the_measures(
+class UpsideDown(Protocol):
+  """A protocol as a user writes it: in one file, used by its name or itself."""
+
+  name = 'upside_down'
+
+  def scores(self, model):
+    look = super().scores(model)
+    return lambda variables, images, sizes: look(
+      variables, images[:, ::-1], sizes
+    )[:, ::-1]
+
+
+def test_a_protocol_from_outside_is_one_class(trained, run, monkeypatch):
+  monkeypatch.setitem(PROTOCOLS, UpsideDown.name, UpsideDown)
+  config, dataset, found, _ = run(eval__protocol='upside_down', eval__buckets=9)
+  expected = plain_metrics(
+    plain_predictions(
+      config,
+      dataset,
+      read_variables(trained.workdir),
+      transform=lambda image, label, _: (image[::-1], label[::-1]),
+    ),
+    dataset,
+  )
+  assert_metrics_agree(found, expected)
+  assert found['protocol'] == 'upside_down'
+  config.eval.protocol = UpsideDown
+  model = build.make_model(config, dataset.info.num_classes)
+  evaluator = build.make_evaluator(model, dataset, config)
+  assert found == {**found, **evaluator.description}
+
+
+def test_windows_and_scales_are_named_beside_the_metrics(
   trained, tmp_path, capsys, monkeypatch
 ):
-  prepared = []
-  prepare = DeepLabV3.prepare
+  cached = []
+  cache = ops.cache_kernels
   monkeypatch.setattr(
-    DeepLabV3,
-    'prepare',
-    lambda *arguments: prepared.append(arguments[2]) or prepare(*arguments),
+    ops,
+    'cache_kernels',
+    lambda *arguments: cached.append(arguments[2]) or cache(*arguments),
   )
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   config = make_config(
     trained.settings,
     eval__protocol='sliding_window',
     eval__crop_size=(33, 40),
-    eval__scales=(0.5, 1.0),
+    eval__scales=(0.5,),
     eval__flip=True,
   )
   result = evaluate.evaluate(config, workdir)
   assert result['crop_size'] == [33, 40]
-  assert prepared == [(33, 40)]  # the window, not the image
-  assert result['scales'] == [0.5, 1.0] and result['flip'] is True
-  name = 'val_sliding_window_33x40_scales0.5-1_flip.json'
+  assert cached == [(33, 40)]  # the window, not the image
+  assert result['scales'] == [0.5] and result['flip'] is True
+  name = 'val_sliding_window_33x40_scales0.5_flip.json'
   assert json.loads((workdir / 'eval' / name).read_text()) == result
   assert (
-    'val: sliding window 33x40, output stride 16, scales 0.5 1.0, mirrored as'
-    ' well'
+    'split val, protocol sliding_window, output_stride 16, crop_size [33, 40],'
+    ' scales [0.5], flip True'
   ) in capsys.readouterr().out.splitlines()
 
 
@@ -193,9 +240,9 @@ def test_windows_and_scales_are_named_beside_the_measures(
     (Protocol(), 16, None, 'val_whole'),
     (Protocol(flip=True), 8, None, 'val_whole_stride16_flip'),
     (Protocol(scales=(0.75, 1.0)), 16, 40, 'val_whole_scales0.75-1_step40'),
-    (Protocol('center_crop'), 16, None, 'val_center_crop_513x513'),
+    (CenterCrop(), 16, None, 'val_center_crop_513x513'),
     (
-      Protocol('sliding_window', (65, 33), 0.5),
+      SlidingWindow((65, 33), 0.5),
       16,
       None,
       'val_sliding_window_65x33_overlap0.5',
@@ -208,22 +255,39 @@ def test_each_evaluation_has_a_name_of_its_own(protocol, stride, step, name):
   assert found == name
 
 
-def test_another_evaluation_is_not_replaced_silently(trained, tmp_path, caplog):
-  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+@pytest.fixture(scope='module')
+def evaluated(trained, tmp_path_factory):
+  """The evaluation of a copy of the run: its config, workdir, result, output.
+
+  Tests that change the workdir copy it.
+  """
+  workdir = tmp_path_factory.mktemp('evaluated') / 'w'
+  shutil.copytree(trained.workdir, workdir)
+  config = make_config(
+    trained.settings, eval__save_predictions=True, eval__worst_and_best=2
+  )
+  with contextlib.redirect_stdout(io.StringIO()) as output:
+    result = evaluate.evaluate(config, workdir)
+  return types.SimpleNamespace(
+    config=config, workdir=workdir, result=result, output=output.getvalue()
+  )
+
+
+def test_another_evaluation_is_not_replaced_silently(
+  evaluated, tmp_path, caplog
+):
+  workdir = shutil.copytree(evaluated.workdir, tmp_path / 'w')
   path = workdir / 'eval' / 'val_whole.json'
-  path.parent.mkdir(exist_ok=True)
   path.write_text('{"step": 3}')
-  config = make_config(trained.settings, eval__save_predictions=True)
   with caplog.at_level(logging.WARNING, 'deeplab_jax'):
-    evaluate.evaluate(config, workdir)
+    evaluate.evaluate(evaluated.config, workdir)
     assert caplog.messages == [
-      f'{path}: another evaluation, of step 3, is replaced'
+      f'{path.with_name("val_whole.tar.gz")}: earlier predictions are replaced',
+      f'{path}: another evaluation, of step 3, is replaced',
     ]
-    evaluate.evaluate(trained.config, workdir)  # the same once more
-    assert len(caplog.messages) == 1
-    evaluate.evaluate(config, workdir)
-  archive = path.with_name('val_whole.tar.gz')
-  assert caplog.messages[1:] == [f'{archive}: earlier predictions are replaced']
+    path.with_name('val_whole.tar.gz').unlink()
+    evaluate.evaluate(evaluated.config, workdir)  # the same once more
+  assert len(caplog.messages) == 2
 
 
 def test_the_seeds_geometry_allows_no_padding(trained):
@@ -244,13 +308,13 @@ def test_many_sizes_are_compiled_as_few_times_as_asked(trained):
     trained.settings, data__eval_split='train', eval__buckets=2
   )
   dataset = build.open_dataset(config, 'train')
-  model = deeplab_v3(num_classes=dataset.info.num_classes, **config.model)
+  model = build.make_model(config, dataset.info.num_classes)
   assert len(set(dataset.sizes('train'))) > 2
   evaluator = build.make_evaluator(model, dataset, config)
   variables = distributed.replicate(read_variables(trained.workdir))
   for expected in (2, 0):  # later evaluations compile nothing
     with compilations() as compiled:
-      evaluate.evaluate_variables(evaluator, variables, 1)
+      evaluator.run(variables, keep=1)
     assert len(compiled) == expected
 
 
@@ -264,25 +328,15 @@ def test_picture_holds_as_many_rows_as_asked_for(run, panels):
     assert picture.shape[0] == sum(heights[:2]) + 4  # and a line between
 
 
-def scored(index, miou):
-  maps = np.zeros((1, 1), np.uint8)
-  return ScoredImage(index, maps, {'per_image_miou': miou}, maps)
+def test_worst_and_best_images_are_chosen_with_ties_in_order():
+  mious = enumerate([0.5, 0.2, float('nan'), 0.9, 0.2, 0.9, 0.1])
+  found = evaluate.extremes(dict(mious), 2)
+  assert found == {'worst': [6, 1], 'best': [3, 5]}
 
 
-def test_worst_and_best_images_are_kept_with_ties_in_order():
-  extremes = evaluate._Extremes(2)
-  for index, miou in enumerate([0.5, 0.2, float('nan'), 0.9, 0.2, 0.9, 0.1]):
-    extremes.add(scored(index, miou))
-  assert [entry[:2] for entry in extremes.worst] == [(0.1, 6), (0.2, 1)]
-  assert [entry[:2] for entry in extremes.best] == [(0.9, 3), (0.9, 5)]
-
-
-def test_worst_and_best_are_drawn_and_named(trained, tmp_path, capsys):
-  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
-  config = make_config(trained.settings, eval__worst_and_best=2)
-  evaluate.evaluate(config, workdir)
-  output = capsys.readouterr().out
-  dataset = build.open_dataset(config, 'val')
+def test_worst_and_best_are_drawn_and_named(evaluated):
+  output, workdir = evaluated.output, evaluated.workdir
+  dataset = build.open_dataset(evaluated.config, 'val')
   heights = dict(
     zip(dataset.names('val'), (h for h, _ in dataset.sizes('val')), strict=True)
   )
@@ -297,15 +351,6 @@ def test_worst_and_best_are_drawn_and_named(trained, tmp_path, capsys):
     assert picture.mode == 'RGB' and picture.width == picture.height
 
 
-def test_no_worst_and_best_when_none_are_asked_for(trained, tmp_path, capsys):
-  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
-  evaluate.evaluate(
-    make_config(trained.settings, eval__worst_and_best=0), workdir
-  )
-  assert not list(workdir.rglob('*worst.png'))
-  assert 'worst images' not in capsys.readouterr().out
-
-
 def read_archive(path):
   with tarfile.open(path) as archive:
     return {
@@ -316,15 +361,13 @@ def read_archive(path):
     }
 
 
-def test_archive_holds_the_predictions_at_the_original_sizes(trained, tmp_path):
-  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
-  config = make_config(
-    trained.settings, eval__save_predictions=True, eval__buckets=9
-  )
-  evaluate.evaluate(config, workdir)
-  path = workdir / 'eval/val_whole.tar.gz'
-  maps = read_archive(path)
+def test_archive_holds_the_predictions_at_the_original_sizes(
+  trained, evaluated, tmp_path
+):
+  maps = read_archive(evaluated.workdir / 'eval/val_whole.tar.gz')
+  config = make_config(trained.settings, eval__save_predictions=True)
   dataset = build.open_dataset(config, 'val')
+  assert len(set(dataset.sizes('val'))) == 3 <= config.eval.buckets
   variables = read_variables(trained.workdir)
   names = [f'val_{index}' for index in range(3)]
   folder = 'results/mini/Segmentation/comp6_test_cls'
@@ -333,13 +376,17 @@ def test_archive_holds_the_predictions_at_the_original_sizes(trained, tmp_path):
     found = maps[f'{folder}/{name}.png']
     assert found.shape == prediction.shape
     assert (found != prediction).mean() < 2e-3  # ties, rounded otherwise
-  before = path.read_bytes()
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   config.eval.batch_size = 1
   evaluate.evaluate(config, workdir)
-  assert path.read_bytes() == before
+  before, again = (
+    folder.joinpath('eval/val_whole.tar.gz').read_bytes()
+    for folder in (evaluated.workdir, workdir)
+  )
+  assert again == before
 
 
-def test_split_without_labels_gives_its_archive_and_no_measures(
+def test_split_without_labels_gives_its_archive_and_no_metrics(
   trained, tmp_path, capsys
 ):
   folder = shutil.copytree(trained.folder, tmp_path / 'mini')
@@ -378,25 +425,37 @@ def test_crops_are_no_results_for_a_test_server(trained):
     evaluate.evaluate(config, trained.workdir)
 
 
-@pytest.mark.parametrize('name', ['best', 'latest', '6'])
-def test_evaluating_a_checkpoint_repeats_its_measures(
+def test_evaluating_the_best_checkpoint_repeats_its_metrics(trained, evaluated):
+  workdir, result = evaluated.workdir, evaluated.result
+  assert json.loads((workdir / 'eval/val_whole.json').read_text()) == result
+  assert (workdir / 'eval/val_whole.png').exists()
+  for path in (workdir / 'eval.json', trained.workdir / 'eval.json'):
+    assert json.loads(path.read_text()) == result == trained.result
+  assert evaluated.output.startswith(f'step {result["step"]}, 3 images\n')
+  assert f'{100 * result["miou"]:.2f}' in evaluated.output
+
+
+@pytest.mark.parametrize('name', ['latest', '6'])
+def test_evaluating_a_checkpoint_repeats_its_metrics(
   trained, tmp_path, capsys, name
 ):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   of_training = (workdir / 'eval.json').read_bytes()
-  config = make_config(trained.settings, eval__step=name)
+  config = make_config(
+    trained.settings, eval__step=name, eval__worst_and_best=0
+  )
   result = evaluate.evaluate(config, workdir)
-  with Checkpoints(workdir) as saved:
-    step = saved.step_named(name)
-  file = 'val_whole' if name == 'best' else f'val_whole_step{step}'
-  assert json.loads((workdir / f'eval/{file}.json').read_text()) == result
-  assert (workdir / f'eval/{file}.png').exists()
+  path = workdir / 'eval' / 'val_whole_step6.json'
+  assert json.loads(path.read_text()) == result
+  assert path.with_suffix('.png').exists()
   assert (workdir / 'eval.json').read_bytes() == of_training
   with Checkpoints(workdir) as saved:
-    assert result == {**saved.metadata(step)['measures'], 'step': step}
+    assert saved.step_named(name) == 6
+    assert result == {**saved.metadata(6)['metrics'], 'step': 6}
   table = capsys.readouterr().out
-  assert table.startswith(f'step {step}, 3 images\n')
+  assert table.startswith('step 6, 3 images\n')
   assert f'{100 * result["miou"]:.2f}' in table
+  assert not list(workdir.rglob('*worst.png')) and 'worst images' not in table
 
 
 def test_unknown_step_is_named(trained):
@@ -411,7 +470,7 @@ def test_evaluation_without_a_split_says_how_to_name_one(trained):
     evaluate.evaluate(config, trained.workdir)
 
 
-def test_void_as_class_0_scores_as_if_it_were_255(trained, tmp_path):
+def test_void_as_class_0_scores_as_if_it_were_255(trained, evaluated, tmp_path):
   folder = shutil.copytree(trained.folder, tmp_path / 'mini')
   names = (folder / 'classes.txt').read_text()
   (folder / 'classes.txt').write_text(f'unlabelled\n{names}')
@@ -427,9 +486,7 @@ def test_void_as_class_0_scores_as_if_it_were_255(trained, tmp_path):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   assert evaluate.evaluate(config, workdir) == trained.result
   shifted = read_archive(workdir / 'eval/val_whole.tar.gz')
-  config = make_config(trained.settings, eval__save_predictions=True)
-  evaluate.evaluate(config, workdir)
-  plain = read_archive(workdir / 'eval/val_whole.tar.gz')
+  plain = read_archive(evaluated.workdir / 'eval/val_whole.tar.gz')
   assert shifted.keys() == plain.keys()
   for name, found in shifted.items():
     np.testing.assert_array_equal(found, plain[name] + 1)

@@ -1,5 +1,6 @@
-"""The measures against scikit-learn, hand formulas and a hand-made case."""
+"""The metrics against scikit-learn, hand formulas and a hand-made case."""
 
+import doctest
 import functools
 import json
 import re
@@ -62,9 +63,11 @@ def test_confusion_equals_scikit_learn(maps):
   np.testing.assert_array_equal(confusion, expected)
 
 
-def test_measures_equal_scikit_learn(maps):
+def test_metrics_equal_scikit_learn(maps):
   labels, predictions = counted(maps)
-  result = metrics.measures(confusion_of(*maps).astype(np.int64), CLASSES)
+  result = metrics.compute_metrics(
+    confusion_of(*maps).astype(np.int64), CLASSES
+  )
   near = functools.partial(pytest.approx, rel=0, abs=1e-9)
 
   occurring = np.union1d(labels, predictions)
@@ -91,14 +94,14 @@ def test_measures_equal_scikit_learn(maps):
 
 @pytest.mark.filterwarnings('ignore:y_pred contains classes')
 def test_mean_accuracy_equals_balanced_accuracy(maps):
-  result = metrics.measures(confusion_of(*maps), CLASSES)
+  result = metrics.compute_metrics(confusion_of(*maps), CLASSES)
   expected = sklearn.metrics.balanced_accuracy_score(*counted(maps))
   assert result['mean_accuracy'] == pytest.approx(expected, rel=0, abs=1e-9)
 
 
-def test_measures_equal_sums_over_pixels(maps):
+def test_metrics_equal_sums_over_pixels(maps):
   labels, predictions = counted(maps)
-  result = metrics.measures(confusion_of(*maps), CLASSES)
+  result = metrics.compute_metrics(confusion_of(*maps), CLASSES)
   ious, accuracies, weighted = {}, {}, 0.0
   for index, name in enumerate(CLASSES):
     truth, found = labels == index, predictions == index
@@ -116,14 +119,14 @@ def test_measures_equal_sums_over_pixels(maps):
   assert result['pixel_accuracy'] == near((labels == predictions).mean())
 
 
-def test_measures_of_a_case_made_by_hand():
+def test_metrics_of_a_case_made_by_hand():
   labels = np.array([[0, 0, 0, 1], [1, 1, 1, 255]], np.uint8)
   predictions = np.array([[0, 0, 1, 1], [1, 1, 2, 0]])
   confusion = confusion_of(labels, predictions, 4)
   np.testing.assert_array_equal(
     confusion, [[2, 1, 0, 0], [0, 3, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
   )
-  result = metrics.measures(confusion, ('a', 'b', 'c', 'd'))
+  result = metrics.compute_metrics(confusion, ('a', 'b', 'c', 'd'))
   assert list(result) == [
     'miou',
     'pixel_accuracy',
@@ -169,7 +172,7 @@ def test_confusions_of_parts_add_up_to_the_whole(maps):
   np.testing.assert_array_equal(parts, confusion_of(*maps))
 
 
-def seed_measures(label, prediction):
+def seed_metrics(label, prediction):
   """The definitions of the seed's `metrics.py`, mask by mask, on one image.
 
   Void pixels were taken out before.
@@ -192,18 +195,16 @@ def seed_measures(label, prediction):
   }
 
 
-def test_measures_of_images_equal_the_seeds_definitions(maps):
+def test_metrics_of_images_equal_the_seeds_definitions(maps):
   labels, predictions = maps
   confusions = np.stack(
     [confusion_of(*pair) for pair in zip(*maps, strict=True)]
   )
-  result = metrics.measures_of_images(confusions)
+  result = metrics.image_metrics(confusions)
   for index, (label, prediction) in enumerate(
     zip(labels, predictions, strict=True)
   ):
-    expected = seed_measures(
-      label[label != IGNORE], prediction[label != IGNORE]
-    )
+    expected = seed_metrics(label[label != IGNORE], prediction[label != IGNORE])
     assert set(result) == set(expected)
     for key, value in expected.items():
       assert result[key][index] == pytest.approx(value, rel=0, abs=1e-12), key
@@ -213,9 +214,9 @@ def test_class_that_is_predicted_alone_divides_no_image():
   # Image 0 sees class 2 where there is none: the whole set's mIoU counts it as
   # a class of IoU 0, the image's own does not.
   confusions = np.array([[[2, 0, 2], [0, 4, 0], [0, 0, 0]]])
-  ours = metrics.measures(confusions[0], ('a', 'b', 'c'))['miou']
+  ours = metrics.compute_metrics(confusions[0], ('a', 'b', 'c'))['miou']
   assert ours == pytest.approx((0.5 + 1 + 0) / 3)
-  theirs = metrics.measures_of_images(confusions)['per_image_miou']
+  theirs = metrics.image_metrics(confusions)['per_image_miou']
   assert theirs.tolist() == [pytest.approx((0.5 + 1) / 2)]
 
 
@@ -223,7 +224,7 @@ def test_average_leaves_out_images_without_a_counted_pixel():
   confusions = np.zeros((3, 2, 2), int)
   confusions[0] = [[3, 1], [0, 0]]
   confusions[2] = [[1, 0], [0, 1]]
-  found = metrics.measures_of_images(confusions)
+  found = metrics.image_metrics(confusions)
   rows = [{key: v[i] for key, v in found.items()} for i in range(3)]
   assert np.isnan(rows[1]['per_image_miou'])
   averages = metrics.average(rows)
@@ -234,7 +235,7 @@ def test_average_leaves_out_images_without_a_counted_pixel():
 
 def test_table_sets_averages_over_images_apart():
   confusion = np.array([[3, 1], [0, 4]])
-  whole = metrics.measures(confusion, ('a', 'b'))
+  whole = metrics.compute_metrics(confusion, ('a', 'b'))
   lines = metrics.format_table(
     {
       **whole,
@@ -254,9 +255,9 @@ def test_table_sets_averages_over_images_apart():
   ]
 
 
-def test_measures_of_no_pixels_are_none_and_valid_json():
+def test_metrics_of_no_pixels_are_none_and_valid_json():
   confusion = np.zeros((3, 3), np.int64)
-  result = metrics.measures(confusion, ('a', 'b', 'c'))
+  result = metrics.compute_metrics(confusion, ('a', 'b', 'c'))
   nothing = dict.fromkeys('abc')
   assert result == {
     'miou': None,
@@ -269,14 +270,14 @@ def test_measures_of_no_pixels_are_none_and_valid_json():
   assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
-def test_measures_are_python_floats_that_json_can_write(maps):
-  result = metrics.measures(confusion_of(*maps), CLASSES)
+def test_metrics_are_python_floats_that_json_can_write(maps):
+  result = metrics.compute_metrics(confusion_of(*maps), CLASSES)
   assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_counts_beyond_int32_are_not_cut():
   confusion = np.array([[3 * 10**9, 10**9], [0, 4 * 10**9]], np.int64)
-  result = metrics.measures(confusion, ('a', 'b'))
+  result = metrics.compute_metrics(confusion, ('a', 'b'))
   assert result['pixel_accuracy'] == pytest.approx(7 / 8, abs=1e-12)
   assert result['per_class_iou']['a'] == pytest.approx(3 / 4, abs=1e-12)
 
@@ -292,7 +293,7 @@ def test_counts_beyond_int32_are_not_cut():
 )
 def test_unusable_confusions_are_refused(confusion, classes):
   with pytest.raises(ValueError, match=r'must|differ'):
-    metrics.measures(confusion, classes)
+    metrics.compute_metrics(confusion, classes)
 
 
 def test_maps_of_different_shape_are_refused():
@@ -303,7 +304,7 @@ def test_maps_of_different_shape_are_refused():
 def test_table_shows_every_class_aligned_with_a_dash_for_the_absent():
   confusion = np.array([[2, 1, 0, 0], [0, 3, 1, 0], [0] * 4, [0] * 4])
   names = ('sky', 'a class with a rather long name', 'c', 'd')
-  table = metrics.format_table(metrics.measures(confusion, names))
+  table = metrics.format_table(metrics.compute_metrics(confusion, names))
   lines = table.splitlines()
   rows = [line.rsplit(maxsplit=2) for line in lines[2:6]]
   assert rows == [
@@ -323,8 +324,12 @@ def test_table_shows_every_class_aligned_with_a_dash_for_the_absent():
   assert len({len(line) for line in lines[7:]}) == 1
 
 
+def test_examples_in_the_docstrings_hold():
+  assert doctest.testmod(metrics) == (0, 2)
+
+
 @pytest.mark.parametrize('shape', [(3, 3), (2, 3, 4)])
 def test_matrices_of_images_of_another_shape_are_refused(shape):
   words = re.escape(f'must be [N, C, C], got {list(shape)}')
   with pytest.raises(ValueError, match=words):
-    metrics.measures_of_images(np.zeros(shape, int))
+    metrics.image_metrics(np.zeros(shape, int))

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from miniature import needs_cpu
 
-from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3
+from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, ops
 from deeplab_jax.evaluation import protocols
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
@@ -29,7 +29,7 @@ def images():
   return images, sizes
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def network(random_variables):
   """A DeepLab of one unit a block, its variables and logits by numpy."""
   norm = functools.partial(nn.BatchNorm, momentum=0.9)
@@ -176,8 +176,8 @@ def loop_of_windows(image, size, window, overlap):
 )
 def test_windows_equal_a_loop_over_each_image(images, window, overlap):
   images, sizes = images
-  scores = protocols.make_scores(Patterned(), window=window, overlap=overlap)
-  ours = jax.jit(scores)(PROJECTION, images, sizes)
+  protocol = protocols.SlidingWindow(window, overlap)
+  ours = jax.jit(protocol.scores(Patterned()))(PROJECTION, images, sizes)
   for image, size, found in zip(images, sizes, ours, strict=True):
     expected = loop_of_windows(image, size, window, overlap)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -188,11 +188,8 @@ def test_windows_equal_a_loop_over_each_image(images, window, overlap):
 def test_windows_of_a_mirrored_image_give_the_mirrored_result(images):
   # Windows that lie symmetrically: 65 = 33 + 32 and 51 = 33 + 18.
   images, sizes = images
-  scores = jax.jit(
-    protocols.make_scores(
-      Patterned(), flip=True, window=(33, 33), overlap=1 / 33
-    )
-  )
+  protocol = protocols.SlidingWindow((33, 33), 1 / 33, flip=True)
+  scores = jax.jit(protocol.scores(Patterned()))
   for image, size in zip(images, sizes, strict=True):
     one, other = (
       np.asarray(scores(PROJECTION, x[None], size[None]))[0]
@@ -205,19 +202,17 @@ def test_windows_of_a_mirrored_image_give_the_mirrored_result(images):
 
 
 @needs_cpu
-def test_windows_by_prepared_variables_give_the_same_scores(random_variables):
+def test_windows_by_cached_kernels_give_the_same_scores(random_variables):
   model = deeplab_v3('resnet18', width=0.5, aspp_features=64)
   variables = random_variables(model)
   size = (273, 321)
-  assert protocols.Protocol().view_size(size) == size
-  protocol = protocols.Protocol('sliding_window', (257, 257), flip=True)
-  prepared = model.prepare(variables, protocol.view_size(size))
+  protocol = protocols.SlidingWindow((257, 257), flip=True)
+  cached = ops.cache_kernels(model, variables, protocol.crop_size)
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (1, *size, 3), np.uint8)
   scores = jax.jit(protocol.scores(model))
   expected, ours = (
-    np.asarray(scores(v, images, np.array([size])))
-    for v in (variables, prepared)
+    np.asarray(scores(v, images, np.array([size]))) for v in (variables, cached)
   )
   assert not np.array_equal(ours, expected)  # they were used
   np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -226,6 +221,6 @@ def test_windows_by_prepared_variables_give_the_same_scores(random_variables):
 def test_one_look_gives_the_logits(network, images):
   model, variables, logits = network
   images, sizes = images
-  ours = jax.jit(protocols.make_scores(model))(variables, images, sizes)
+  ours = jax.jit(protocols.Protocol().scores(model))(variables, images, sizes)
   np.testing.assert_allclose(ours, logits(images, sizes), atol=1e-5)
   assert np.abs(logits(images) - logits(images, sizes)).max() > 1e-3

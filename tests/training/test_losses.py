@@ -1,5 +1,6 @@
 """Losses and weights against NumPy and optax."""
 
+import doctest
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from deeplab_jax.training import losses as module
 from deeplab_jax.training.losses import (
   hardest_pixels,
   median_frequency_weights,
@@ -46,6 +48,23 @@ def test_gradient_equals_optax_and_is_zero_at_void():
   )(logits)
   np.testing.assert_allclose(ours, jax.grad(theirs)(logits), atol=1e-6)
   np.testing.assert_array_equal(np.asarray(ours)[~valid], 0)
+
+
+def test_examples_in_the_docstrings_hold():
+  assert doctest.testmod(module) == (0, 1)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_loss_equals_that_of_optax_on_one_hot_labels(smoothing):
+  rng = np.random.default_rng(7)
+  logits = jnp.asarray(rng.normal(0, 3, (2, 4, 5, 6)), jnp.float32)
+  labels = rng.integers(0, 6, (2, 4, 5), np.int32)
+  target = optax.smooth_labels(jax.nn.one_hot(labels, 6), smoothing)
+  np.testing.assert_allclose(
+    softmax_cross_entropy(logits, labels, label_smoothing=smoothing),
+    optax.softmax_cross_entropy(logits, target),
+    rtol=1e-5,
+  )
 
 
 @pytest.mark.parametrize(
@@ -115,9 +134,12 @@ def test_each_pixel_weighs_as_its_class_and_void_nothing():
   np.testing.assert_array_equal(weights, [[[0.5, 0, 3], [3, 0, 0]]])
 
 
-def test_ignore_label_among_the_classes_weighs_nothing():
-  weights = pixel_weights(jnp.arange(3), (4, 5, 6), ignore_label=1)
-  np.testing.assert_array_equal(weights, [4, 0, 6])
+@pytest.mark.parametrize(
+  'table, expected', [((4, 5, 6), [4, 0, 6]), (None, [1, 0, 1])]
+)
+def test_ignore_label_among_the_classes_weighs_nothing(table, expected):
+  weights = pixel_weights(jnp.arange(3), table, ignore_label=1)
+  np.testing.assert_array_equal(weights, expected)
 
 
 def test_gradient_of_the_weighted_loss_is_weighted_and_has_no_scatter():

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from deeplab_jax.training import optimizers
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 
 PARAMS = {
@@ -88,12 +90,24 @@ def test_without_clipping_no_norm_is_computed():
     )
 
   assert roots(clip_norm=0.2) == 1
-  assert roots(clip_norm=0.0) == 0
+  assert roots(clip_norm=None) == 0
 
 
 def test_an_unknown_optimizer_is_refused():
   with pytest.raises(ValueError, match="sgd or adam, got 'lamb'"):
     make_optimizer('lamb', 0.1)
+
+
+def test_an_optimizer_from_outside_is_one_function(monkeypatch):
+  def signs(momentum):
+    del momentum
+    return optax.scale_by_sign()
+
+  monkeypatch.setitem(optimizers.OPTIMIZERS, 'signs', signs)
+  for name in ('signs', signs):
+    params = updated(make_optimizer(name, 0.1, head_multiplier=2.0))
+    np.testing.assert_allclose(params['backbone']['stem']['kernel'], 2 - 0.1)
+    np.testing.assert_allclose(params['logits']['bias'], 4 - 0.2)
 
 
 def test_a_run_can_go_on_with_other_numbers():

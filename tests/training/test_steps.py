@@ -13,7 +13,7 @@ from miniature import CLASSES, global_batch, make, one_device_step, shard_mapped
 
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.runtime import distributed
-from deeplab_jax.training import steps
+from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer
 
 
@@ -37,50 +37,92 @@ def assert_trees_close(ours, theirs, atol):
     )
 
 
-@pytest.fixture
-def after_one_step(random_variables):
-  model, optimizer = make(), make_optimizer('sgd', 0.1, weight_decay=1e-4)
-  state = initial_state(model, optimizer, random_variables(model))
-  settings = {'model': model, 'optimizer': optimizer}
-  return state, settings
+LOSS = {
+  'class_weights': (0.5, 0.0, 2.0, 1.3),
+  'hardest': 0.3,
+  'label_smoothing': 0.1,
+}
 
 
-def test_train_step_on_four_devices_matches_one(after_one_step):
+class Start:
+  """A network at its start, and its steps, each traced and compiled once."""
+
+  def __init__(self, model, variables):
+    self.model = model
+    self.optimizer = make_optimizer('sgd', 0.1, weight_decay=1e-4)
+    self.state = initial_state(model, self.optimizer, variables)
+    self.settings = {'model': model, 'optimizer': self.optimizer}
+
+  @functools.cached_property
+  def plain(self):
+    return steps.pmap_train_step(**self.settings)
+
+  @functools.cached_property
+  def with_loss(self):
+    return steps.pmap_train_step(**self.settings, **LOSS)
+
+  def four(self, step, batch):
+    """The step over four devices; its metrics, the same on each."""
+    state, metrics = step(
+      distributed.replicate(self.state), distributed.shard(batch)
+    )
+    metrics = jax.device_get(metrics)
+    for value in metrics.values():
+      np.testing.assert_array_equal(value, np.full(4, value[0]))
+    return state, {name: value[0] for name, value in metrics.items()}
+
+  def one(self, batch, **settings):
+    """The step over one device, which has the whole batch."""
+    state, metrics = one_device_step(**self.settings, **settings)(
+      self.state, jax.tree.map(lambda x: x[None], batch)
+    )
+    metrics = jax.device_get(metrics)
+    return state, {name: value[0] for name, value in metrics.items()}
+
+
+@pytest.fixture(scope='module')
+def start(random_variables):
+  model = make()
+  return Start(model, random_variables(model))
+
+
+@pytest.fixture(scope='module')
+def training_logits(start):
+  """Function of images: logits of all at once, with their own statistics."""
+  apply = jax.jit(
+    functools.partial(
+      make(sync_bn=False).apply, train=True, mutable=['batch_stats']
+    )
+  )
+  return lambda images: apply(start.state.variables, images)[0]
+
+
+def test_train_step_on_four_devices_matches_one(start):
   assert jax.device_count() == 4
-  state, settings = after_one_step
   batch = global_batch()
   void = (batch['label'] == 255).reshape(4, -1).sum(1)
   assert len(set(void.tolist())) == 4
-  four, measures = steps.pmap_train_step(**settings)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  one, expected = one_device_step(**settings)(
-    state, jax.tree.map(lambda x: x[None], batch)
-  )
+  four, metrics = start.four(start.plain, batch)
+  one, expected = start.one(batch)
+  np.testing.assert_allclose(metrics['loss'], expected['loss'], atol=1e-5)
   np.testing.assert_allclose(
-    measures['loss'], np.full(4, expected['loss'][0]), atol=1e-5
-  )
-  np.testing.assert_allclose(
-    measures['grad_norm'], np.full(4, expected['grad_norm'][0]), rtol=1e-4
+    metrics['grad_norm'], expected['grad_norm'], rtol=1e-4
   )
   valid = batch['label'].size - void.sum()
-  assert measures['valid_pixels'].tolist() == [valid] * 4
-  assert expected['valid_pixels'].tolist() == [valid]
+  assert metrics['valid_pixels'] == expected['valid_pixels'] == valid
   for name in ('params', 'batch_stats'):
     ours, theirs = (jax.device_get(getattr(s, name)) for s in (four, one))
     assert_trees_close(ours, theirs, atol=1e-5)
   moved = jax.tree.map(
-    lambda a, b: float(np.abs(a - b).max()), four.params, state.params
+    lambda a, b: float(np.abs(a - b).max()), four.params, start.state.params
   )
   assert min(jax.tree.leaves(moved)) > 0
 
 
 def assert_same_update(ours, theirs):
-  (state, measures), (expected, expected_measures) = ours, theirs
+  (state, metrics), (expected, expected_metrics) = ours, theirs
   for name in ('loss', 'grad_norm'):
-    np.testing.assert_allclose(
-      measures[name], expected_measures[name], rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
   assert_trees_close(
     *(jax.device_get(x.variables) for x in (state, expected)), atol=1e-6
   )
@@ -90,77 +132,58 @@ def assert_same_update(ours, theirs):
 def test_train_step_under_plain_jit_is_the_mapped_one_on_one_device(
   random_variables,
 ):
-  model, optimizer = make(sync_bn=False), make_optimizer('sgd', 0.1)
-  state = initial_state(model, optimizer, random_variables(model))
-  settings = {'model': model, 'optimizer': optimizer, **LOSS}
+  model = make(sync_bn=False)
+  start = Start(model, random_variables(model))
   batch = global_batch(4)
-  plain = functools.partial(steps.train_step, **settings, axis_name=None)
-  mapped, measures = one_device_step(**settings)(
-    state, jax.tree.map(lambda x: x[None], batch)
+  plain = functools.partial(
+    steps.train_step, **start.settings, **LOSS, axis_name=None
   )
-  measures = {name: value[0] for name, value in measures.items()}
-  assert_same_update(jax.jit(plain)(state, batch), (mapped, measures))
+  ours = jax.jit(plain)(start.state, batch)
+  assert_same_update(ours, start.one(batch, **LOSS))
 
 
-def test_train_step_under_shard_map_is_the_one_under_pmap(after_one_step):
-  state, settings = after_one_step
+def test_train_step_under_shard_map_is_the_one_under_pmap(start):
   batch = global_batch()
-  step = functools.partial(steps.train_step, **settings)
-  ours = shard_mapped(step, PartitionSpec())(state, batch)
-  theirs, measures = steps.pmap_train_step(**settings)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  measures = {name: value[0] for name, value in measures.items()}
-  assert_same_update(ours, (theirs, measures))
+  step = functools.partial(steps.train_step, **start.settings)
+  ours = shard_mapped(step, PartitionSpec())(start.state, batch)
+  assert_same_update(ours, start.four(start.plain, batch))
 
 
-def training_logits(state, batch):
-  """Those of the whole batch at once, with its own statistics."""
-  apply = make(sync_bn=False).apply
-  logits, _ = jax.jit(
-    functools.partial(apply, train=True, mutable=['batch_stats'])
-  )({'params': state.params, 'batch_stats': state.batch_stats}, batch['image'])
-  return logits
-
-
-def test_loss_is_the_mean_over_all_valid_pixels(after_one_step):
-  state, settings = after_one_step
+def test_loss_is_the_mean_over_all_valid_pixels(start, training_logits):
   batch = global_batch()
-  _, measures = steps.pmap_train_step(**settings)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  logits = training_logits(state, batch)
+  _, metrics = start.four(start.plain, batch)
+  logits = training_logits(batch['image'])
   valid = batch['label'] != 255
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits[valid], batch['label'][valid]
   )
-  np.testing.assert_allclose(measures['loss'][0], losses.mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-5)
 
 
-LOSS = {
-  'class_weights': (0.5, 0.0, 2.0, 1.3),
-  'hardest': 0.3,
-  'label_smoothing': 0.1,
-}
+def test_a_loss_from_outside_is_one_function(start, training_logits):
+  def focal(logits, labels, ignore_label, label_smoothing):
+    assert label_smoothing == 0
+    each = losses.softmax_cross_entropy(logits, labels, ignore_label)
+    return (1 - jnp.exp(-each)) ** 2 * each
+
+  batch = global_batch()
+  step = steps.pmap_train_step(**start.settings, loss=focal)
+  _, metrics = start.four(step, batch)
+  logits = np.asarray(training_logits(batch['image']), np.float64)
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  valid = batch['label'] != 255
+  p = np.take_along_axis(p[valid], batch['label'][valid][:, None], -1)
+  expected = -((1 - p) ** 2 * np.log(p)).mean()
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
 
 
-def test_weighted_mined_and_smoothed_loss_on_four_devices_matches_one(
-  after_one_step,
-):
-  state, settings = after_one_step
-  settings = settings | LOSS
+def test_weighted_mined_and_smoothed_loss_on_four_devices_matches_one(start):
   batch = global_batch()
   batch['label'][3:] %= 2  # devices differ in their weights too
-  four, measures = steps.pmap_train_step(**settings)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  one, expected = one_device_step(**settings)(
-    state, jax.tree.map(lambda x: x[None], batch)
-  )
+  four, metrics = start.four(start.with_loss, batch)
+  one, expected = start.one(batch, **LOSS)
   for name in ('loss', 'grad_norm'):
-    np.testing.assert_allclose(
-      measures[name], np.full(4, expected[name][0]), rtol=1e-4
-    )
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
   for name in ('params', 'batch_stats'):
     ours, theirs = (jax.device_get(getattr(s, name)) for s in (four, one))
     assert_trees_close(ours, theirs, atol=1e-5)
@@ -168,15 +191,15 @@ def test_weighted_mined_and_smoothed_loss_on_four_devices_matches_one(
 
 @pytest.mark.parametrize('names', [LOSS, ['hardest']])
 def test_loss_is_the_weighted_mean_over_the_hardest_pixels(
-  after_one_step, names
+  start, training_logits, names
 ):
-  state, settings = after_one_step
   chosen = {name: LOSS[name] for name in names}
+  step = start.with_loss
+  if chosen != LOSS:
+    step = steps.pmap_train_step(**start.settings, **chosen)
   batch = global_batch()
-  _, measures = steps.pmap_train_step(**settings, **chosen)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  logits = training_logits(state, batch)
+  _, metrics = start.four(step, batch)
+  logits = training_logits(batch['image'])
   target = np.eye(256)[batch['label']][..., :CLASSES]
   smoothing = chosen.get('label_smoothing', 0)
   target = target * (1 - smoothing) + smoothing / CLASSES
@@ -191,63 +214,56 @@ def test_loss_is_the_weighted_mean_over_the_hardest_pixels(
       kept = max(1, round(chosen.get('hardest', 1) * counted.size))
       kept = (image >= counted[-kept]) * weights
       total, weight = total + (kept * image).sum(), weight + kept.sum()
-  np.testing.assert_allclose(measures['loss'][0], total / weight, rtol=1e-4)
+  np.testing.assert_allclose(metrics['loss'], total / weight, rtol=1e-4)
 
 
-def test_a_batch_of_weightless_classes_gives_zero_and_not_nan(after_one_step):
-  state, settings = after_one_step
-  batch = global_batch(4)
-  batch['label'][:] = 1
-  _, measures = steps.pmap_train_step(**settings, **LOSS)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  np.testing.assert_array_equal(measures['loss'], 0)
-  assert np.isfinite(measures['grad_norm']).all()
-
-
-def test_a_batch_of_void_alone_gives_zero_and_not_nan(after_one_step):
-  state, settings = after_one_step
-  batch = global_batch(4)
-  batch['label'][:] = 255
-  _, measures = steps.pmap_train_step(**settings)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
-  np.testing.assert_array_equal(measures['loss'], 0)
-  assert np.isfinite(measures['grad_norm']).all()
-
-
-def test_frozen_bn_keeps_statistics_and_normalises_by_them(after_one_step):
-  state, settings = after_one_step
-  before = jax.tree.map(np.copy, state.batch_stats)
+@pytest.mark.parametrize('label', [1, 255])  # of the weight 0, and void
+def test_a_batch_that_weighs_nothing_gives_zero_and_not_nan(start, label):
   batch = global_batch()
-  after, measures = steps.pmap_train_step(**settings, freeze_bn=True)(
-    distributed.replicate(state), distributed.shard(batch)
-  )
+  batch['label'][:] = label
+  _, metrics = start.four(start.with_loss, batch)
+  assert metrics['loss'] == 0 and metrics['valid_pixels'] == 0
+  assert np.isfinite(metrics['grad_norm'])
+
+
+def test_a_batch_of_void_alone_gives_zero_and_not_nan(start):
+  batch = global_batch()
+  batch['label'][:] = 255
+  _, metrics = start.four(start.plain, batch)
+  assert metrics['loss'] == 0 and metrics['valid_pixels'] == 0
+  assert np.isfinite(metrics['grad_norm'])
+
+
+def test_frozen_bn_keeps_statistics_and_normalizes_by_them(start):
+  before = jax.tree.map(np.copy, start.state.batch_stats)
+  batch = global_batch()
+  step = steps.pmap_train_step(**start.settings, freeze_bn=True)
+  after, metrics = start.four(step, batch)
   jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before)
   logits = jax.jit(functools.partial(make().apply, train=False))(
-    {'params': state.params, 'batch_stats': before}, batch['image']
+    {'params': start.state.params, 'batch_stats': before}, batch['image']
   )
   valid = batch['label'] != 255
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits[valid], batch['label'][valid]
   )
-  np.testing.assert_allclose(measures['loss'][0], losses.mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-5)
 
 
-def test_without_synchronised_bn_statistics_are_those_of_the_devices_averaged(
+def test_without_synchronized_bn_statistics_are_those_of_the_devices_averaged(
   random_variables,
 ):
-  model, optimizer = make(sync_bn=False), make_optimizer('sgd', 0.1)
-  state = initial_state(model, optimizer, random_variables(model))
-  batch = distributed.shard(global_batch())
-  after, _ = steps.pmap_train_step(model=model, optimizer=optimizer)(
-    distributed.replicate(state), batch
-  )
+  model = make(sync_bn=False)
+  start = Start(model, random_variables(model))
+  batch = global_batch()
+  after, _ = start.four(start.plain, batch)
   apply = jax.jit(
     functools.partial(model.apply, train=True, mutable=['batch_stats'])
   )
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
-  each = [apply(variables, x)[1]['batch_stats'] for x in batch['image']]
+  each = [
+    apply(start.state.variables, x)[1]['batch_stats']
+    for x in distributed.shard(batch)['image']
+  ]
   mean = jax.tree.map(lambda *x: np.mean(x, 0), *each)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -269,8 +285,8 @@ def test_rematerialization_changes_no_value_and_adds_no_collective(
     step = steps.pmap_train_step(model=model, optimizer=optimizer)
     program = step.lower(state, batch).compile()
     sums = len(re.findall(r' all-reduce(?:-start)?\(', program.as_text()))
-    state, measures = step(state, batch)
-    results[kind] = sums, jax.device_get((state.variables, measures))
+    state, metrics = step(state, batch)
+    results[kind] = sums, jax.device_get((state.variables, metrics))
   sums, expected = results.pop('none')
   assert sums > 0
   for other_sums, other in results.values():
@@ -278,10 +294,9 @@ def test_rematerialization_changes_no_value_and_adds_no_collective(
     assert_trees_close(other, expected, atol=1e-5)
 
 
-def test_the_train_step_compiles_once_and_donates_its_state(after_one_step):
-  state, settings = after_one_step
-  step = steps.pmap_train_step(**settings)
-  current = distributed.replicate(state)
+def test_the_train_step_compiles_once_and_donates_its_state(start):
+  step = start.plain
+  current = distributed.replicate(start.state)
   batch = distributed.shard(global_batch())
   first = current
   current, _ = step(current, batch)
@@ -305,10 +320,9 @@ def test_an_update_in_bfloat16_points_where_that_in_float32_does():
   # rounding until the gradients of deep layers have nothing in common.
   optimizer = make_optimizer('sgd', 0.01, weight_decay=0.0)
   batch = {name: value[None] for name, value in global_batch(2).items()}
-  updates = []
+  state, updates = steps.create_state(make(), optimizer, 0), []
   for dtype in (jnp.float32, jnp.bfloat16):
     model = make(dtype=dtype)
-    state = steps.create_state(model, optimizer, 0)
     step = one_device_step(model=model, optimizer=optimizer, freeze_bn=True)
     after, _ = step(state, batch)
     update = jax.tree.map(lambda a, b: a - b, after.params, state.params)
