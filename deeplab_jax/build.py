@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from deeplab_jax import config as settings
+from deeplab_jax.config import flat, get_config
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
@@ -21,7 +21,7 @@ from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, choose, naming, require
+from deeplab_jax.runtime.errors import UserError, choose, naming
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 
@@ -31,11 +31,7 @@ MEDIAN_FREQUENCY = ('median_frequency',)
 
 
 def check(config: ConfigDict) -> None:
-  """Makes all that needs no data, so that a wrong value is refused early.
-
-  Raises:
-    UserError: naming the section, the setting and its value.
-  """
+  """Makes what needs no data: a wrong value raises `UserError` early."""
   make_model(config, num_classes=1)
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
@@ -84,22 +80,12 @@ def make_schedule_and_optimizer(
   config: ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """What `config.optimizer` describes, over `config.train.steps` steps."""
-  optimizer = config.optimizer
+  settings = config.optimizer.to_dict()
+  of_schedule = ('learning_rate', 'power', 'warmup_steps')
+  schedule = {name: settings.pop(name) for name in of_schedule}
   with naming('config.optimizer'):
-    schedule = poly_schedule(
-      optimizer.learning_rate,
-      config.train.steps,
-      power=optimizer.power,
-      warmup_steps=optimizer.warmup_steps,
-    )
-    return schedule, make_optimizer(
-      optimizer.name,
-      schedule,
-      momentum=optimizer.momentum,
-      weight_decay=optimizer.weight_decay,
-      head_multiplier=optimizer.head_multiplier,
-      clip_norm=optimizer.clip_norm,
-    )
+    rate = poly_schedule(steps=config.train.steps, **schedule)
+    return rate, make_optimizer(learning_rate=rate, **settings)
 
 
 def make_train_step(
@@ -148,10 +134,7 @@ def _make_transforms(
     crop = RandomScaleCropFlip(
       data.crop_size, data.scale, data.flip, ignore_label=ignore_label
     )
-  with naming('config.data.color_jitter'):
-    strengths = 'must be brightness, contrast, saturation and hue'
-    require(len(data.color_jitter) == 4, strengths, data.color_jitter)
-    return crop, ColorJitter(*data.color_jitter)
+    return crop, ColorJitter(data.color_jitter)
 
 
 def make_evaluator(
@@ -199,8 +182,7 @@ def class_weights(
       f' classes: {", ".join(classes)}'
     )
   pairs = zip(classes, weights, strict=True)
-  shown = ', '.join(f'{name} {weight:.4g}' for name, weight in pairs)
-  log.info('class weights: %s', shown)
+  log.info('class weights: %s', ', '.join(f'{n} {w:.4g}' for n, w in pairs))
   return tuple(map(float, weights))
 
 
@@ -214,44 +196,40 @@ def check_machine(
 ) -> None:
   """Refuses what this machine cannot hold, by lower bounds on the need.
 
-  `memory`, in bytes, and the `threads` of a process are what there is, None if
-  unknown; `hosts` machines share each batch. Only what `mode` uses counts.
+  `memory` is in bytes, `threads` the most of a process; None if unknown. The
+  `hosts` share each batch. Settings that `mode` does not use are not checked.
   """
-  model, data = config.model, config.data
-  train, evaluate = mode == 'train', mode == 'eval'
-  evaluate |= train and bool(data.eval_split)
-  if (train or evaluate) and threads and data.threads > threads:
-    raise UserError(
-      f'config.data.threads={data.threads}: a process has at most {threads}'
-      ' threads on this machine'
-    )
-  last, features = 8 * round(64 * model.width), model.aspp_features
-  kernels = 2 * last + len(model.aspp_rates) * features
-  loaders = max(data.workers, 1) * max(data.threads, 1)
-  crops = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
-  whole = config.eval.protocol == 'whole'
-  cell = features + (1 if whole else math.prod(config.eval.crop_size))
-  needs = {
-    # Kernels of the last block and the ASPP; a map that a rate does not leave.
-    'model.width model.aspp_features': 36 * last * kernels,
-    'model.aspp_rates': 2 * max(model.aspp_rates) ** 2,
-    'model.multi_grid': 2 * max(model.multi_grid) ** 2,
-    # Interpreters and stacks; a batch in each thread and one in the step.
-    'data.workers data.threads': (data.workers * 2**26 + loaders * 2**15)
-    * train,
-    'train.batch_size data.crop_size data.workers data.threads': (
-      4 * crops * (loaders + 1) * train
-    ),
-    'eval.batch_size eval.crop_size': (
-      4 * cell * -(-config.eval.batch_size // hosts) * evaluate
-    ),
-  }
-  flat, default = map(settings.flat, (config, settings.get_config()))
-  for keys, need in needs.items():
-    if memory is not None and need > memory:
-      changed = [k for k in keys.split() if flat[k] != default[k]]
-      named = [f'config.{k}={flat[k]}' for k in changed or keys.split()]
+  model, data, evaluation = config.model, config.data, config.eval
+  trains, whole = mode == 'train', evaluation.protocol == 'whole'
+  scores = mode == 'eval' or (trains and data.eval_split != '')
+  loaders = {'threads': scores or trains, 'workers': trains}
+  for name in loaders:
+    if loaders[name] and threads is not None and data[name] > threads:
       raise UserError(
-        f'{", ".join(named)} need at least {min(need, 10**300) / 1e9:.3g} GB,'
-        f' and this machine has {memory / 1e9:.3g} GB of memory'
+        f'config.data.{name}={data[name]}: a process has at most {threads}'
+        ' threads on this machine'
+      )
+  last = 8 * round(64 * model.width)
+  kernels = 9 * last * (2 * last + len(model.aspp_rates) * model.aspp_features)
+  reach = max(*model.aspp_rates, *model.multi_grid)
+  # A batch in each thread that loads, and one in the step.
+  held = max(data.workers, 1) * max(data.threads, 1) + 1
+  batch = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
+  loaded = trains * batch * held
+  cell = model.aspp_features + (not whole) * math.prod(evaluation.crop_size)
+  scored = -(-evaluation.batch_size // hosts) * cell
+  needs = {  # in numbers of 4 bytes
+    'model.width model.aspp_features': kernels,  # of the last block and ASPP
+    'model.aspp_rates model.multi_grid': reach**2 // 2,  # a map they fit into
+    'train.batch_size data.crop_size data.workers data.threads': loaded,
+    'eval.batch_size eval.crop_size': scores * scored,
+  }
+  given, default = flat(config), flat(get_config())
+  for keys, numbers in needs.items():
+    if memory is not None and 4 * numbers > memory:
+      changed = [k for k in keys.split() if given[k] != default[k]]
+      named = [f'config.{k}={given[k]}' for k in changed or keys.split()]
+      raise UserError(
+        f'{", ".join(named)} need at least {min(numbers, 10**300) / 25e7:.3g}'
+        f' GB, and this machine has {memory / 1e9:.3g} GB of memory'
       )

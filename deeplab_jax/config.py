@@ -51,88 +51,88 @@ _open = functools.partial(FieldReference, field_type=_Open)
 def get_config() -> ConfigDict:
   """Returns the default configuration, locked against new keys."""
   config = ConfigDict()
-  config.seed = 0  # of the initial weights, the order of images, augmentation
-  config.init_from = placeholder(str)  # weights: `keras`, a file or a workdir
-  config.init_allow = _open(())  # patterns of their arrays that may stay out
+  config.seed = 0  # fixes initial weights, order of images, augmentation
+  # Weights to start from: `keras`, a file or a workdir. Unset: random ones.
+  config.init_from = placeholder(str)
+  config.init_allow = _open(())  # patterns of arrays that may be left out
   config.list = False  # `--mode=import` only prints where each array goes
 
   model = config.model = ConfigDict()
-  # `paper`, `seed`, `slim`, `keras` or `timm`; unset for that of the weights.
+  # `paper`, `seed`, `slim`, `keras` or `timm`. Unset: that of the weights.
   model.preset = placeholder(str)
-  model.backbone = _open('resnet18')  # or `34`, `50`, `101`, `152`, `200`
+  model.backbone = _open('resnet18')  # or resnet34, 50, 101, 152, 200
   model.width = 0.25  # factor on the channels of the backbone
   model.output_stride = 8  # or 16, 32; may change after training
-  model.multi_grid = _open((1, 2, 4))  # factors on the rates of block 4
-  model.aspp_rates = _open((6, 12, 18))  # at output stride 16
+  model.multi_grid = _open((1, 2, 4))  # factors on the rates in block 4
+  model.aspp_rates = _open((6, 12, 18))  # rates at output stride 16
   model.aspp_features = 64  # channels of each ASPP branch
-  model.bn_decay = 0.97  # of the running batch statistics
-  model.bn_epsilon = placeholder(float)  # unset for the preset's
-  model.dtype = 'float32'  # or `bfloat16`; parameters stay float32
-  # Maps to compute twice, to save memory: `none`, `elementwise` or `block`.
+  model.bn_decay = 0.97  # decay of the running batch statistics
+  model.bn_epsilon = placeholder(float)  # of the variance; unset: by preset
+  model.dtype = 'float32'  # or bfloat16; parameters stay float32
+  # What to compute twice to save memory: `none`, `elementwise` or `block`.
   model.rematerialization = placeholder(str)
 
   data = config.data = ConfigDict()
   # Or `folder`, `voc2012_segmentation`, the same with `/trainaug` or `/list`.
   data.name = _open('shapes')
-  data.dir = placeholder(str)  # the source on this disk
-  data.prepared_dir = placeholder(str)  # unset for ~/tensorflow_datasets
-  data.train_split = 'train'
+  data.dir = placeholder(str)  # folder of the source
+  data.prepared_dir = placeholder(str)  # unset: ~/tensorflow_datasets
+  data.train_split = 'train'  # split to train on
   data.eval_split = 'val'  # empty to train without evaluation
   data.ignore_label = 255  # label value of void in the files
   data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
-  data.on_bad_image = 'stop'  # at an unreadable file, or `skip` it
-  data.scale = _open((0.5, 2.0))  # smallest and largest random factor
-  data.crop_size = _open((129, 129))  # height, width
-  data.flip = 0.5  # probability to mirror an image
-  # Strengths of random brightness, contrast, saturation and hue.
+  data.on_bad_image = 'stop'  # or `skip`, at an unreadable file
+  data.scale = _open((0.5, 2.0))  # smallest and largest factor of scaling
+  data.crop_size = _open((129, 129))  # height and width of training images
+  data.flip = 0.5  # probability to mirror a training image
+  # Largest random changes of brightness, contrast, saturation and hue.
   data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
-  data.threads = 0  # that load images; 0 for one per core, at most 16
-  data.workers = 0  # processes that load images, besides the threads
-  # Of one data set; a recipe may add the options of its own loader.
-  options = data.options = ConfigDict()
+  data.threads = 0  # loading threads; 0: one per core, at most 16
+  data.workers = 0  # loading processes
+  options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
-  options.holdout = placeholder(float)  # of the same: share held out, else 0.1
+  options.holdout = placeholder(float)  # share of these held out; unset: 0.1
 
   train = config.train = ConfigDict()
-  train.steps = 300
-  train.batch_size = 8  # over all devices
-  train.log_every = 20  # steps
-  train.eval_every = 150  # steps; evaluates and saves
+  train.steps = 300  # steps to train
+  train.batch_size = 8  # images of a batch, over all devices
+  train.log_every = 20  # steps between lines of the log
+  train.eval_every = 150  # steps between evaluations, with a checkpoint each
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
 
   loss = config.loss = ConfigDict()
-  loss.name = _open('cross_entropy')
+  loss.name = _open('cross_entropy')  # loss of a pixel
   # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
   loss.class_weights = _open(())
-  loss.hardest = 1.0  # share of each image's pixels, those of largest loss
+  loss.hardest = 1.0  # share of each image's pixels, those of the largest loss
   loss.label_smoothing = 0.0  # share of the target spread over all classes
 
   optimizer = config.optimizer = ConfigDict()
   optimizer.name = _open('sgd')  # or `adam`
-  optimizer.learning_rate = 0.1  # at the start of the poly schedule
-  optimizer.power = 0.9  # of the poly schedule; 0 for a constant rate
-  optimizer.warmup_steps = 0  # over which the rate rises from 0
-  optimizer.momentum = 0.9  # of `sgd`
+  optimizer.learning_rate = 0.1  # rate at the start of the poly schedule
+  optimizer.power = 0.9  # power of the poly schedule; 0: a constant rate
+  optimizer.warmup_steps = 0  # steps over which the rate rises from 0
+  optimizer.momentum = 0.9  # momentum of `sgd`
   optimizer.weight_decay = 1e-4  # L2 penalty of convolution kernels
-  optimizer.head_multiplier = 1.0  # on the rate outside the backbone
-  optimizer.clip_norm = placeholder(float)  # of all gradients together
+  optimizer.head_multiplier = 1.0  # factor on the rate outside the backbone
+  optimizer.clip_norm = placeholder(float)  # largest norm of the gradient
 
   evaluation = config.eval = ConfigDict()
-  evaluation.step = 'best'  # or `latest`, or a number
-  evaluation.batch_size = 8  # over all devices
+  evaluation.step = 'best'  # checkpoint: `best`, `latest` or a number
+  evaluation.batch_size = 8  # images of a batch, over all devices
   evaluation.panels = 8  # images in the picture of each evaluation
   evaluation.protocol = _open('whole')  # or `center_crop`, `sliding_window`
   evaluation.buckets = 4  # sizes to pad images to, each compiled once
   evaluation.crop_size = _open((513, 513))  # height, width of crop or window
   evaluation.overlap = 1 / 3  # share of a window that the next one covers
-  evaluation.scales = _open((1.0,))  # probabilities are averaged over them
+  evaluation.scales = _open((1.0,))  # average the probabilities over these
   evaluation.flip = False  # average over the mirrored image too
   evaluation.worst_and_best = 4  # images in each of these two pictures
   evaluation.save_predictions = False  # write an archive for a test server
 
   predict = config.predict = ConfigDict()
-  predict.output_dir = placeholder(str)  # unset for WORKDIR/predictions
+  predict.output_dir = placeholder(str)  # unset: WORKDIR/predictions
   config.lock().data.options.unlock()
   return config
 
@@ -153,11 +153,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks all that no constructor checks; `build.check` calls those.
-
-  Raises:
-    UserError: naming the key and its value.
-  """
+  """Raises `UserError` for what no constructor checks; see `build.check`."""
   check_types(config)
   for keys, what, holds in _RULES:
     for key in keys.split():
@@ -197,18 +193,15 @@ def _read(key: str, value: Any, kind: Any, default: Any) -> Any:
   if default is None and unset:
     return None
   if isinstance(default, tuple):
-    value = _parse_values(value)
-    kind = type(default[0]) if default else object
-  elif kind is _Open:
-    if callable(value):
-      return value
+    value, kind = _parse_values(value), type((*default, object())[0])
+  elif kind is _Open and not callable(value):
     kind = str
     if '.' in str(value):
       raise UserError(
         f'{key}={value} is a function of a recipe; name that: --config=RECIPE'
       )
   for element in value if isinstance(value, tuple) else (value,):
-    fits = kind is object or type(element) is kind
+    fits = kind in (object, _Open) or type(element) is kind
     if not fits and not (kind is float and type(element) is int):
       raise UserError(f'{key} must be of type {kind.__name__}, got {value!r}')
     # Also false for NaN; and the network computes in no wider type.
@@ -252,11 +245,9 @@ def override(
 ) -> list[str]:
   """Applies --config.section.key=value in place; returns the other arguments.
 
-  If a setting is given twice, the last value counts. One of the `known` flags
-  of the program is proposed for a misspelled one.
-
-  Raises:
-    UserError: for an unknown setting or flag, or a value that does not parse.
+  The last value of a setting counts. One of the `known` flags of the program is
+  proposed for a misspelled one. What is unknown or does not parse raises a
+  `UserError`.
   """
   for argument in itertools.takewhile(lambda word: word != '--', argv):
     if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
@@ -288,22 +279,19 @@ def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
   """The configuration as JSON values; a function is its dotted name."""
-  text = json.dumps(
-    config.to_dict(), default=lambda f: f'{f.__module__}.{f.__qualname__}'
-  )
-  return json.loads(text)
+
+  def name(function: Any) -> str:
+    return f'{function.__module__}.{getattr(function, "__name__", "partial")}'
+
+  return json.loads(json.dumps(config.to_dict(), default=name))
 
 
-# Settings of older workdirs, now in `data.options`.
+# Of older workdirs; these settings are in `data.options` now.
 _MOVED = 'data.list', 'data.holdout'
 
 
 def from_json(path: Path) -> ConfigDict:
-  """Reads the configuration that a run wrote into its workdir.
-
-  Raises:
-    UserError: if the file is damaged or holds unknown keys.
-  """
+  """Reads the configuration of a workdir; raises `UserError` if it cannot."""
   config = get_config()
   try:
     saved = flatten_dict(json.loads(path.read_text()), sep='.')
@@ -325,12 +313,10 @@ def from_json(path: Path) -> ConfigDict:
 def from_recipe(recipe: str | Path) -> ConfigDict:
   """Calls `get_config()` of a recipe: a name in `experiments`, or a file.
 
-  Raises:
-    UserError: naming the file, and the line where it fails.
+  If it fails, a `UserError` names the file and the line.
   """
-  folder = Path(__file__).with_name('experiments')  # of an installed package
-  if not folder.is_dir():
-    folder = folder.parents[1] / 'experiments'  # of a clone
+  folders = (folder / 'experiments' for folder in Path(__file__).parents)
+  folder = next(filter(Path.is_dir, folders))  # in the package, or in a clone
   known = {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}
   path = known.get(str(recipe), Path(recipe).expanduser())
   if not path.is_file():

@@ -19,7 +19,7 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.visualize.confusion import confusion_picture
+from deeplab_jax.visualize.figures import confusion_picture
 from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)

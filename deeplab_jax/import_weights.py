@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -18,20 +19,18 @@ from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.training import steps
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import load as sources
 from deeplab_jax.weights.keras import PUBLISHED
-from deeplab_jax.weights.load import (
-  Pretrained,
-  open_pretrained,
-  own_checkpoint,
-)
 
 log = logging.getLogger(__name__)
+
+_DEFAULT_SOURCE = 'keras'
 
 
 def import_weights(config: ConfigDict, workdir: Path) -> None:
   """Writes a checkpoint of step 0 with the weights of `config.init_from`.
 
-  It prints what was loaded, what keeps its initial value and what was not used.
+  It logs what was loaded, what keeps its initial value and what was not used.
   With `config.list` it prints where each array would go, and writes nothing.
 
   Raises:
@@ -49,56 +48,49 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
           f'{workdir} has a checkpoint of step {saved.latest_step}; import into'
           ' another --workdir'
         )
-  own = own_checkpoint(Path(config.init_from).expanduser())
-  if own and (own[0] / 'config.json').exists() and _has_default_data(config):
-    config.data.update(from_json(own[0] / 'config.json').data)
+  default_data = get_config().data.to_dict()
+  own = sources.own_checkpoint(Path(config.init_from).expanduser())
+  before = own[0] / 'config.json' if own else None
+  if before and before.exists() and config.data.to_dict() == default_data:
+    config.data.update(from_json(before).data)
   info = _dataset_info(config, pretrained)
   model = build.make_model(config, info.num_classes)
   # Step 0 needs no state of an optimizer: training starts with a fresh one.
   state = steps.create_state(model, optax.identity(), config.seed)
   state = initialize(pretrained, state, config)
+  described = checkpoints.describe(to_json(config)['model'], info.to_json())
   with checkpoints.Checkpoints(workdir) as saved:
-    saved.save(
-      state, checkpoints.describe(to_json(config)['model'], info.to_json())
-    )
+    saved.save(state, described)
   if distributed.is_first_process():
     write_json(workdir / 'config.json', to_json(config))
     print(f'{workdir} holds the weights for --mode=eval and --mode=predict')
-    if _has_default_data(config):
+    if config.data.to_dict() == default_data:
       print('eval needs a data set of these classes: --config.data.*')
 
 
-def _has_default_data(config: ConfigDict) -> bool:
-  return config.data.to_dict() == get_config().data.to_dict()
-
-
-def config_of(source: str, backbone: str) -> ConfigDict:
+def config_of(source: str | None, backbone: Any) -> ConfigDict:
   """The default with the network that the weights of a source fix.
 
-  The source 'keras' stands for several backbones and takes the one given, or
-  ResNet-50 if it has no weights for that.
+  Without a source they are those of Keras, which has several backbones: the one
+  given counts, or ResNet-50 if there are no weights for it.
   """
   config = get_config()
-  config.init_from, config.model.aspp_features = source, 256
-  pretrained = _open(source, backbone if backbone in PUBLISHED else 'resnet50')
+  config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
+  backbone = backbone if backbone in PUBLISHED else 'resnet50'
+  pretrained = _open(config.init_from, backbone)
   config.model.update(pretrained.settings, preset=pretrained.presets[0])
   return config
 
 
-def open_source(config: ConfigDict) -> tuple[Pretrained, ConfigDict]:
-  """Reads `config.init_from`, and completes the settings of the model by it.
+def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
+  """Reads `config.init_from`; returns it, and a copy with what it fixes.
 
-  Returns:
-    The weights, and a copy of the configuration with their preset.
-
-  Raises:
-    UserError: if the source cannot be read or the configuration contradicts it.
+  A configuration that contradicts it raises a `UserError`.
   """
   config = copy.deepcopy(config)
-  pretrained, model = (
-    _open(config.init_from, config.model.backbone),
-    config.model,
-  )
+  config.init_from = config.init_from or _DEFAULT_SOURCE
+  model = config.model
+  pretrained = _open(config.init_from, model.backbone)
   if pretrained.dataset:  # refused if void was trained as a class
     with naming(f'config.init_from={config.init_from}'):
       DatasetInfo.from_json(pretrained.dataset)
@@ -122,13 +114,13 @@ def open_source(config: ConfigDict) -> tuple[Pretrained, ConfigDict]:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(source: str, backbone: str) -> Pretrained:
+def _open(source: str, backbone: str) -> sources.Pretrained:
   """Reads a source once, for its settings and for its arrays."""
-  return open_pretrained(source, backbone=backbone)
+  return sources.open_pretrained(source, backbone=backbone)
 
 
 def initialize(
-  pretrained: Pretrained, state: steps.TrainState, config: ConfigDict
+  pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
   variables, report = pretrained.merge_into(
@@ -141,7 +133,9 @@ def initialize(
   return state.replace(**variables)
 
 
-def _dataset_info(config: ConfigDict, pretrained: Pretrained) -> DatasetInfo:
+def _dataset_info(
+  config: ConfigDict, pretrained: sources.Pretrained
+) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
   if config.data.name == get_config().data.name:
     if pretrained.dataset:

@@ -18,7 +18,7 @@ from deeplab_jax.runtime.files import replacing
 from deeplab_jax.training.losses import median_frequency_weights
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.visualize import samples
+from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
 
@@ -30,63 +30,43 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   """Prepares the splits of `config.data`; prints and draws what they hold.
 
   A folder is surveyed first, and what is wrong with it is printed. The folder
-  `prepare` receives `prepare.txt` (what is printed), `prepare.json` and a page
-  of samples of each split, `SPLIT.png`. It lies in the workdir, else beside the
-  prepared records.
-
-  Returns:
-    What `prepare.json` holds.
+  `prepare`, in the workdir or else beside the prepared records, receives
+  `prepare.txt` (what is printed), `prepare.json` (what is returned) and a page
+  of samples of each split, `SPLIT.png`.
 
   Raises:
     UserError: if the data cannot be prepared, or a file not be written.
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done
-  data, lines = config.data, []
+  data, text = config.data, []
 
   def show(*parts: object) -> None:
-    lines.extend(f'{part}\n' for part in parts)
+    text.extend(f'{part}\n' for part in parts)
     print(*parts, sep='\n', flush=True)
 
-  splits = tuple(
-    filter(None, dict.fromkeys((data.train_split, data.eval_split)))
+  splits = dict.fromkeys(
+    (data.train_split, data.eval_split or data.train_split)
   )
   surveyed = data.name == 'folder' and data.dir
-  findings = _survey(config, splits, show) if surveyed else ()
+  findings = _survey(config, tuple(splits), show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
-  info = dataset.info
+  info, published = dataset.info, _published(dataset)
   name = info.name if surveyed else data.name
   tallies = {split: dataset.tally(split) for split in dataset.builders}
-  labeled = {
-    s: tally for s, tally in tallies.items() if tally.class_pixels.any()
-  }
-  published = _published(dataset)
   if not surveyed:
-    used = labeled | {data.train_split: tallies[data.train_split]}
-    findings = (
-      *label_findings(
-        {s: (t.class_pixels, t.void_pixels) for s, t in used.items()},
-        info.classes,
-        info.values,
-        info.void_value,
-        data.train_split,
-      ),
-      *_other_counts(tallies, published),
-    )
-    if findings:
-      _show_findings(name, findings, show)
-  show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
-  pairs = list(labeled.items())
-  for start in range(0, len(pairs), 2):  # that fit side by side on a screen
-    show('', _table(_class_rows(info, dict(pairs[start : start + 2]))))
-  show('', _table(_size_rows(tallies, published)))
+    findings = _compare(info, tallies, published, data.train_split)
+    _show_findings(name, findings, show)
   trained = tallies[data.train_split]
-  weights = [
-    f'{weight:.4g}'
-    for weight in median_frequency_weights(
-      trained.class_pixels, trained.class_image_pixels
-    )
-  ]
+  weights = median_frequency_weights(
+    trained.class_pixels, trained.class_image_pixels
+  )
+  weights = [f'{weight:.4g}' for weight in weights]
+  show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
+  labeled = [(s, t) for s, t in tallies.items() if t.class_pixels.any()]
+  for start in range(0, len(labeled), 2):  # that fit side by side on a screen
+    show('', _table(_class_rows(info, dict(labeled[start : start + 2]))))
+  show('', _table(_size_rows(tallies, published)), '')
   show(f'class weights by median frequency in {data.train_split}:')
   show(f'--config.loss.class_weights={",".join(weights)}', '')
   result = {
@@ -96,15 +76,14 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
-  if workdir is None:
-    workdir = Path(dataset.builders[data.train_split].data_path).parent
-  output = _make_folder(workdir / 'prepare')
+  records = Path(dataset.builders[data.train_split].data_path)
+  output = _make_folder((workdir or records.parent) / 'prepare')
   write_json(output / 'prepare.json', result)
   with replacing(output / 'prepare.txt') as temporary:
-    Path(temporary).write_text(''.join(lines), encoding='utf-8')
-  for split, tally in labeled.items():
+    Path(temporary).write_text(''.join(text), encoding='utf-8')
+  for split, tally in labeled:
     title = f'{name}, {split}: {tally.num_images:,} images'
-    page = samples.sample_page(dataset.source(split), info, tally, title)
+    page = sample_page(dataset.source(split), info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
   return result
@@ -132,7 +111,7 @@ def _survey(
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
   )
-  show(survey)
+  show(survey, *() if survey.findings else ('',))
   _show_findings(survey.root, survey.findings, show)
   return survey.findings
 
@@ -140,8 +119,9 @@ def _survey(
 def _show_findings(
   name: object, findings: Sequence[Finding], show: _Show
 ) -> None:
-  """Shows them; raises `UserError` if one is fatal."""
-  show(*findings, '')
+  """Shows what was found, if anything; raises `UserError` if it is fatal."""
+  if findings:
+    show(*findings, '')
   fatal = sum(finding.count for finding in findings if finding.fatal)
   if fatal:
     errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
@@ -152,25 +132,37 @@ def _show_findings(
 
 def _published(dataset: Dataset) -> dict[str, int]:
   """The number of images that each split is known to have elsewhere."""
-  counts = {}
-  for split, builder in dataset.builders.items():
-    config = builder.builder_config
-    if isinstance(config, voc.VocConfig):
-      counts[split] = voc.PUBLISHED[config.variant].get(split)
+  counts = {
+    split: voc.PUBLISHED[builder.builder_config.variant].get(split)
+    for split, builder in dataset.builders.items()
+    if isinstance(builder.builder_config, voc.VocConfig)
+  }
   return {split: count for split, count in counts.items() if count}
 
 
-def _other_counts(
-  tallies: _Tallies, published: Mapping[str, int]
+def _compare(
+  info: DatasetInfo,
+  tallies: _Tallies,
+  published: Mapping[str, int],
+  trained: str,
 ) -> tuple[Finding, ...]:
-  """Finds splits of more or fewer images than published."""
+  """Finds absent classes, and splits of more or fewer images than published."""
+  pixels = {
+    split: (tally.class_pixels, tally.void_pixels)
+    for split, tally in tallies.items()
+    if split == trained or tally.class_pixels.any()
+  }
+  found = label_findings(
+    pixels, info.classes, info.values, info.void_value, trained
+  )
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
     for split, count in published.items()
     if tallies[split].num_images != count
   )
   title = 'splits of another number of images than published'
-  return (Finding(title, len(other), other, fatal=False),) if other else ()
+  differing = Finding(title, len(other), other, fatal=False)
+  return (*found, differing) if other else tuple(found)
 
 
 def _class_rows(info: DatasetInfo, tallies: _Tallies) -> list[list[str]]:
@@ -207,14 +199,10 @@ def _size_rows(
     by_area = sorted(tally.sizes, key=lambda size: (size[0] * size[1], size))
     common, count = tally.sizes.most_common(1)[0]
     sizes = by_area[0], by_area[-1], common
-    values = [
-      split,
-      f'{tally.num_images:,}',
-      f'{published[split]:,}' if split in published else '-',
-      *(f'{width}x{height}' for height, width in sizes),
-      f'{count:,}',
-      f'{len(tally.sizes):,}',
-    ]
+    values = [split, f'{tally.num_images:,}']
+    values.append(f'{published[split]:,}' if split in published else '-')
+    values += [f'{width}x{height}' for height, width in sizes]
+    values += [f'{count:,}', f'{len(tally.sizes):,}']
     for row, value in zip(rows, values, strict=True):
       row.append(value)
   return rows if published else rows[:2] + rows[3:]
@@ -227,12 +215,9 @@ def _percent(part: int, whole: int) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
   """Aligns the columns, the first at its left, with a line below the head."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '  '.join(
-      cell.rjust(width) if index else cell.ljust(width)
-      for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
+  lines = []
+  for first, *others in rows:
+    cells = map(str.rjust, others, widths[1:])
+    lines.append('  '.join([first.ljust(widths[0]), *cells]).rstrip())
   lines.insert(1, '-' * len(lines[0]))
   return '\n'.join(lines)

@@ -1,10 +1,11 @@
 r"""CamVid, ResNet-50 from scratch at full resolution, in bfloat16, on a GPU.
 
-python -m deeplab_jax.main --config=experiments/camvid_resnet50.py \
+CAMVID is the SegNet split (367 train, 101 val, 11 classes) in VOC layout.
+
+python -m deeplab_jax.main --config=camvid_resnet50 \
   --config.data.dir=CAMVID --workdir=WORKDIR
 
-CAMVID is the SegNet split (367 train, 101 val, 11 classes) in VOC layout. No
-result of ours yet: see experiments/RESULTS.md for what has been run.
+Result: not run yet; RESULTS.md lists what has been run.
 """
 
 from deeplab_jax import config as default

@@ -5,12 +5,11 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 rate 0.007 with power 0.9, from ImageNet weights (here those of Keras). Images,
 masks and weights are downloaded.
 
-python -m deeplab_jax.main --config=experiments/voc_resnet50.py \
-  --workdir=STAGE1_WORKDIR
+python -m deeplab_jax.main --config=voc_resnet50 --workdir=STAGE1_WORKDIR
 
 Hardware, an estimate: one A100 with 40 GB, two to four hours (0.12 EFLOP).
 Published, not ours: val mIoU 76.9 (ResNet-50 at output stride 16 by
-sssegmentation and, on centre crops, VainF).
+sssegmentation and, on center crops, VainF).
 """
 
 from deeplab_jax import config as default
@@ -34,6 +33,4 @@ def get_config():
   config.train.log_every = 50
 
   config.optimizer.learning_rate = 0.007
-  config.optimizer.weight_decay = 1e-4
-  config.optimizer.warmup_steps = 0
   return config

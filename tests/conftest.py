@@ -1,50 +1,150 @@
-"""Fixtures that several test files share.
+"""Fixtures that several test files share, and what holds for every test.
 
 The suite runs on four simulated devices. Compiling takes most of its time, so
-programs are optimised little and kept for all tests and their subprocesses.
+programs are optimized little and kept for all tests, on all workers of
+pytest-xdist, and for their subprocesses. The first process, which starts the
+workers, sets their environment.
 """
 
+import contextlib
 import gc
+import multiprocessing.resource_tracker
 import os
 import tempfile
+import threading
+import time
 import types
+from pathlib import Path
 
-_CACHE = tempfile.TemporaryDirectory(
-  prefix='deeplab_jax_programs_', ignore_cleanup_errors=True
-)
-os.environ['XLA_FLAGS'] = ' '.join(
-  [
-    '--xla_force_host_platform_device_count=4',
-    '--xla_backend_optimization_level=0',
-    '--xla_disable_hlo_passes=cse_barrier_expander',  # as `host.prepare` does
-    os.environ.get('XLA_FLAGS', ''),  # the last of two settings counts
-  ]
-)
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _PROGRAMS = tempfile.TemporaryDirectory(
+    prefix='deeplab_jax_programs_', ignore_cleanup_errors=True
+  )
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [
+      '--xla_force_host_platform_device_count=4',
+      '--xla_backend_optimization_level=0',
+      '--xla_disable_hlo_passes=cse_barrier_expander',  # of `runtime.host`
+      os.environ.get('XLA_FLAGS', ''),  # the last of two settings counts
+    ]
+  )
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _PROGRAMS.name
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # Traces are many objects and little garbage: looking for it every few hundred
 # takes a tenth of the suite's time.
 gc.set_threshold(100_000, 50, 100)
 
-# What reads the environment comes after it is set.
+# These read the environment when they are imported.
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from miniature import SETTINGS, make_config, write_voc_folder  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_xdist_make_scheduler(config, log):
+  """Gives each worker whole files, so that each compiles its programs once.
+
+  Tests of one `xdist_group` stay together as well: a file may be divided by
+  groups, and tests of several files that would disturb each other joined.
+  """
+  from xdist.scheduler import LoadGroupScheduling  # absent with -p no:xdist
+
+  class Scheduling(LoadGroupScheduling):
+    def _split_scope(self, nodeid):
+      return super()._split_scope(nodeid).partition('::')[0]
+
+  return Scheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Starts with the files that compile; the short ones fill the gaps."""
+  items.sort(key=lambda item: item.get_closest_marker('compiles') is None)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def own_folders(tmp_path_factory):
+  """Home and place of temporary files for all tests, which leave them empty."""
+  root = tmp_path_factory.mktemp('own')
+  home, temporary = root / 'home', root / 'tmp'
+  home.mkdir()
+  temporary.mkdir()
+  # Loader processes would start it; it lives as long as the process.
+  multiprocessing.resource_tracker.ensure_running()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('HOME', str(home))
+    patch.setenv('KERAS_HOME', str(root / 'keras'))  # written on import
+    patch.setenv('TMPDIR', str(temporary))
+    patch.setattr(tempfile, 'tempdir', str(temporary))
+    yield home, temporary
+
 
 @pytest.fixture(autouse=True, scope='module')
-def programs_of_one_file():
-  """Frees the compiled programs of each file.
+def programs_and_files_of_one_file(own_folders):
+  """Frees the compiled programs of each test file, which leaves no file.
 
   On a CPU a program maps memory several times, and Linux gives a process 65,530
   mappings: beyond, the next program crashes it.
   """
+  before = _files(own_folders)
   yield
   jax.clear_caches()
   gc.collect()
+  left = _files(own_folders) - before
+  assert not left, f'left by this file: {sorted(map(str, left))}'
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+  """No test leaves a process, a thread or another folder or environment."""
+  running, place = _running(), _place()
+  yield
+  end = time.monotonic() + 5  # some stop a moment after they were told to
+  while left := _running() - running:
+    assert time.monotonic() < end, f'left running: {sorted(left)}'
+    time.sleep(0.05)
+  assert _place() == place
+
+
+def _files(folders):
+  """What lies in the folders given and, where nobody edits it, the project."""
+  found = {path for folder in folders for path in folder.iterdir()}
+  if 'CI' in os.environ:
+    found.update(ROOT.iterdir())
+    for name in ('deeplab_jax', 'docs', 'experiments', 'tests'):
+      found.update((ROOT / name).rglob('*'))
+  return {
+    path
+    for path in found
+    if '__pycache__' not in path.parts
+    # TFDS leaves an empty folder for each set that it asks the web for.
+    and not path.name.endswith('tfds')
+  }
+
+
+def _running():
+  """Child processes, where Linux tells them, and threads that Python awaits."""
+  found = {
+    f'thread {thread.name}'
+    for thread in threading.enumerate()
+    if not thread.daemon
+  }
+  for task in Path('/proc/self/task').glob('*/children'):
+    with contextlib.suppress(OSError):  # the thread has ended
+      found.update(f'process {number}' for number in task.read_text().split())
+  return found
+
+
+def _place():
+  """The environment and the folder that a process starts in."""
+  own = {'PYTEST_CURRENT_TEST'}
+  return {k: v for k, v in os.environ.items() if k not in own} | {
+    'the folder': os.getcwd()
+  }
 
 
 @pytest.fixture(scope='session')

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
 from deeplab_jax import DeepLabV3, ResNetV2, build, predict
 from deeplab_jax import config as default_config
 from deeplab_jax.models.aspp import ASPP
-from deeplab_jax.models.layers import BatchNorm
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.training import steps
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 needs_cpu = pytest.mark.skipif(
-  jax.default_backend() != 'cpu', reason='elsewhere nothing is prepared'
+  jax.default_backend() != 'cpu', reason='elsewhere nothing is cached'
 )
 
 
@@ -106,7 +106,7 @@ CLASSES = 4
 def make(*, sync_bn=True, rematerialization='none', dtype=jnp.float32):
   """A DeepLab of one unit a block: steps compile in seconds."""
   norm = functools.partial(
-    BatchNorm,
+    nn.BatchNorm,
     momentum=0.9,
     axis_name=AXIS_NAME if sync_bn else None,
     dtype=dtype,

@@ -1,8 +1,8 @@
 """PASCAL VOC 2012 and SBD in miniature, in the files that people download.
 
-Thirty scenes of CamVid, or drawn ones where it is not there, take the names,
-the classes and the places that VOC images have: some in VOC alone, some in SBD
-alone, some in both with differing masks, some of VOC val in SBD.
+Thirty drawn scenes take the names, the classes and the places of VOC's images:
+some are in VOC only, some in SBD only, some in both with different masks, and
+some of VOC val are in SBD.
 """
 
 import dataclasses
@@ -18,8 +18,6 @@ import scipy.sparse
 from PIL import Image
 
 from deeplab_jax.data import datasets
-
-CAMVID = pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'camvid'
 
 NAMES = tuple(f'{2007 + i % 5}_{1000 + 37 * i:06d}' for i in range(30))
 VOC_TRAIN = NAMES[:8]
@@ -50,12 +48,12 @@ def scenes():
 
 def _scene(index, rng):
   height, width = rng.integers((70, 90), (110, 140))
-  image, label = _camvid(index) if CAMVID.is_dir() else _drawn(rng)
+  image, label = _drawn(rng)
   image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
   label = cv2.resize(
     label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT
   )
-  # one to one in a scene, and over all scenes each class occurs
+  # One to one in a scene, and each class occurs in some scene.
   shifted = 1 + (label + 5 * index) % 20
   voc = np.where((label == 0) | (label == 255), label, shifted).astype(np.uint8)
   voc[0, :5] = 255
@@ -64,12 +62,6 @@ def _scene(index, rng):
   data = io.BytesIO()
   Image.fromarray(image).save(data, 'JPEG', quality=90)
   return Scene(data.getvalue(), voc, sbd)
-
-
-def _camvid(index):
-  path = sorted((CAMVID / 'JPEGImages').iterdir())[index * 15]
-  label = CAMVID / 'SegmentationClass' / f'{path.stem}.png'
-  return np.array(Image.open(path).convert('RGB')), np.array(Image.open(label))
 
 
 def _drawn(rng):
@@ -91,7 +83,7 @@ def write_voc_devkit(folder, test=False):
 
   Args:
     folder: made if it is not there.
-    test: whether the images and the list of test lie there too.
+    test: whether to add the images and the list of test.
   """
   root = pathlib.Path(folder) / 'VOCdevkit' / 'VOC2012'
   lists = {
@@ -162,7 +154,7 @@ def write_mat(path, label):
 
 
 def write_voc_tar(path, devkit=None):
-  """Packs VOCtrainval: a miniature, or a `write_voc_devkit` that was changed.
+  """Packs VOCtrainval: a new miniature, or a changed `write_voc_devkit`.
 
   Args:
     path: of the tar.
@@ -180,10 +172,9 @@ def write_voc_test_tar(path):
   return _pack(path, root.parent, 'VOCdevkit', 'w')
 
 
-def write_sbd_tgz(path, dataset=None):
-  """Packs SBD: a miniature, or a `write_sbd` that was changed."""
-  if dataset is None:
-    dataset = write_sbd(_beside(path))
+def write_sbd_tgz(path):
+  """Packs SBD."""
+  dataset = write_sbd(_beside(path))
   return _pack(path, dataset.parent, 'benchmark_RELEASE', 'w:gz')
 
 
@@ -200,9 +191,9 @@ def _pack(path, folder, name, mode):
 
 
 def write_segmentation_class_aug(root):
-  """Writes the PNG masks of trainaug and val that people share.
+  """Writes ROOT/SegmentationClassAug, PNG masks as people share them.
 
-  Below ROOT/SegmentationClassAug: VOC's masks, and SBD's for the rest.
+  They are VOC's masks, and SBD's where VOC has none, of trainaug and val.
   """
   for name in TRAINAUG + VOC_VAL:
     scene = scenes()[name]
@@ -210,4 +201,4 @@ def write_segmentation_class_aug(root):
     label = scene.voc_label if voc else scene.sbd_label
     path = root / 'SegmentationClassAug' / f'{name}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(label).save(path)  # gray, as the shared ones are
+    Image.fromarray(label).save(path)  # gray, as people share them

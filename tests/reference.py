@@ -1,7 +1,7 @@
-"""The networks of the references in their own names, and files of them.
+"""The reference networks: names and shapes of their variables, and files.
 
-Names and shapes are written from `golden/README.md` and from Keras, unaware of
-the project's own mappings. `base` is the number of channels of the stem.
+They are written down as the references have them, independently of the
+project's own mappings. `base` is the number of channels of the stem.
 """
 
 import zlib
@@ -14,14 +14,20 @@ UNITS = (3, 4, 6, 3)
 
 
 def weight(name, shape, kind):
-  """The formula of the reference outputs, copied from their README."""
+  """The formula of the reference outputs, see `golden/README.md`.
+
+  Args:
+    name: of the variable in the reference network.
+    shape: of the variable there.
+    kind: 'slim' for TensorFlow's names and layout, 'torch' for PyTorch's.
+  """
   r = np.random.default_rng(zlib.crc32(name.encode()))
   if kind == 'slim':
     scale = name.endswith(('gamma', 'moving_variance'))
     shift = name.endswith(('beta', 'moving_mean', 'biases'))
     fan_in = np.prod(shape[:-1])  # HWIO
   else:
-    norm = 'norm' in name
+    norm = len(shape) == 1
     scale = name.endswith('running_var') or (norm and name.endswith('weight'))
     shift = name.endswith(('bias', 'running_mean'))
     fan_in = np.prod(shape[1:])  # OIHW
@@ -35,7 +41,7 @@ def weight(name, shape, kind):
 
 
 def slim_shapes(base=64, head=True, units=UNITS, classes=21):
-  """Names and shapes of the seed's variables, written from the README."""
+  """Names and shapes of the seed's variables, as in its checkpoints."""
 
   def conv(name, *shape, biases=False, norm=False):
     yield f'{name}/weights', shape
@@ -76,7 +82,7 @@ def slim_shapes(base=64, head=True, units=UNITS, classes=21):
 
 
 def timm_shapes(base=64, units=UNITS):
-  """Names and shapes of timm's variables, written from the README."""
+  """Names and shapes of timm's variables, as in its safetensors files."""
 
   def bn(name, width):
     for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
@@ -144,7 +150,7 @@ def fill(shapes, seed=0):
 
 
 def write_keras(path, arrays):
-  """An `.h5` as Keras 2 and 3 lay it out and its published files are."""
+  """Writes an `.h5` in the layout of Keras 2 and 3 and its published files."""
   layers = {}
   for name in arrays:
     layers.setdefault(name.rpartition('/')[0], []).append(name)

@@ -1,6 +1,8 @@
 """Settings that cannot work are refused, with the key and the value."""
 
 import json
+import runpy
+from pathlib import Path
 
 import ml_collections
 import pytest
@@ -354,3 +356,14 @@ def test_a_wrong_name_of_a_recipe_is_answered_with_those_there_are():
     'known recipes: camvid_resnet18, camvid_resnet50, voc_resnet101,'
     ' voc_resnet50, voc_resnet50_seed, voc_resnet50_stage2'
   )
+
+
+def test_the_page_of_settings_is_current_and_explains_each():
+  folder = Path(__file__).parents[1] / 'docs'
+  page = runpy.run_path(str(folder / 'settings.py'))['markdown']()
+  assert page == (folder / 'settings.md').read_text()
+  rows = [line.split('|')[1:-1] for line in page.splitlines()]
+  meanings = {row[0].strip(' `'): row[2].strip() for row in rows if row}
+  keys = set(default_config.flat(default_config.get_config()))
+  assert keys <= set(meanings)
+  assert all(meanings[key] for key in keys)

@@ -8,20 +8,18 @@ import numpy as np
 import pytest
 from miniature import one_device_step
 
+from deeplab_jax import build
 from deeplab_jax import config as default
-from deeplab_jax import deeplab_v3
 from deeplab_jax.import_weights import open_source
-from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
-from deeplab_jax.training.optimizers import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
 RECIPES = sorted(EXPERIMENTS.glob('*.py'))
 
 
 def load(name):
-  return default.from_recipe(EXPERIMENTS / f'{name}.py')
+  return default.from_recipe(name)
 
 
 def description(path):
@@ -30,36 +28,50 @@ def description(path):
 
 def changes(config, base):
   """Settings by dotted key that differ from those of another recipe."""
-
-  def flat(section, prefix=''):
-    for key, value in section.items():
-      if isinstance(value, dict):
-        yield from flat(value, f'{prefix}{key}.')
-      else:
-        yield f'{prefix}{key}', value
-
-  base = dict(flat(base.to_dict()))
-  return {k: v for k, v in flat(config.to_dict()) if v != base[k]}
+  base = default.flat(base)
+  return {k: v for k, v in default.flat(config).items() if v != base[k]}
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_valid_and_names_its_command(path):
-  default.validate(load(path.stem))
+  config = load(path.stem)
+  default.validate(config)
+  build.check(config)
+  assert default.flat(config) == default.flat(default.from_recipe(path))
   text = description(path)
-  assert f'--config=experiments/{path.name}' in text
+  assert f'--config={path.stem} ' in text
   for key in re.findall(r'--config\.([\w.]+)=', text):
     default.check_key(key)
 
 
 @pytest.mark.parametrize(
-  'path', EXPERIMENTS.glob('voc_*.py'), ids=lambda path: path.stem
+  'path', sorted(EXPERIMENTS.glob('voc_*.py')), ids=lambda path: path.stem
 )
 def test_voc_recipe_ends_with_command_hardware_and_published_number(path):
   command, end = description(path).split('\n\n')[-2:]
-  assert command.startswith('python -m deeplab_jax.main --config=experiments/')
+  assert command.startswith('python -m deeplab_jax.main --config=voc_')
   hardware, published = end.split('\nPublished, not ours')
   assert hardware.startswith('Hardware, an estimate: ')
   assert re.search(r'\d', published)
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_only_what_differs_from_its_base(path):
+  function = ast.parse(path.read_text()).body[-1]
+  base, *assignments, _ = function.body
+  name = re.search(r"from_recipe\('(\w+)'\)", ast.unparse(base))
+  config = load(name[1]) if name else default.get_config()
+  said = [
+    ast.unparse(line.targets[0]).removeprefix('config.') for line in assignments
+  ]
+  assert sorted(said) == sorted(changes(load(path.stem), config))
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipe_ends_with_command_and_result(path):
+  command, result = description(path).split('\n\n')[-2:]
+  assert command.startswith('python -m deeplab_jax.main --config=')
+  assert re.search('^(Result|Published, not ours)', result, re.MULTILINE)
 
 
 def test_stage_one_is_the_schedule_of_the_paper():
@@ -123,7 +135,8 @@ def test_seed_recipe_is_the_training_of_the_seed():
     'model.preset': 'seed',
     'model.bn_decay': 0.997,
     'data.name': 'voc2012_segmentation/list',
-    'data.list': 'custom_train.txt',
+    'data.options.list': 'custom_train.txt',
+    'data.options.holdout': 0.1,
     'data.eval_split': 'holdout',
     'data.color_jitter': (0.125, 0.5, 0.5, 0.2),
     'train.batch_size': 8,
@@ -133,7 +146,6 @@ def test_seed_recipe_is_the_training_of_the_seed():
     'optimizer.power': 0.0,
     'optimizer.weight_decay': 0.0,
   }
-  assert config.data.holdout == 0.1
 
 
 @pytest.mark.slow
@@ -145,17 +157,11 @@ def test_voc_step_at_crop_513_in_bfloat16_stays_within_2_percent():
     'image': rng.integers(0, 256, (1, 2, *size, 3), np.uint8),
     'label': rng.integers(0, 21, (1, 2, *size), np.uint8),
   }
-  settings = config.optimizer
-  optimizer = make_optimizer(
-    settings.name,
-    settings.learning_rate,
-    momentum=settings.momentum,
-    weight_decay=settings.weight_decay,
-  )
+  _, optimizer = build.make_schedule_and_optimizer(config)
   losses = {}
   for dtype in ('float32', 'bfloat16'):
     config.model.dtype = dtype
-    model = deeplab_v3(num_classes=21, axis_name=AXIS_NAME, **config.model)
+    model = build.make_model(config, 21)
     step = one_device_step(model=model, optimizer=optimizer)
     state, measures = step(steps.create_state(model, optimizer, 0), batch)
     losses[dtype] = float(measures['loss'][0])

@@ -144,10 +144,7 @@ def raising(error):
       'config.model.aspp_rates=(1000000000,) need at least',
     ),
     ('--config.data.threads=100000', 'config.data.threads=100000: '),
-    (
-      '--config.data.workers=1000000',
-      'config.data.workers=1000000 need at least',
-    ),
+    ('--config.data.workers=1000000', 'config.data.workers=1000000: a process'),
     (
       '--config.optimizer.warmup_steps=999',
       'warmup_steps=999 must be at most config.train.steps=',
@@ -157,7 +154,7 @@ def raising(error):
       '--mode=test',
       '--mode=test: value should be one of <prepare|train|import|eval|predict>',
     ),
-    ('image.jpg', 'image.jpg: not an option'),
+    ('image.jpg', 'image.jpg: not an option; --mode=train has no inputs'),
   ],
 )
 def test_option_that_cannot_work_is_refused_in_one_line(
@@ -358,13 +355,19 @@ def test_what_the_system_refuses_is_one_line(
     command(*arguments, '--debug')
 
 
-def test_help_is_no_error():
+@pytest.mark.parametrize(
+  'start',
+  [
+    ['-m', 'deeplab_jax.main'],
+    ['-c', 'from deeplab_jax.main import entry; entry()'],  # as a script does
+  ],
+)
+def test_help_is_no_error(start):
   run = subprocess.run(
-    [sys.executable, '-m', 'deeplab_jax.main', '--help'],
-    capture_output=True,
-    text=True,
+    [sys.executable, *start, '--help'], capture_output=True, text=True
   )
-  assert (run.returncode, run.stderr) == (0, '') and '--workdir' in run.stdout
+  assert (run.returncode, run.stderr) == (0, '')
+  assert 'The command: ' in run.stdout and '--workdir' in run.stdout
 
 
 def test_a_closed_pipe_ends_in_one_line_after_all_files(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""A web server on this machine that may break off, refuse or give rubbish."""
+"""A web server on this machine that can break off, refuse or send rubbish."""
 
 import contextlib
 import functools
@@ -11,9 +11,9 @@ import types
 def serving(files):
   """Serves bytes by path.
 
-  Yields what a test may change: `files`; `limits`, for each request in turn
-  where its answer breaks off, None for nowhere; `statuses` by path; `ranges`,
-  whether parts are given; and `requests`, the pairs of path and range so far.
+  Yields what a test may change: `files`; `limits`, the number of bytes after
+  which each answer in turn breaks off, or None; `statuses` by path; `ranges`,
+  whether the server knows them; and `requests`, the (path, range) so far.
   """
   state = types.SimpleNamespace(
     files=files, limits=[], statuses={}, ranges=True, requests=[]

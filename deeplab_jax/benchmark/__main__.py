@@ -1,211 +1,173 @@
 """Speed and memory: python -m deeplab_jax.benchmark [--mode=forward,train,...].
 
-Measures ResNet-50 at output stride 16 and crop 513 with one image a batch, or
-what `--config=FILE` and `--config.section.key=value` say. Each measurement runs
-in a process of its own, `deeplab_jax.measure`, which takes the other options:
-`--crop`, `--batch`, `--classes` and `--repeat`. Prints a table and a JSON line
-each.
+Measures ResNet-50 at output stride 16 and crop 513 with one image a device, or
+what --config=RECIPE and --config.section.key=value say. Each measurement runs
+in a process of its own. Prints a table and a JSON line for each.
 
-`--peer='COMMAND'` runs another program alternately with ours. It measures the
-same and prints a JSON line with `seconds`, as ours does: after a call to warm
-up, the best of the timed ones, for one batch.
+--peer='COMMAND' runs another program in turn with ours. Its last line is JSON
+with the `seconds` of the same measurement: after a call to warm up, the best of
+the timed ones, for one batch.
 """
 
-import argparse
 import contextlib
+import functools
 import json
+import os
+import re
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
-from deeplab_jax import options
+import numpy as np
+from absl import flags
+
+from deeplab_jax.benchmark import measure
+from deeplab_jax.runtime import console
 from deeplab_jax.runtime.errors import UserError
 
-MODES = ('forward', 'train', 'input', 'evaluation', 'compile', 'startup')
-_PAIRS = 5  # fewer say little: single times swing by a fifth
+_ROWS = (  # pattern of a name, unit and format
+  (r'.*seconds', 1, '{:.4f} s'),
+  (r'.*flops.*per_second', 1e9, '{:.1f} GFLOP/s'),
+  (r'flops|flops_on_map', 1e9, '{:.2f} GFLOP'),
+  (r'utilization.*', 1, '{:.1%} of a matrix product'),
+  (r'peak.*', 2**20, '{:.0f} MiB'),
+  (r'images_per_second', 1, '{:.2f}'),
+  (r'compilations|images|devices', 1, '{:.0f}'),
+)
 
 
-def benchmark(args: argparse.Namespace, rest: Sequence[str]) -> None:
-  """Runs the measurements and prints them.
+def _options() -> flags.FlagValues:
+  """The options of this program; others have options of the same names."""
+  options = flags.FlagValues()
+  text, switch = flags.DEFINE_string, flags.DEFINE_bool
+  count = functools.partial(flags.DEFINE_integer, lower_bound=1)
+  pairs = functools.partial(flags.DEFINE_integer, lower_bound=5)
+  for define, name, default, help_text in (
+    (flags.DEFINE_list, 'mode', list(measure.MODES), 'What to measure.'),
+    (text, 'config', None, 'Recipe, a Python file.'),
+    (text, 'json', None, 'File to append the JSON lines to.'),
+    (text, 'peer', None, 'Command to compare with.'),
+    (pairs, 'pairs', 5, 'Runs of ours and peer; times vary by a fifth.'),
+    (count, 'crop', None, 'Height and width of the images.'),
+    (count, 'batch', None, 'Images of a batch.'),
+    (count, 'classes', 21, 'Classes of the labels.'),
+    (count, 'repeat', None, 'Timed calls; by default 3, more within 3 s.'),
+    (switch, 'in_process', False, 'Measure here, and print JSON alone.'),
+    (switch, 'help', False, 'Show this text.'),
+  ):
+    define(name, default, help_text, flag_values=options)
+  options.set_gnu_getopt()
+  return options
 
-  Raises:
-    UserError: if a program fails or says nothing that can be read.
-  """
-  modes = args.mode.split(',') if args.mode else MODES
-  for mode in modes:
-    if mode not in MODES:
-      raise UserError(f'--mode={mode}: must be among {",".join(MODES)}')
-  if args.peer and len(modes) != 1:
-    raise UserError('--peer needs a single --mode to compare')
-  if args.pairs < _PAIRS:
-    raise UserError(f'--pairs={args.pairs}: must be at least {_PAIRS}')
-  with _lines(args.json) as lines:
-    for mode in modes:
-      ours = [*(sys.executable, '-m', 'deeplab_jax.benchmark.measure'), *rest]
-      ours.append(f'--mode={mode}')
-      if args.peer:
-        result = compare(ours, shlex.split(args.peer), args.pairs)
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the measurements that the options name, and prints them."""
+  options = _options()
+  with console.named_options():
+    settings = options(argv, known_only=True)[1:]
+  if options.help:
+    print(__doc__, options, sep='\n')
+    return
+  if unknown := set(options.mode) - set(measure.MODES):
+    known = ','.join(measure.MODES)
+    raise UserError(f'--mode={unknown.pop()}: must be among {known}')
+  if len(options.mode) > 1 and (options.peer or options.in_process):
+    raise UserError('--peer and --in_process need a single --mode')
+  if options.in_process:
+    print(json.dumps(measure.measure(options, settings)), flush=True)
+    return
+  tunables = os.environ.get('GLIBC_TUNABLES', '')
+  if 'glibc.malloc.hugetlb' not in tunables:
+    tunables = f'{tunables}:glibc.malloc.hugetlb=1'.removeprefix(':')
+    os.environ['GLIBC_TUNABLES'] = tunables  # of ours and the peer alike
+    print(f'measuring with GLIBC_TUNABLES={tunables}', file=sys.stderr)
+  file = open(options.json, 'a') if options.json else None  # noqa: SIM115
+  with file or contextlib.nullcontext(sys.stdout) as lines:
+    for mode in options.mode:
+      ours = [sys.executable, '-m', 'deeplab_jax.benchmark', *argv[1:]]
+      ours += [f'--mode={mode}', '--in_process']
+      if options.peer:
+        result = compare(ours, shlex.split(options.peer), options.pairs)
         print(format_pairs(result))
       else:
-        result = run([*ours, '--layers'])
-        print(format_measurement(result))
+        result = run(ours)
+        print('\n'.join(format_measurement(result)))
       print(json.dumps(result), file=lines, flush=True)
-
-
-@contextlib.contextmanager
-def _lines(path: str | None) -> Iterator[TextIO]:
-  """The file that JSON lines go to; standard output without a path."""
-  if path is None:
-    yield sys.stdout
-    return
-  try:
-    file = open(path, 'a')  # noqa: SIM115
-  except OSError as error:
-    raise UserError(f'--json={path}: {error.strerror}') from error
-  with file:
-    yield file
 
 
 def run(command: Sequence[str]) -> dict[str, Any]:
   """Runs a measurement; returns the JSON object of its last line.
 
   Raises:
-    UserError: if it fails, with the last thing it said, or prints none.
+    UserError: if it fails, with the last line of its stderr, or prints none.
   """
-  try:
-    done = subprocess.run(command, capture_output=True, text=True)
-  except OSError as error:
-    raise UserError(f'{command[0]}: {error.strerror}') from error
-  if done.returncode:
-    said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
-    raise UserError(
-      f'{shlex.join(command)} failed: {said[-1].removeprefix("error: ")}'
-    )
-  try:
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    float(result['seconds'])
-  except (ValueError, LookupError, TypeError) as error:
-    raise UserError(
-      f'{shlex.join(command)} must print a JSON line with "seconds"'
-    ) from error
-  return result
+  done = subprocess.run(command, capture_output=True, text=True)
+  said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+  problem = f'failed: {said[-1].removeprefix("error: ")}'
+  if not done.returncode:
+    problem = 'must print a JSON line with "seconds"'
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+      result = json.loads(done.stdout.strip().splitlines()[-1])
+      float(result['seconds'])
+      return result
+  raise UserError(f'{shlex.join(command)} {problem}')
 
 
 def compare(
   ours: Sequence[str], peer: Sequence[str], pairs: int
 ) -> dict[str, Any]:
-  """Runs two programs in turn, A B A B ..., so that drift hits both alike.
+  """Runs two programs in turn, A B A B ..., so that drift affects both alike.
 
   Returns:
     `ratio`, our time over the peer's: its median, quartiles and extremes;
-    `ours` and `peer`, the first measurement of each without its time; `pairs`,
-    all times in seconds.
+    `ours` and `peer`, the first measurement of each; `pairs`, all seconds.
   """
-  measured = []
+  measured, times = [], []
   for number in range(1, pairs + 1):
-    measured.append((run(ours), run(peer)))
-    seconds = [result['seconds'] for result in measured[-1]]
-    print(
-      f'pair {number}/{pairs}: ours {seconds[0]:.4f} s, peer'
-      f' {seconds[1]:.4f} s, ratio {seconds[0] / seconds[1]:.3f}',
-      file=sys.stderr,
-      flush=True,
-    )
-  times = [[result['seconds'] for result in pair] for pair in measured]
-  return {
-    'ratio': spread([a / b for a, b in times]),
-    'ours': measured[0][0],
-    'peer': measured[0][1],
-    'pairs': times,
-  }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-  """Median, quartiles and extremes."""
-  quartiles = [values[0]] * 3
-  if len(values) > 1:
-    quartiles = statistics.quantiles(values, n=4, method='inclusive')
-  return {
-    'median': quartiles[1],
-    'lower_quartile': quartiles[0],
-    'upper_quartile': quartiles[2],
-    'min': min(values),
-    'max': max(values),
-  }
+    measured.append([run(ours), run(peer)])
+    a, b = (result['seconds'] for result in measured[-1])
+    times.append([a, b])
+    line = f'ours {a:.4f} s, peer {b:.4f} s, ratio {a / b:.3f}'
+    print(f'pair {number}/{pairs}: {line}', file=sys.stderr, flush=True)
+  names = 'min', 'lower_quartile', 'median', 'upper_quartile', 'max'
+  ratios = np.quantile([a / b for a, b in times], np.linspace(0, 1, 5))
+  ratio = dict(zip(names, ratios.tolist(), strict=True))
+  first, second = measured[0]
+  return {'ratio': ratio, 'ours': first, 'peer': second, 'pairs': times}
 
 
 def format_pairs(result: dict[str, Any]) -> str:
   """The comparison in one line."""
-  ratio = result['ratio']
   return (
-    f'ours / peer: {ratio["median"]:.3f}, median of {len(result["pairs"])}'
-    f' pairs (quartiles {ratio["lower_quartile"]:.3f} to'
-    f' {ratio["upper_quartile"]:.3f}, all {ratio["min"]:.3f} to'
-    f' {ratio["max"]:.3f})'
-  )
+    'ours / peer: {median:.3f}, median of {pairs} pairs (quartiles'
+    ' {lower_quartile:.3f} to {upper_quartile:.3f}, all {min:.3f} to {max:.3f})'
+  ).format(pairs=len(result['pairs']), **result['ratio'])
 
 
-def format_measurement(result: dict[str, Any]) -> str:
-  """A table of a measurement, and of its costliest layers."""
+def format_measurement(result: dict[str, Any]) -> Iterator[str]:
+  """The lines of a table of a measurement and its most expensive layers."""
   title = f'== {result["mode"]}'
   if 'batch' in result:
-    parts = [result['backbone'], result['dtype']]
-    if 'crop' in result:
-      parts.append('x'.join(map(str, result['crop'])))
-    parts += [f'batch {result["batch"]}', result['device']]
-    title += f': {", ".join(parts)}'
-  return '\n'.join([title, *_rows(result), *_layer_rows(result)])
-
-
-def _rows(result: dict[str, Any]) -> Iterator[str]:
+    crop = 'x'.join(map(str, result.get('crop', ())))
+    batch = f'batch {result["batch"]}'
+    parts = result['backbone'], result['dtype'], crop, batch, result['device']
+    title += f': {", ".join(filter(None, parts))}'
+  yield title
   for name, value in result.items():
-    row = ''
-    if name.endswith('seconds'):
-      row = f'{value:.4f} s'
-    elif name.endswith('per_second') and 'flops' in name:
-      row = f'{value / 1e9:.1f} GFLOP/s'
-    elif name in ('flops', 'flops_on_map'):
-      row = f'{value / 1e9:.2f} GFLOP'
-    elif name.startswith('utilization'):
-      row = f'{value:.1%} of a matrix product'
-    elif name.startswith('peak'):
-      row = f'{value / 2**20:.0f} MiB'
-    elif name == 'images_per_second':
-      row = f'{value:.2f}'
-    elif name in ('compilations', 'images', 'devices'):
-      row = f'{value}'
-    if row:
-      yield f'  {name.replace("_", " "):<26}{row}'
-
-
-def _layer_rows(result: dict[str, Any]) -> Iterator[str]:
+    for pattern, unit, text in _ROWS:
+      if re.fullmatch(pattern, name):
+        yield f'  {name.replace("_", " "):<26}{text.format(value / unit)}'
   for row in result.get('layers', ()):
     rate = row.get('flops_on_map_per_second')
-    yield (
-      f'  {row["share"]:6.1%} {1e3 * row["seconds"]:9.2f} ms'
-      f' {"" if rate is None else f"{rate / 1e9:.0f} GFLOP/s":>13}'
-      f'  {row["name"]}{" (backward)" if row["backward"] else ""}'
-    )
-
-
-def main(argv: Sequence[str]) -> None:
-  """Reads this program's own options; the measurement takes the others."""
-  parser = options.Parser('deeplab_jax.benchmark', __doc__)
-  parser.add_argument('--mode', help=f'some of {",".join(MODES)}; all')
-  parser.add_argument('--json', help='file for the JSON lines, appended to')
-  parser.add_argument('--peer', help='command to compare with')
-  parser.add_argument(
-    '--pairs',
-    type=int,
-    default=_PAIRS,
-    help=f'of ours and peer, at least {_PAIRS}',
-  )
-  benchmark(*parser.parse_known_args(argv))
+    speed = f'{rate / 1e9:.0f} GFLOP/s' if rate else ''
+    name = row['name'] + (' (backward)' if row['backward'] else '')
+    time = f'{row["share"]:6.1%} {1e3 * row["seconds"]:9.2f} ms'
+    yield f'  {time} {speed:>13}  {name}'
 
 
 if __name__ == '__main__':
-  with options.one_line_errors():
-    main(sys.argv[1:])
+  console.log_to_stderr()
+  with console.one_line_errors():
+    main(sys.argv)

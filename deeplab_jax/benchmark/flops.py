@@ -1,10 +1,10 @@
 """Arithmetic of a network, counted from the shapes of its convolutions.
 
-Two operations a multiplication and addition. Nothing is computed: the network
-is traced. Normalisation, activations and upsampling, some 2 % of the whole,
-are left out.
+A multiplication with its addition counts as two operations. Normalization,
+activations and upsampling, about 2 % of the whole, are left out.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,42 +15,27 @@ from deeplab_jax.models.layers import Conv
 
 
 class Flops(NamedTuple):
-  """Operations of a convolution, or of a network.
+  """Operations of a convolution or a network."""
 
-  Attributes:
-    padded: of the convolution as written, padding included.
-    on_map: without multiplications by padding: a tap counts at the output
-      pixels for which it lies on the map.
-  """
-
-  padded: int
-  on_map: int
+  padded: int  # as the convolution is written, padding included
+  on_map: int  # without the multiplications by padding
 
 
 def count_flops(
   model: nn.Module, size: tuple[int, int], batch_size: int = 1
 ) -> dict[str, Flops]:
-  """Counts one forward pass of a network.
+  """Counts one forward pass on images [batch_size, *size, 3].
 
-  Args:
-    model: maps images [B, H, W, 3], with the keyword `train`.
-    size: height and width of the images.
-    batch_size: number of images.
-
-  Returns:
-    The operations of every convolution by its path, as 'block3/unit1/conv2'.
+  Returns the operations of each convolution by its path, as
+  'block3/unit1/conv2'. The network is only traced.
   """
   counts: dict[str, Flops] = {}
 
   def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    module = context.module
-    if isinstance(module, Conv) and context.method_name == '__call__':
-      counts['/'.join(module.path)] = conv_flops(
-        args[0].shape,
-        module.features,
-        module.kernel_size,
-        module.stride,
-        module.rate,
+    conv = context.module
+    if isinstance(conv, Conv) and context.method_name == '__call__':
+      counts['/'.join(conv.path)] = conv_flops(
+        args[0].shape, conv.features, conv.kernel_size, conv.stride, conv.rate
       )
     return call(*args, **kwargs)
 
@@ -63,47 +48,34 @@ def count_flops(
 
 
 def backward(counts: dict[str, Flops]) -> dict[str, Flops]:
-  """Operations of the gradients of what `count_flops` returns, by its paths.
+  """Counts the gradients, from what `count_flops` returns.
 
-  Those of input and kernel each take as many as the convolution itself; the
-  first one's input, the images, needs none.
+  Those of input and kernel take as many operations each as the convolution.
+  The input of the first one, the images, needs no gradient.
   """
-  gradients = {name: Flops(*(2 * n for n in counts[name])) for name in counts}
+  gradients = {name: Flops(2 * a, 2 * b) for name, (a, b) in counts.items()}
   first = next(iter(counts))
-  return {**gradients, first: counts[first]}
+  return gradients | {first: counts[first]}
 
 
-def total(*counts: dict[str, Flops]) -> Flops:
-  """Sums what `count_flops` and `backward` return."""
-  convolutions = [count for part in counts for count in part.values()]
-  return Flops(*map(sum, zip(*convolutions, strict=True)))
+def total(counts: Iterable[Flops]) -> Flops:
+  """Sums the operations of several convolutions."""
+  return Flops(*map(sum, zip(*counts, strict=True)))
 
 
 def conv_flops(
-  shape: tuple[int, int, int, int],
+  shape: tuple[int, ...],
   features: int,
   kernel_size: int = 1,
   stride: int = 1,
   rate: int = 1,
 ) -> Flops:
-  """Counts a `layers.conv2d`.
-
-  Args:
-    shape: of the input, [B, H, W, Cin].
-    features: channels of the output.
-    kernel_size: taps along each axis, odd.
-    stride: output pixel spacing in input pixels.
-    rate: spacing of the taps in input pixels.
-  """
-  batch, height, width, channels = shape
-  pixel = 2 * batch * channels * features
-  padded, on_map = pixel, pixel
-  for size in (height, width):
-    places = range(0, size, stride)
-    padded *= kernel_size * len(places)
-    on_map *= sum(
-      0 <= place + rate * (tap - kernel_size // 2) < size
-      for place in places
-      for tap in range(kernel_size)
-    )
+  """Counts a `models.layers.Conv` on an input of `shape` [B, H, W, Cin]."""
+  batch, *sizes, channels = shape
+  padded = on_map = 2 * batch * channels * features
+  for size in sizes:
+    outputs = range(0, size, stride)
+    taps = [rate * (tap - kernel_size // 2) for tap in range(kernel_size)]
+    padded *= len(outputs) * len(taps)
+    on_map *= sum(0 <= place + tap < size for place in outputs for tap in taps)
   return Flops(padded, on_map)

@@ -1,27 +1,21 @@
-"""One measurement in this process: python -m deeplab_jax.measure --mode=MODE.
+"""The measurements, each of which runs in a process of its own."""
 
-Prints one JSON line. `benchmark` runs it once a measurement, so that neither
-their memory nor their compilations mix.
-"""
-
-import argparse
 import contextlib
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import optax
+from absl.flags import FlagValues
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, options
-from deeplab_jax.benchmark import flops, profile, startup, timing
-from deeplab_jax.config import from_recipe, get_config, validate
+from deeplab_jax import build, ops
+from deeplab_jax.benchmark import flops, profile, timing
+from deeplab_jax.config import from_recipe, get_config, override, validate
 from deeplab_jax.data.pipeline import cores
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError
@@ -31,113 +25,165 @@ _WINDOW = 256  # images that the input pipeline loads for one timing
 _LAYERS = 10
 
 
-def forward(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Logits of full size from images that lie on one device.
+def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
+  """Measures `options.mode` with settings '--config...', in this process."""
+  host.configure()
+  (mode,), recipe, settings = options.mode, options.config, list(settings)
+  if options.crop:
+    settings.append(f'--config.data.crop_size=({options.crop},{options.crop})')
+  if options.batch:
+    for part in ('train', 'eval'):
+      settings.append(f'--config.{part}.batch_size={options.batch}')
+  about = {'mode': mode, 'jax': jax.__version__, 'cores': cores()}
+  if mode == 'startup':
+    settings += [f'--config={recipe}'] if recipe else []
+    return about | timing.cold_and_warm(settings)
+  config = from_recipe(recipe) if recipe else default_network()
+  if rest := override(config, ['benchmark', *settings], list(options)):
+    raise UserError(f'{rest[0]}: not an option')
+  validate(config)
+  build.check(config)
+  result = MODES[mode](config, options)
+  part = config.eval if mode == 'evaluation' else config.train
+  about |= {
+    'batch': part.batch_size,
+    'backbone': config.model.backbone,
+    'dtype': config.model.dtype,
+    'device': jax.devices()[0].device_kind,
+  }
+  if mode != 'evaluation':  # its images have sizes of their own
+    about['crop'] = list(config.data.crop_size)
+  if mode != 'compile':
+    result['images_per_second'] = part.batch_size / result['seconds']
+  return about | result
 
-  By prepared variables, as `--mode=eval` takes them.
+
+def default_network() -> ConfigDict:
+  """Settings without a recipe: ResNet-50, stride 16, crop 513, one a device."""
+  config = get_config()
+  config.model.update(
+    backbone='resnet50', width=1.0, output_stride=16, aspp_features=256
+  )
+  config.data.crop_size = (513, 513)
+  config.train.batch_size = config.eval.batch_size = jax.local_device_count()
+  return config
+
+
+def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
+  """A forward pass on one device, or a training step on all.
+
+  The utilization is the share of a matrix product's speed. The operations are
+  those of direct convolutions; other forms may need fewer.
   """
-  model = build.make_model(config, args.classes)
-  state = steps.create_state(model, optax.identity(), config.seed)
-  apply = jax.jit(functools.partial(model.apply, train=False))
-  variables = model.prepare(state.variables, tuple(config.data.crop_size))
-  arguments = jax.device_put((variables, _batch(config, args)['image']))
-  return _network(
-    lambda: apply(*arguments),
-    lambda: apply.lower(*arguments),
-    flops.count_flops(model, config.data.crop_size, config.train.batch_size),
-    config,
-    args,
-    devices=1,
-  )
-
-
-def train_step(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Loss, gradient and update, by the step that training takes."""
-  model, optimizer, step = _training(config, args)
-  state = distributed.replicate(
-    steps.create_state(model, optimizer, config.seed)
-  )
-  batch = distributed.put(_batch(config, args))
+  training, data = options.mode == ['train'], config.data
+  model, step, state = _create(config, options)
+  batch = _batch(config, options.classes)
+  if training:
+    arguments = distributed.replicate(state), distributed.put(batch)
+  else:
+    step, arguments = _forward(config, model, state, batch)
+  del state
 
   def call() -> Any:
-    nonlocal state
-    state, measures = step(state, batch)
-    return state, measures
+    nonlocal arguments
+    result = step(*arguments)
+    if training:  # the step has consumed its state
+      arguments = result[0], arguments[1]
+    return result
 
-  return _network(
-    call,
-    lambda: step.lower(state, batch),
-    flops.count_flops(model, config.data.crop_size, config.train.batch_size),
-    config,
-    args,
-    devices=jax.local_device_count(),
-  )
-
-
-def _training(
-  config: ml_collections.ConfigDict, args: Any
-) -> tuple[nn.Module, optax.GradientTransformation, Callable[..., Any]]:
-  """Network, optimizer and the step that training takes."""
-  devices = jax.local_device_count()
-  if config.train.batch_size % devices:
-    raise UserError(
-      f'a batch of {config.train.batch_size} does not divide into the'
-      f' {devices} devices; give another --batch'
-    )
-  model = build.make_model(config, args.classes)
-  _, optimizer = build.make_schedule_and_optimizer(config)
-  # What the weights are makes no difference to the time.
-  weights = (1.0,) * args.classes if config.loss.class_weights else None
-  step = build.make_train_step(config, model, optimizer, class_weights=weights)
-  return model, optimizer, step
-
-
-def input_pipeline(
-  config: ml_collections.ConfigDict, args: Any
-) -> dict[str, Any]:
-  """Batches on the host, as training gets them; seconds are of a batch."""
-  dataset = build.open_dataset(config, config.data.train_split)
-  iterator = build.make_iterator(config, dataset)
-  batches = -(-_WINDOW // config.train.batch_size)
-
-  def window() -> None:
-    for _ in range(batches):
-      next(iterator)
-
-  try:
-    result = timing.timed(window, args.repeat)
-  finally:
-    iterator.close()
-  result['seconds'] /= batches
+  result = timing.timed(call, options.repeat)
+  result['devices'] = jax.local_device_count() if training else 1
+  rate = timing.matmul_rate(config.model.dtype) * result['devices']
+  result['matmul_flops_per_second'] = rate
+  forward = flops.count_flops(model, data.crop_size, config.train.batch_size)
+  backward = flops.backward(forward) if training else {}
+  done = flops.total([*forward.values(), *backward.values()])
+  for name, count in ('', done.padded), ('_on_map', done.on_map):
+    result[f'flops{name}'] = count
+    result[f'utilization{name}'] = count / result['seconds'] / rate
+  if not options.peer:
+    layers = profile.profile(call, step.lower(*arguments).compile().as_text())
+    if config.model.rematerialization == 'block':
+      backward = {}  # the time of these layers includes another forward pass
+    whole, rows = sum(layer.seconds for layer in layers), []
+    for layer in layers[:_LAYERS]:
+      rows.append({**layer._asdict(), 'share': layer.seconds / whole})
+      count = (backward if layer.backward else forward).get(layer.name)
+      if count:
+        rows[-1]['flops_on_map_per_second'] = count.on_map / layer.seconds
+    result['layers'] = rows
   return result
 
 
-def evaluation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
+def _create(
+  config: ConfigDict, options: FlagValues
+) -> tuple[nn.Module, Any, steps.TrainState]:
+  """The network, the step that training takes, and its first state."""
+  devices, batch_size = jax.local_device_count(), config.train.batch_size
+  if options.mode != ['forward'] and batch_size % devices:
+    raise UserError(
+      f'a batch of {batch_size} does not divide into the {devices} devices;'
+      ' give another --batch'
+    )
+  model = build.make_model(config, options.classes)
+  _, optimizer = build.make_schedule_and_optimizer(config)
+  # The values of the weights make no difference to the time.
+  weights = (1.0,) * options.classes if config.loss.class_weights else None
+  step = build.make_train_step(config, model, optimizer, class_weights=weights)
+  return model, step, steps.create_state(model, optimizer, config.seed)
+
+
+def _forward(
+  config: ConfigDict, model: nn.Module, state: steps.TrainState, batch: Any
+) -> tuple[Any, Any]:
+  """The function from images to logits of evaluation, and its arguments."""
+  variables = ops.cache_kernels(model, state.variables, config.data.crop_size)
+  function = jax.jit(functools.partial(model.apply, train=False))
+  return function, jax.device_put((variables, batch['image']))
+
+
+def _batch(config: ConfigDict, classes: int) -> dict[str, np.ndarray]:
+  """Random images and labels, as many as a batch of training."""
+  rng = np.random.default_rng(config.seed)
+  shape = config.train.batch_size, *config.data.crop_size
+  image = rng.integers(0, 256, (*shape, 3), np.uint8)
+  return {'image': image, 'label': rng.integers(0, classes, shape, np.uint8)}
+
+
+def _input(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
+  """Batches on the host, as training gets them; seconds are of a batch."""
+  dataset = build.open_dataset(config, config.data.train_split)
+  batches = -(-_WINDOW // config.train.batch_size)
+  with contextlib.closing(build.make_iterator(config, dataset)) as iterator:
+
+    def window() -> None:
+      for _ in range(batches):
+        next(iterator)
+
+    result = timing.timed(window, options.repeat)
+  return result | {'seconds': result['seconds'] / batches}
+
+
+def _evaluation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   """The evaluation split under random weights; seconds are of a batch."""
   split = config.data.eval_split
   dataset = build.open_dataset(config, split)
   model = build.make_model(config, dataset.info.num_classes)
-  state = steps.create_state(model, optax.identity(), config.seed)
   evaluator = build.make_evaluator(model, dataset, config)
-  variables = distributed.replicate(evaluator.prepare(state.variables))
-  result = timing.timed(
-    lambda: evaluate.evaluate_variables(evaluator, variables, panels=0),
-    args.repeat,
-  )
-  result['images'] = dataset.tally(split).num_images
-  result['seconds'] *= config.eval.batch_size / result['images']
-  return result
+  variables = steps.create_state(model, optax.identity(), config.seed).variables
+  variables = ops.cache_kernels(model, variables, evaluator.view_size)
+  variables = distributed.replicate(variables)
+  call = functools.partial(evaluator.run, variables, keep=0)
+  result = timing.timed(call, options.repeat)
+  images = dataset.tally(split).num_images
+  seconds = result['seconds'] * config.eval.batch_size / images
+  return result | {'images': images, 'seconds': seconds}
 
 
-def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Tracing (to StableHLO) and compiling both steps, without the cache.
-
-  The forward pass is that of `forward`, by variables that are prepared first.
-  """
+def _compilation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
+  """Tracing and compiling of both steps of `_network`, without the cache."""
   jax.config.update('jax_enable_compilation_cache', False)
-  model, optimizer, step = _training(config, args)
-  batch = _batch(config, args)
-  seconds = {}
+  batch, seconds = _batch(config, options.classes), {}
 
   @contextlib.contextmanager
   def part(name: str) -> Iterator[None]:
@@ -146,170 +192,23 @@ def compilation(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
     seconds[f'{name}_seconds'] = time.perf_counter() - start
 
   with part('create'):
-    state = steps.create_state(model, optimizer, config.seed)
-    jax.block_until_ready(state)
-  with part('prepare'):
-    variables = model.prepare(state.variables, tuple(config.data.crop_size))
-    jax.block_until_ready(variables)
-  apply = jax.jit(functools.partial(model.apply, train=False))
-  with part('forward_trace'):
-    lowered = apply.lower(variables, batch['image'])
-  with part('forward_compile'):
-    lowered.compile()
-  with part('train_trace'):
-    lowered = step.lower(distributed.replicate(state), distributed.shard(batch))
-  with part('train_compile'):
-    lowered.compile()
+    model, step, state = jax.block_until_ready(_create(config, options))
+  with part('cache_kernels'):
+    forward = jax.block_until_ready(_forward(config, model, state, batch))
+  train = step, (distributed.replicate(state), distributed.put(batch))
+  for name, (function, arguments) in ('forward', forward), ('train', train):
+    with part(f'{name}_trace'):
+      lowered = function.lower(*arguments)
+    with part(f'{name}_compile'):
+      lowered.compile()
   return {**seconds, 'seconds': sum(seconds.values())}
 
 
-def _batch(config: ml_collections.ConfigDict, args: Any) -> dict[str, Any]:
-  """Random images and labels of the size and number of training."""
-  rng = np.random.default_rng(config.seed)
-  shape = config.train.batch_size, *config.data.crop_size
-  return {
-    'image': rng.integers(0, 256, (*shape, 3), np.uint8),
-    'label': rng.integers(0, args.classes, shape, np.uint8),
-  }
-
-
-def _network(
-  call: Callable[[], Any],
-  lower: Callable[[], Any],
-  counts: dict[str, flops.Flops],
-  config: ml_collections.ConfigDict,
-  args: Any,
-  *,
-  devices: int,
-) -> dict[str, Any]:
-  """Times a step, and its share of what a matrix product does in the time.
-
-  Operations are those of direct convolutions; others may need fewer.
-  """
-  result = timing.timed(call, args.repeat)
-  rate = timing.matmul_rate(config.model.dtype) * devices
-  backward = flops.backward(counts) if args.mode == 'train' else {}
-  done = flops.total(counts, backward)
-  result |= {
-    'devices': devices,
-    'flops': done.padded,
-    'flops_on_map': done.on_map,
-    'matmul_flops_per_second': rate,
-    'utilization': done.padded / result['seconds'] / rate,
-    'utilization_on_map': done.on_map / result['seconds'] / rate,
-  }
-  if args.layers:
-    layers = profile.profile(call, lower().compile().as_text())
-    if config.model.rematerialization == 'block':
-      backward = {}  # these layers compute their forward pass again
-    result['layers'] = _layers(layers, counts, backward)
-  return result
-
-
-def _layers(
-  layers: list[profile.LayerTime],
-  forward: dict[str, flops.Flops],
-  backward: dict[str, flops.Flops],
-) -> list[dict[str, Any]]:
-  """The costliest ones; operations a second of those that convolve."""
-  whole = sum(layer.seconds for layer in layers)
-  rows = []
-  for layer in layers[:_LAYERS]:
-    row = {**layer._asdict(), 'share': layer.seconds / whole}
-    count = (backward if layer.backward else forward).get(layer.name)
-    if count:
-      row['flops_on_map_per_second'] = count.on_map / layer.seconds
-    rows.append(row)
-  return rows
-
-
 MODES: dict[str, Callable[..., dict[str, Any]]] = {
-  'forward': forward,
-  'train': train_step,
-  'input': input_pipeline,
-  'evaluation': evaluation,
-  'compile': compilation,
+  'forward': _network,
+  'train': _network,
+  'input': _input,
+  'evaluation': _evaluation,
+  'compile': _compilation,
+  'startup': timing.cold_and_warm,
 }
-
-
-def default_network() -> ml_collections.ConfigDict:
-  """Measured without a recipe: ResNet-50, stride 16, crop 513, one a device."""
-  config = get_config()
-  config.model.update(
-    backbone='resnet50', width=1.0, output_stride=16, aspp_features=256
-  )
-  config.data.crop_size = (513, 513)
-  config.train.batch_size = jax.local_device_count()
-  config.eval.batch_size = jax.local_device_count()
-  return config
-
-
-def _config(
-  args: argparse.Namespace, argv: Sequence[str]
-) -> ml_collections.ConfigDict:
-  """The settings to measure."""
-  config = from_recipe(args.config) if args.config else default_network()
-  config, rest = options.override(config, ['measure', *argv])
-  if rest:
-    raise UserError(f'{rest[0]}: not an option')
-  validate(config)
-  return config
-
-
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  """Own options, and settings, for some of which --crop and --batch stand."""
-  parser = options.Parser('deeplab_jax.benchmark.measure', __doc__)
-  modes = *MODES, 'startup'
-  parser.add_argument('--mode', choices=modes, required=True)
-  parser.add_argument('--config', help='recipe, a Python file')
-  count = options.positive_int
-  parser.add_argument('--crop', type=count, help='height and width')
-  parser.add_argument('--batch', type=count, help='images of a batch')
-  parser.add_argument('--classes', type=count, default=21)
-  parser.add_argument(
-    '--repeat', type=count, help='timed calls; by default 3, more within 3 s'
-  )
-  parser.add_argument(
-    '--layers', action='store_true', help='profile the layers too'
-  )
-  args, settings = parser.parse_known_args(argv)
-  if args.crop:
-    settings.append(f'--config.data.crop_size=({args.crop},{args.crop})')
-  if args.batch:
-    for part in ('train', 'eval'):
-      settings.append(f'--config.{part}.batch_size={args.batch}')
-  return args, settings
-
-
-def main(argv: Sequence[str]) -> None:
-  """Measures what the options say and prints it."""
-  args, settings = _parse(argv)
-  host.restart_on_huge_pages('deeplab_jax.benchmark.measure')
-  host.prepare()
-  about: dict[str, Any] = {'mode': args.mode}
-  if args.mode == 'startup':
-    result = startup.cold_and_warm(args.config, settings)
-  else:
-    config = _config(args, settings)
-    result = MODES[args.mode](config, args)
-    batch_size = (
-      config.eval if args.mode == 'evaluation' else config.train
-    ).batch_size
-    if args.mode != 'evaluation':  # its images are of their own size
-      about['crop'] = list(config.data.crop_size)
-    about |= {
-      'batch': batch_size,
-      'backbone': config.model.backbone,
-      'dtype': config.model.dtype,
-      'device': jax.devices()[0].device_kind,
-    }
-    if args.mode != 'compile':
-      result['images_per_second'] = batch_size / result['seconds']
-  about |= {'jax': jax.__version__, 'cores': cores()}
-  print(json.dumps(about | result), flush=True)
-
-
-if __name__ == '__main__':
-  options.log_to_stderr()
-  with options.one_line_errors():
-    main(sys.argv[1:])

@@ -9,67 +9,58 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Operations that only contain others, which are timed as well.
+# Operations that only contain others, which have times of their own.
 _CONTAINERS = ('call', 'while', 'conditional')
 _OPERATION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)')
 _OPERAND = re.compile(r'%([\w.\-]+)')
-# Arguments of the function have a name without a slash.
-_MODEL = re.compile(r'(transpose\()?jvp\(\w')
-_NO_MODULE = re.compile(r'[(.]|^(shard_map|checkpoint|rematted_computation)$')
+# The names of a function's arguments have no slash.
 _SOURCE = re.compile(r'op_name="([^"]*/[^"]*)"')
+_MODEL = re.compile(r'(transpose\()?jvp\(\w')
+_NO_MODULE = re.compile(
+  r'[(.]|^(shard_map|checkpoint|rematted_computation|cond|branch_\d+_fun)$'
+)
 
 
 class LayerTime(NamedTuple):
-  """Time of a layer.
+  """Time of a layer."""
 
-  Attributes:
-    name: path of the module, as 'backbone/block3/unit1/conv2'; outside of all
-      modules the operation, as 'reduce_sum'.
-    backward: whether it belongs to the gradient.
-    seconds: of one call, summed over the threads.
-  """
-
-  name: str
-  backward: bool
-  seconds: float
+  name: str  # the module's path, as 'block3/unit1/conv2', else the operation
+  backward: bool  # whether it belongs to the gradient
+  seconds: float  # of one call, summed over the threads
 
 
 def profile(
   call: Callable[[], Any], hlo: str, calls: int = 2
 ) -> list[LayerTime]:
-  """Times the layers of a compiled function.
+  """Times the layers of a compiled function, the most expensive first.
+
+  Operations may overlap: the sum may exceed the time of the call.
 
   Args:
-    call: runs it once and returns its results; compiled already.
-    hlo: its text, `jax.jit(...).lower(...).compile().as_text()`, which tells
-      operations the layer that they come from.
-    calls: how often to run it.
-
-  Returns:
-    The layers, the costliest first. Operations may overlap: the sum of their
-    times may exceed that of the call.
+    call: runs the function and returns its results.
+    hlo: text of the program, `jax.jit(...).lower(...).compile().as_text()`. It
+      tells from which layer an operation comes.
+    calls: number of calls to average over.
   """
   layers = operation_layers(hlo)
-  seconds: collections.Counter[tuple[str, bool]] = collections.Counter()
+  seconds: dict[tuple[str, bool], float] = collections.defaultdict(float)
   for operation, time in _trace(call, calls).items():
-    if operation.rstrip('.0123456789') not in _CONTAINERS:
-      unknown = operation.rstrip('.0123456789'), False
-      seconds[layers.get(operation, unknown)] += time / calls
-  return [LayerTime(*key, time) for key, time in seconds.most_common()]
+    kind = operation.rstrip('.0123456789')
+    if kind not in _CONTAINERS:
+      seconds[layers.get(operation, (kind, False))] += time / calls
+  times = [LayerTime(*layer, time) for layer, time in seconds.items()]
+  return sorted(times, key=lambda time: -time.seconds)
 
 
 def operation_layers(hlo: str) -> dict[str, tuple[str, bool]]:
-  """Layer and direction of each operation of a compiled function's text.
+  """Layer of each operation of a program, and whether it is of the gradient.
 
-  What carries no name of its own, as copies that the compiler puts in, has
-  that of an operation which reads it, else of one that it reads.
+  An operation without a source, as a copy that the compiler adds, takes the
+  layer of an operation that reads it, else of one that it reads.
   """
   layers: dict[str, tuple[str, bool]] = {}
   reads: dict[str, list[str]] = {}
-  for line in hlo.splitlines():
-    match = _OPERATION.match(line)
-    if not match:
-      continue
+  for match in filter(None, map(_OPERATION.match, hlo.splitlines())):
     operation, rest = match.groups()
     source = _SOURCE.search(rest)
     if source:
@@ -80,31 +71,30 @@ def operation_layers(hlo: str) -> dict[str, tuple[str, bool]]:
       for operand in operands:
         layers.setdefault(operand, layers[operation])
   for operation, operands in reads.items():
-    known = [layers[operand] for operand in operands if operand in layers]
-    if known:
-      layers.setdefault(operation, known[0])
+    for operand in operands:
+      if operand in layers:
+        layers.setdefault(operation, layers[operand])
   return layers
 
 
 def _layer(source: str) -> tuple[str, bool]:
-  """Module path and direction of `jit(f)/transpose(jvp(Model))/a/conv/dot`."""
-  backward = 'transpose(' in source
+  """Splits `jit(f)/transpose(jvp(Model))/a/conv/dot` into 'a/conv' and True."""
   *path, operation = source.split('/')
   layer: list[str] = []
   for part in path:
-    if _MODEL.match(part):  # said once more where maps are computed again
+    if _MODEL.match(part):  # occurs again where maps are computed again
       layer.clear()
     elif not _NO_MODULE.search(part):
       layer.append(part)
   if layer and layer[0][0].isupper():  # the class of the outermost module
     del layer[0]
-  return '/'.join(layer) or operation, backward
+  return '/'.join(layer) or operation, 'transpose(' in source
 
 
 def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:
-  """Seconds of each operation over `calls` calls."""
-  devices: collections.Counter[str] = collections.Counter()
-  host: collections.Counter[str] = collections.Counter()
+  """Seconds of each operation, summed over `calls` calls."""
+  devices: dict[str, float] = collections.defaultdict(float)
+  host: dict[str, float] = collections.defaultdict(float)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(calls):
@@ -112,10 +102,8 @@ def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:
     for file in Path(folder).rglob('*.xplane.pb'):
       for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         seconds = devices if plane.name.startswith('/device:') else host
-        for line in plane.lines:
-          for event in line.events:
-            operation = dict(event.stats).get('hlo_op')
-            if operation:
-              seconds[operation] += event.duration_ns / 1e9
-  # Beside an accelerator the host only starts the operations.
-  return devices or host
+        for event in (event for line in plane.lines for event in line.events):
+          operation = dict(event.stats).get('hlo_op')
+          if operation:
+            seconds[operation] += event.duration_ns / 1e9
+  return devices or host  # a host with an accelerator only starts operations

@@ -1,54 +1,58 @@
-"""Time, compilations and memory of a call in this process."""
+"""Time and memory of a call in this process, and of a start of training."""
 
 import contextlib
+import os
 import resource
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_CALLS, _SECONDS = 3, 3.0  # timed, at least
+from deeplab_jax.runtime.errors import UserError
 
 
 def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
-  """One call to warm up, then the best of `repeat` others.
+  """Times one call to warm up, and `seconds` of the best of `repeat` others.
 
-  By default of three and as many more as begin within three seconds: of short
-  calls the first dozen vary most, while memory is found for them.
-
-  Returns:
-    `first_seconds`, `seconds` of the best other and their number, `calls`;
-    `compilations` and `compile_seconds` of all; `peak_memory` of the process
-    so far and, where the device tells, its `peak_device_memory`, in bytes.
+  By default these are three, and more until three seconds have passed: the
+  first dozen short calls vary most, while memory is allocated. Compilations
+  count over all calls. Memory is in bytes, at the peak of the process so far.
   """
-  with compilations() as compiled:
+
+  def once() -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
-    first = time.perf_counter() - start
-    best, calls, begin = float('inf'), 0, time.perf_counter()
-    while calls < (repeat or _CALLS) or (
-      not repeat and time.perf_counter() - begin < _SECONDS
-    ):
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      best = min(best, time.perf_counter() - start)
-      calls += 1
-  return {
-    'seconds': best,
-    'calls': calls,
+    return time.perf_counter() - start
+
+  with compilations() as compiled:
+    first = once()
+    seconds, end = [], time.perf_counter() + (0 if repeat else 3)
+    while len(seconds) < (repeat or 3) or time.perf_counter() < end:
+      seconds.append(once())
+  unit = 1 if sys.platform == 'darwin' else 1024
+  result = {
+    'seconds': min(seconds),
+    'calls': len(seconds),
     'first_seconds': first,
     'compilations': len(compiled),
     'compile_seconds': sum(compiled),
-    **_memory(),
+    'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
   }
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    result['peak_device_memory'] = stats['peak_bytes_in_use']
+  return result
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[float]]:
-  """The seconds of each compilation within."""
+  """Collects the seconds of each compilation within its body."""
   seconds = []
 
   def listen(event: str, duration: float, **_: Any) -> None:
@@ -62,20 +66,60 @@ def compilations() -> Iterator[list[float]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def _memory() -> dict[str, int]:
-  """The most that this process has used so far, in bytes."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-  result = {'peak_memory': peak}
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if 'peak_bytes_in_use' in stats:
-    result['peak_device_memory'] = stats['peak_bytes_in_use']
-  return result
-
-
 def matmul_rate(dtype: str) -> float:
   """Operations a second of a large matrix product on one device."""
   size = 2048 if jax.default_backend() == 'cpu' else 8192
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
   product = jax.jit(jnp.dot)
   return 2 * size**3 / timed(lambda: product(a, b), 10)['seconds']
+
+
+def cold_and_warm(options: Sequence[str]) -> dict[str, float]:
+  """Times two starts of training, and the import of what it needs.
+
+  The cold start prepares the data and compiles; the warm one, whose time is
+  `seconds`, finds both in the same workdir.
+  """
+  start, program = time.perf_counter(), 'import deeplab_jax.train'
+  subprocess.run([sys.executable, '-c', program], check=True)
+  result = {'import_seconds': time.perf_counter() - start}
+  with tempfile.TemporaryDirectory() as folder:
+    command = [
+      *(
+        sys.executable,
+        '-m',
+        'deeplab_jax.main',
+        f'--workdir={folder}/workdir',
+      ),
+      f'--config.data.prepared_dir={folder}/prepared',
+      '--config.train.log_every=1',
+      *options,
+    ]
+    result['cold_seconds'] = first_step_seconds(command)
+    result['warm_seconds'] = first_step_seconds(command)
+  return result | {'seconds': result['warm_seconds']}
+
+
+def first_step_seconds(command: Sequence[str]) -> float:
+  """Runs a command until a line of its stderr begins with 'step '; kills it.
+
+  Raises `UserError` if the command ends before.
+  """
+  start, line = time.perf_counter(), ''
+  with subprocess.Popen(
+    command,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': ''},  # that of the workdir
+    stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    text=True,
+    start_new_session=True,
+  ) as process:
+    try:
+      for line in process.stderr:
+        if line.startswith('step '):
+          return time.perf_counter() - start
+    finally:
+      with contextlib.suppress(OSError):  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
+  reason = line.strip().removeprefix('error: ')
+  raise UserError(f'training ended before its first step: {reason}')

@@ -1,9 +1,8 @@
-"""A few common sizes for images of many, and batches of one size each."""
-
-from __future__ import annotations
+"""A few common sizes for many images, and batches of one size each."""
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,65 +16,53 @@ _PAIRED_UP_TO = 256
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-  """One batch of all hosts together.
+  """One batch of all hosts together."""
 
-  Attributes:
-    size: (height, width) to which its images are padded.
-    indices: of its records; `FILLER` where the row is none.
-  """
-
-  size: Size
-  indices: tuple[int, ...]
+  size: Size  # to which its images are padded
+  indices: tuple[int, ...]  # of its records; `FILLER` where a row has none
 
 
 def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
-  """Merges sizes until at most `limit` are left.
+  """Merges sizes, of so many images each, until at most `limit` are left.
 
-  Each time the two are merged, to the larger height and the larger width, that
-  add the smallest area of padding over all images. Of more than a few hundred
-  sizes, those that lie close together are merged first.
-
-  Args:
-    counts: number of images by (height, width).
-    limit: at least 1; None to merge none.
-
-  Returns:
-    The sizes left, by area; every image fits one of them.
+  Each time, those two are merged, to the larger height and the larger width,
+  that add the smallest area of padding over all images. Of more than a few
+  hundred sizes, those that lie close together are merged first. None merges
+  none. Returns the sizes left, by area.
   """
-  counts = dict(counts)
-  if limit is not None and len(counts) > limit:
-    counts = _merge_neighbors(counts, max(limit, _PAIRED_UP_TO))
-    counts = _merge_pairs(counts, limit)
-  return sorted(counts, key=_area)
+  if limit is None or len(counts) <= limit:
+    return sorted(counts, key=math.prod)
+  sizes = np.array(list(counts), np.int64)
+  images = np.array(list(counts.values()), np.int64)
+  most = max(limit, _PAIRED_UP_TO)
+  if len(sizes) > most:
+    sizes, images = _merge_neighbors(sizes, images, most)
+  if len(sizes) > limit:
+    sizes = _merge_pairs(sizes, images, limit)
+  return sorted(map(tuple, sizes.tolist()), key=math.prod)
 
 
-def _merge_neighbors(counts: dict[Size, int], limit: int) -> dict[Size, int]:
-  """Merges what lies in one cell of a grid, the finest with few enough cells.
+def _merge_neighbors(
+  sizes: np.ndarray, images: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Merges the sizes [N, 2] of `images` [N] that lie in one cell of a grid.
 
-  A cell gets the largest height and width that are in it.
+  It is the finest with few enough cells. The largest height and width are kept.
   """
-  if len(counts) <= limit:
-    return counts
-  sizes, grid = np.array(list(counts), np.int64), 1
-  cells = np.arange(len(sizes))
+  cells, grid = sizes, 1
   while len(cells) > limit:
     grid += 1 + grid // 8
     rows, columns = -(-sizes.T // grid)
     cells, of_each = np.unique(rows << 32 | columns, return_inverse=True)
   largest = np.zeros((len(cells), 2), np.int64)
   np.maximum.at(largest, of_each, sizes)
-  images = np.zeros(len(cells), np.int64)
-  np.add.at(images, of_each, list(counts.values()))
-  merged = map(tuple, largest.tolist())
-  return dict(zip(merged, images.tolist(), strict=True))
+  return largest, np.bincount(of_each, images).astype(np.int64)
 
 
-def _merge_pairs(counts: dict[Size, int], limit: int) -> list[Size]:
+def _merge_pairs(
+  sizes: np.ndarray, images: np.ndarray, limit: int
+) -> np.ndarray:
   """Merges the pair that adds the least padding until `limit` are left."""
-  if len(counts) <= limit:
-    return list(counts)
-  sizes = np.array(list(counts), np.int64)
-  images = np.array(list(counts.values()), np.int64)
   added = _added(sizes[:, None], images[:, None], sizes, images)
   np.fill_diagonal(added, _NEVER)
   while len(sizes) > limit:
@@ -91,7 +78,7 @@ def _merge_pairs(counts: dict[Size, int], limit: int) -> list[Size]:
     images[place] += total
     row = _added(size, images[place], sizes, images)
     added[place], added[:, place], added[place, place] = row, row, _NEVER
-  return [(height, width) for height, width in sizes.tolist()]
+  return sizes
 
 
 def _added(
@@ -103,15 +90,7 @@ def _added(
 
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
-  """The size that each image is padded to, of `limit` different ones at most.
-
-  Args:
-    sizes: (height, width) of each image.
-    limit: at least 1; None for as many as there are sizes.
-
-  Returns:
-    The smallest of `merge_sizes` that holds it, for each image.
-  """
+  """Returns for each size the smallest of `merge_sizes` that holds it."""
   counts = collections.Counter(map(tuple, sizes))
   buckets = merge_sizes(counts, limit)
   if len(buckets) == len(counts):  # none was merged
@@ -128,22 +107,16 @@ def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
 def plan_batches(
   sizes: Sequence[Size], *, limit: int | None, batch_size: int
 ) -> list[PlannedBatch]:
-  """Deals records to batches whose images are all padded to one size.
+  """Deals records of these sizes to batches, each padded to one size.
 
-  Args:
-    sizes: (height, width) of each record.
-    limit: of the number of sizes; None to pad no image.
-    batch_size: of all hosts together.
-
-  Returns:
-    Batches that hold every record once, in ascending order within each size;
-    the last batch of a size is filled up. Sizes ascend by area.
+  There are at most `limit` sizes; None pads no image. Sizes ascend by area, and
+  records within each size. The last batch of a size is filled up.
   """
   rows: dict[Size, list[int]] = {}
   for index, size in enumerate(bucket_of_each(sizes, limit)):
     rows.setdefault(size, []).append(index)
   batches = []
-  for size in sorted(rows, key=_area):
+  for size in sorted(rows, key=math.prod):
     indices = rows[size]
     indices += [FILLER] * (-len(indices) % batch_size)
     batches += [
@@ -151,7 +124,3 @@ def plan_batches(
       for start in range(0, len(indices), batch_size)
     ]
   return batches
-
-
-def _area(size: Size) -> int:
-  return size[0] * size[1]

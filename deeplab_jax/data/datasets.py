@@ -1,77 +1,58 @@
-"""What a segmentation data set means: class names, colours, ignore label."""
+"""What a data set means and holds.
 
-from __future__ import annotations
+It is a file beside `records`, so that predictions start without TFDS.
+"""
 
+import collections
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DatasetInfo:
-  """The meaning of the label values of one data set.
-
-  Attributes:
-    name: of the data set.
-    classes: one name per class; the index is the value in stored labels.
-    palette: uint8 [C, 3], one RGB colour per class.
-    ignore_label: label value of void pixels, which no measure counts.
-    values: the value of each class in the label files, where the index is
-      another; None for 0..C-1.
-    void_value: the value of void there; None for `ignore_label`.
-  """
+  """The meaning of the label values of one data set."""
 
   name: str
-  classes: tuple[str, ...]
-  palette: np.ndarray
-  ignore_label: int = 255
-  values: tuple[int, ...] | None = None
-  void_value: int | None = None
+  classes: tuple[str, ...]  # by the value in stored labels
+  palette: np.ndarray  # uint8 [C, 3], an RGB color for each class
+  ignore_label: int = 255  # stored for void pixels, which no metric counts
+  values: tuple[int, ...] | None = None  # in the label files; None for 0..C-1
+  void_value: int | None = None  # in the label files; None for `ignore_label`
 
   def __post_init__(self) -> None:
-    object.__setattr__(self, 'classes', tuple(self.classes))
-    values = range(len(self.classes)) if self.values is None else self.values
-    object.__setattr__(self, 'values', tuple(values))
-    if self.void_value is None:
-      object.__setattr__(self, 'void_value', self.ignore_label)
+    count = len(self.classes)
+    values = range(count) if self.values is None else self.values
+    void = self.ignore_label if self.void_value is None else self.void_value
     palette = np.asarray(self.palette, np.uint8)
+    object.__setattr__(self, 'classes', tuple(self.classes))
+    object.__setattr__(self, 'values', tuple(values))
+    object.__setattr__(self, 'void_value', void)
     object.__setattr__(self, 'palette', palette)
-    if palette.shape != (len(self.classes), 3):
+    if palette.shape != (count, 3):
       raise ValueError(
-        f'palette must have shape ({len(self.classes)}, 3), one colour per '
-        f'class, got {palette.shape}'
+        f'palette must have shape ({count}, 3), one color per class, got '
+        f'{palette.shape}'
       )
-    if not 0 <= self.ignore_label <= 255:
-      raise ValueError(
-        f'ignore_label must be 0 to 255, got {self.ignore_label}'
-      )
-    if self.ignore_label < len(self.classes):
+    if not count <= self.ignore_label <= 255:
       raise ValueError(
         f'ignore_label {self.ignore_label} is one of the classes, 0 to '
-        f'{len(self.classes) - 1}; void must be none'
-      )
-    if len(self.values) != len(self.classes):
-      raise ValueError(
-        f'{len(self.values)} values for {len(self.classes)} classes'
+        f'{count - 1}, or not in 0..255'
       )
 
   @property
   def num_classes(self) -> int:
-    """The number of classes, the ignore label not among them."""
+    """The number of classes, without void."""
     return len(self.classes)
 
   def in_file_values(
     self, label: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns a label map as the data set's own files would hold it.
+    """Returns labels, int [H, W], as the data set's own files would hold them.
 
-    Args:
-      label: int [H, W] of classes and `ignore_label`.
-
-    Returns:
-      The values uint8 [H, W], the palette that shows them, uint8 [N, 3], and
-      the value of void: what `visualize.indexed_png` takes.
+    That is the values uint8 [H, W], the palette that shows them, uint8 [N, 3],
+    and the value of void: what `visualize.indexed_png` takes.
     """
     table = np.arange(256, dtype=np.uint8)
     table[self.ignore_label] = self.void_value
@@ -81,35 +62,64 @@ class DatasetInfo:
     return table[label], palette, self.void_value
 
   def to_json(self) -> dict[str, Any]:
-    """Returns a dict of plain JSON values; `from_json` reads it."""
-    return {
-      'name': self.name,
-      'classes': list(self.classes),
-      'palette': self.palette.tolist(),
-      'ignore_label': self.ignore_label,
-      'values': list(self.values),
-      'void_value': self.void_value,
-    }
+    """Returns a dict of plain JSON values, which `from_json` reads."""
+    lists = {'classes': list(self.classes), 'values': list(self.values)}
+    return vars(self) | lists | {'palette': self.palette.tolist()}
 
   @classmethod
-  def from_json(cls, values: dict[str, Any]) -> DatasetInfo:
-    """Returns the info that `to_json` made `values` of."""
-    return cls(
-      name=values['name'],
-      classes=tuple(values['classes']),
-      palette=np.array(values['palette'], np.uint8).reshape(-1, 3),
-      ignore_label=int(values['ignore_label']),
-      # Absent in what older versions wrote.
-      values=values.get('values'),
-      void_value=values.get('void_value'),
-    )
+  def from_json(cls, values: dict[str, Any]) -> Self:
+    """Reads `to_json`, also of older versions without the last two values."""
+    return cls(**values)
+
+
+class Tally:
+  """Counts the images and pixels of a split."""
+
+  def __init__(self, num_classes: int, ignore_label: int) -> None:
+    self.ignore_label = ignore_label
+    self.num_images = self.void_pixels = 0
+    self.sizes = collections.Counter()  # images of each (height, width)
+    zeros = np.zeros(num_classes, np.int64)
+    self.class_pixels = zeros.copy()  # of each class
+    self.class_images = zeros.copy()  # in which each class occurs
+    self.class_image_pixels = zeros.copy()  # of those images, without void
+
+  def add(self, label: np.ndarray) -> None:
+    """Adds a label uint8 [H, W] of classes and void."""
+    counts = np.bincount(label.ravel(), minlength=256)
+    self.void_pixels += int(counts[self.ignore_label])
+    counts[self.ignore_label] = 0
+    pixels = counts[: len(self.class_pixels)]
+    self.num_images += 1
+    self.sizes[label.shape] += 1
+    self.class_pixels += pixels
+    self.class_images += pixels > 0
+    self.class_image_pixels += np.where(pixels > 0, pixels.sum(), 0)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns a dict of plain JSON values, which `from_json` reads."""
+    sizes = [[*size, count] for size, count in sorted(self.sizes.items())]
+    arrays = {k: v for k, v in vars(self).items() if k.startswith('class_')}
+    lists = {name: array.tolist() for name, array in arrays.items()}
+    return vars(self) | lists | {'sizes': sizes}
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> Self:
+    """Reads `to_json`."""
+    tally = cls(len(values['class_pixels']), values['ignore_label'])
+    for name, value in values.items():
+      array = name.startswith('class_')
+      setattr(tally, name, np.array(value, np.int64) if array else value)
+    sizes = {(h, w): count for h, w, count in values['sizes']}
+    tally.sizes = collections.Counter(sizes)
+    return tally
 
 
 def voc_palette(num: int) -> np.ndarray:
-  """Returns the first `num` (at most 256) VOC colours, uint8 [num, 3].
+  """Returns the first `num` (at most 256) colors of PASCAL VOC, uint8 [num, 3].
 
-  The bits of the index are dealt to red, green and blue in turn, the lowest
-  bits to the highest places, as in the VOC devkit's `VOClabelcolormap.m`.
+  The bits of the index go to red, green and blue in turn, the lowest bits to
+  the highest places, as in `VOClabelcolormap.m` of the VOC devkit.
   """
   index = np.arange(num, dtype=np.uint8)
   palette = np.zeros((num, 3), np.uint8)

@@ -1,15 +1,12 @@
 """What the pixels of label files mean: a class, or void.
 
-A pixel goes three steps. The file holds a gray value, a palette index or a
-color. That stands for a label value: the number of a line of classes.txt,
-counted from 0, or the ignore label. A label value that is not void stands for a
-class: lines that name no class are left out, so classes are 0..C-1 without a
-gap, and that is what is stored and trained on.
+A label file holds gray values, palette indices or colors. Each stands for a
+label value: the number of a line of classes.txt, counted from 0, or the ignore
+label. A label value that is not void stands for a class. Lines that are void
+are left out, so classes are 0..C-1 without a gap. Classes are what is stored
+and trained on.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,49 +14,30 @@ from typing import Any
 import cv2
 import numpy as np
 
-from deeplab_jax.runtime import errors
+from deeplab_jax.data.label_files import LabelFile
+from deeplab_jax.runtime.errors import UserError
 
 _COLOR = re.compile(r'(.*\S)\s+(\d+)\s+(\d+)\s+(\d+)')
 _VOID = 'void'
 _LABEL_MAP = 'config.data.label_map'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClassList:
-  """What classes.txt says.
+def parse_classes(
+  lines: Sequence[str],
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+  """Splits lines of 'name', or all of 'name R G B', into names and colors.
 
-  Attributes:
-    lines: the names, by label value.
-    colors: uint8 [len(lines), 3], or None where the lines have none.
-  """
-
-  lines: tuple[str, ...]
-  colors: np.ndarray | None = None
-
-  @property
-  def void_line(self) -> int | None:
-    """The label value of the line that gives void its color, or None."""
-    names = [name.casefold() for name in self.lines]
-    if self.colors is not None and _VOID in names:
-      return names.index(_VOID)
-    return None
-
-
-def parse_classes(lines: Sequence[str]) -> ClassList:
-  """Reads lines of 'name', or all of 'name R G B'.
-
-  Raises:
-    ValueError: if some lines alone have a color, or a color is wrong.
+  Colors are uint8 [N, 3], or None. Raises `ValueError` if only some lines have
+  a color, or a color is wrong.
   """
   found = [_COLOR.fullmatch(line) for line in lines]
   if not any(found):
-    return ClassList(tuple(lines))
-  for line, match in zip(lines, found, strict=True):
-    if match is None:
-      raise ValueError(
-        f'{line!r} has no color, and others have one; end every line or none '
-        'with R G B'
-      )
+    return tuple(lines), None
+  if None in found:
+    raise ValueError(
+      f'{lines[found.index(None)]!r} has no color, and others have one; end '
+      'every line or none with R G B'
+    )
   names = tuple(match[1] for match in found)
   colors = [tuple(map(int, match.groups()[1:])) for match in found]
   for name, color in zip(names, colors, strict=True):
@@ -68,30 +46,26 @@ def parse_classes(lines: Sequence[str]) -> ClassList:
     other = names[colors.index(color)]
     if other != name:
       raise ValueError(f'{other!r} and {name!r} have one color, {color}')
-  return ClassList(names, np.array(colors, np.uint8))
+  return names, np.array(colors, np.uint8)
 
 
 def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
-  """Reads `config.data.label_map`: '255:1' or '0:void,1:0,2:0'.
+  """Reads `config.data.label_map`, as '255:1' or '0:void,1:0,2:0'.
 
-  Args:
-    text: pairs of a value in the files and a label value or 'void', by commas.
-    ignore_label: what void stands for.
-
-  Raises:
-    UserError: naming the pair that is wrong.
+  Each pair is a value in the files and the label value it stands for. Raises
+  `UserError` naming the pair that is wrong.
   """
   result: dict[int, int] = {}
-  for pair in filter(None, (part.strip() for part in text.split(','))):
+  for pair in filter(None, map(str.strip, text.split(','))):
     match = re.fullmatch(r'(\d+)\s*:\s*(\d+|void)', pair)
     if not match or int(match[1]) > 255:
-      raise errors.UserError(
+      raise UserError(
         f'{_LABEL_MAP}: {pair!r} is no pair of a value 0..255 in the files and '
         "a class index or void, as in '255:1' or '0:void,1:0'"
       )
     value = int(match[1])
     if value in result:
-      raise errors.UserError(f'{_LABEL_MAP}: the value {value} stands twice')
+      raise UserError(f'{_LABEL_MAP}: the value {value} stands twice')
     result[value] = ignore_label if match[2] == _VOID else int(match[2])
   return result
 
@@ -100,42 +74,44 @@ class Meaning:
   """Turns what label files hold into classes.
 
   Attributes:
-    lines: the names in classes.txt, by label value; none where it is not known.
-    classes: the names without those of void.
-    values: the label value of each class.
-    void_values: the label values of void.
-    ignore_label: that of them that is set.
+    lines: the names in classes.txt, by label value.
+    line_colors: uint8 [len(lines), 3], or None where the lines have none.
+    classes: the names without those of void; `values` are their label values.
+    void_values: the label values of void; `ignore_label` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
-    label_map: the label value of a value in the files, where it is another.
+    label_map: the label values of those file values that mean another one.
   """
 
   def __init__(
     self,
-    class_list: ClassList | None,
+    lines: Sequence[str],
     ignore_label: int = 255,
-    label_map: str = '',
+    label_map: str | None = '',
   ) -> None:
-    """Raises `UserError` if the parts contradict each other."""
-    class_list = class_list or ClassList(())
-    self.lines, self._colors = class_list.lines, class_list.colors
+    """Takes the lines of classes.txt, none if they are not known.
+
+    Raises `UserError` if the parts contradict each other.
+    """
+    self.lines, self.line_colors = parse_classes(lines)
+    count = len(self.lines)
     self.ignore_label = ignore_label
-    self.void_values = {ignore_label, class_list.void_line} - {None}
-    self.values = tuple(
-      v for v in range(len(self.lines)) if v not in self.void_values
-    )
+    self.void_values = {ignore_label}
+    if self.line_colors is not None:  # one line may give void its color
+      named = (v for v in range(count) if self.lines[v].casefold() == _VOID)
+      self.void_values.update(named)
+    self.values = tuple(v for v in range(count) if v not in self.void_values)
     self.classes = tuple(self.lines[value] for value in self.values)
-    in_range = ignore_label < len(self.lines)
-    self.stored_ignore_label = 255 if in_range else ignore_label
-    self.label_map = parse_label_map(label_map, ignore_label)
+    self.stored_ignore_label = 255 if ignore_label < count else ignore_label
+    self.label_map = parse_label_map(label_map or '', ignore_label)
     for value, target in self.label_map.items():
-      if self.lines and target >= len(self.lines) and target != ignore_label:
-        raise errors.UserError(
+      if self.lines and target >= count and target != ignore_label:
+        raise UserError(
           f'{_LABEL_MAP}: {value}:{target} names class {target}, and '
-          f'classes.txt has {len(self.lines)} lines, 0 to {len(self.lines) - 1}'
+          f'classes.txt has {count} lines, 0 to {count - 1}'
         )
     if self.lines and not self.values:
-      raise errors.UserError(
-        'classes.txt names no class beside void, '
+      raise UserError(
+        'classes.txt names no class besides void, '
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
     self._table = np.arange(256, dtype=np.uint8)
@@ -146,10 +122,11 @@ class Meaning:
   @property
   def colors(self) -> np.ndarray | None:
     """The color of each class in classes.txt, uint8 [C, 3], or None."""
-    return None if self._colors is None else self._colors[list(self.values)]
+    colors = self.line_colors
+    return None if colors is None else colors[list(self.values)]
 
   def file_values(self) -> tuple[int, ...]:
-    """A value that stands for each class in the files, all different.
+    """Returns a value that stands for each class in the files, all different.
 
     Of several values of one class it is the first that the label map names.
     """
@@ -163,141 +140,115 @@ class Meaning:
     free = (v for v in range(256) if v not in taken)
     return tuple(next(free) if v is None else v for v in chosen)
 
-  def label_values(self, file: Any) -> np.ndarray:
-    """Returns the label values uint8 [H, W] that an `images.LabelFile` holds.
+  def label_values(self, file: LabelFile) -> np.ndarray:
+    """Returns the label values uint8 [H, W] that a file holds.
 
-    Raises:
-      UserError: if it holds colors that are no class's.
+    Raises `UserError` if it holds colors that belong to no class.
     """
-    if self._colors is None or (file.palette is None and file.pixels.ndim == 2):
+    pixels = file.pixels
+    if self.line_colors is None or (file.palette is None and pixels.ndim == 2):
       indices = file.indices()
       return self._table[indices] if self.label_map else indices
     if self.label_map:
-      raise errors.UserError(
+      raise UserError(
         f'{file.path}: {_LABEL_MAP} maps values, but this label is read by the '
         'colors in classes.txt; leave one of the two out'
       )
-    if file.pixels.ndim == 3:
-      return self._of_colors(file.pixels, file.path)
-    return self._of_palette(file)
+    if pixels.ndim == 2:
+      return self._of_palette(file)
+    codes, places, counts = np.unique(
+      pixels @ np.array([1 << 16, 1 << 8, 1]),
+      return_inverse=True,
+      return_counts=True,
+    )
+    colors = codes[:, None] >> (16, 8, 0) & 255
+    values = self._of_colors(colors, counts, file.path)
+    return values[places].reshape(pixels.shape[:2])
 
   def to_classes(self, values: np.ndarray) -> np.ndarray:
     """Returns classes and the stored ignore label for label values uint8."""
     return self._stored[values]
 
-  def used_colors(self, file: Any) -> dict[int, tuple[int, ...]]:
-    """Colors of the palette indices in use whose order is what gives a class.
+  def used_colors(self, file: LabelFile) -> list[list[Any]]:
+    """Returns what `Palettes.add` takes, for the indices that mean a class.
 
     Empty where the class does not come from the index. Void may have any color.
     """
-    if file.palette is None or self._colors is not None:
-      return {}
-    # A tenth of the time of np.bincount.
-    used = cv2.calcHist([file.pixels], [0], None, [256], [0, 256]).ravel()
-    return {
-      int(index): _color_at(file.palette, index)
-      for index in np.flatnonzero(used)
+    if file.palette is None or self.line_colors is not None:
+      return []
+    padded = np.vstack([file.palette, np.zeros((256, 3), np.uint8)])
+    return [
+      [index, *padded[index].tolist(), str(file.path)]
+      for index in np.flatnonzero(_counts(file.pixels)).tolist()
       if self._table[index] != self.ignore_label
-    }
+    ]
 
-  def _of_palette(self, file: Any) -> np.ndarray:
+  def _of_palette(self, file: LabelFile) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
-    values = np.full(file.pixels.shape, self.ignore_label, np.uint8)
-    by_color = file.pixels != self.ignore_label
-    by_color |= self.ignore_label < len(self.lines)
-    self._refuse_colored_void(file, by_color)
-    indices = file.pixels[by_color]
-    last = int(indices.max(initial=0))
-    if last >= len(file.palette):
-      raise errors.UserError(
-        f'{file.path}: index {last} has no color, as the palette has '
-        f'{len(file.palette)} alone; correct the file'
+    counts, void = _counts(file.pixels), self.ignore_label
+    palette = file.palette
+    if void >= len(self.lines):
+      names = dict(zip(map(tuple, self.colors), self.classes, strict=True))
+      color = tuple(palette[void]) if void < len(palette) else None
+      if counts[void] and color in names:
+        raise UserError(
+          f'{file.path}: index {void} is void, config.data.ignore_label, but '
+          f'has the color of the class {names[color]!r}, {_words(color)}; give '
+          'that index another color, or leave the colors out of classes.txt to '
+          'read indices'
+        )
+      counts[void] = 0
+    used = np.flatnonzero(counts)
+    if used.max(initial=0) >= len(palette):
+      raise UserError(
+        f'{file.path}: index {used[-1]} has no color, as the palette has only '
+        f'{len(palette)}; correct the file'
       )
-    values[by_color] = self._of_colors(file.palette[indices], file.path)
-    return values
+    table = np.full(256, void, np.uint8)
+    table[used] = self._of_colors(palette[used], counts[used], file.path)
+    return table[file.pixels]
 
-  def _refuse_colored_void(self, file: Any, by_color: np.ndarray) -> None:
-    """Refuses void by its index that has the color of a class."""
-    if by_color.all() or self.ignore_label >= len(file.palette):
-      return
-    color = _color_at(file.palette, self.ignore_label)
-    colors = list(map(tuple, self.colors.tolist()))
-    if color in colors:
-      raise errors.UserError(
-        f'{file.path}: index {self.ignore_label} is void, '
-        'config.data.ignore_label, but has the color of the class '
-        f'{self.classes[colors.index(color)]!r}, {_words(color)}; give that '
-        'index another color, or leave the colors out of classes.txt to read '
-        'indices'
+  def _of_colors(
+    self, colors: np.ndarray, counts: np.ndarray, path: Any
+  ) -> np.ndarray:
+    """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
+    lines = map(tuple, self.line_colors.tolist())
+    known = {color: value for value, color in enumerate(lines)}
+    values = [known.get(tuple(color), -1) for color in colors.tolist()]
+    if -1 in values:
+      index = np.argmax(np.where(np.less(values, 0), counts, 0))
+      raise UserError(
+        f'{path}: the color {_words(colors[index])} ({counts[index]:.0f} '
+        'pixels) is none of those in classes.txt; correct the file, or give '
+        f"the color to a class or to '{_VOID}' there"
       )
-
-  def _of_colors(self, pixels: np.ndarray, path: Any) -> np.ndarray:
-    """The label values [...] of colors uint8 [..., 3]."""
-    codes = _codes(self._colors)
-    order = np.argsort(codes)
-    found = _codes(pixels)
-    places = np.searchsorted(codes[order], found).clip(max=len(codes) - 1)
-    values = order[places].astype(np.uint8)
-    strange = found != codes[values]
-    if strange.any():
-      kinds, counts = np.unique(found[strange], return_counts=True)
-      code = int(kinds[counts.argmax()])
-      color = ' '.join(str(code >> shift & 255) for shift in (16, 8, 0))
-      raise errors.UserError(
-        f'{path}: the color {color} ({counts.max()} pixels) is none of those '
-        'in classes.txt; correct the file, or give the color to a class or to '
-        f"'{_VOID}' there"
-      )
-    return values
+    return np.array(values, np.uint8)
 
 
-class Palettes:
-  """Looks that palette labels agree on the color of every index."""
+class Palettes(dict[int, list[Any]]):
+  """The rows [index, red, green, blue, path] that showed each index first."""
 
-  def __init__(self) -> None:
-    self._first: dict[int, tuple[tuple[int, ...], str]] = {}
+  def add(self, rows: Iterable[list[Any]]) -> None:
+    """Adds the colors of indices in use.
 
-  def add(self, path: Any, colors: dict[int, tuple[int, ...]]) -> None:
-    """Compares the used colors of a file, by index, with those of others.
-
-    Raises:
-      UserError: naming two files and the index that they color differently.
+    Raises `UserError`, naming two files, if an index has several colors.
     """
-    for index, color in colors.items():
-      other, first = self._first.setdefault(index, (tuple(color), str(path)))
-      if other != tuple(color):
-        raise errors.UserError(
+    for row in rows:
+      index, *color, path = row
+      _, *other, first = self.setdefault(index, row)
+      if color != other:
+        raise UserError(
           f'{path}: index {index} has the color {_words(color)}, but in '
           f'{first} {_words(other)}, so indices of one class differ; store '
           'gray PNGs of class indices, or give each class its color in '
           'classes.txt, as in "name 255 0 0"'
         )
 
-  def color(self, index: int) -> tuple[int, ...] | None:
-    """The color of an index, or None where none has used it."""
-    return self._first[index][0] if index in self._first else None
 
-  def to_json(self) -> list[list[Any]]:
-    """Returns rows that `merge` reads."""
-    return [
-      [index, *color, path] for index, (color, path) in self._first.items()
-    ]
-
-  def merge(self, rows: Iterable[Sequence[Any]]) -> None:
-    """Adds what `to_json` gave; raises as `add`."""
-    for index, *color, path in rows:
-      self.add(path, {index: tuple(color)})
+def _counts(pixels: np.ndarray) -> np.ndarray:
+  """Pixels of each value, float32 [256], in a tenth of np.bincount's time."""
+  return cv2.calcHist([pixels], [0], None, [256], [0, 256]).ravel()
 
 
-def _color_at(palette: np.ndarray, index: int) -> tuple[int, ...]:
-  return tuple(palette[index].tolist()) if index < len(palette) else (0, 0, 0)
-
-
-def _words(color: Sequence[int]) -> str:
+def _words(color: Iterable[int]) -> str:
   return ' '.join(map(str, color))
-
-
-def _codes(colors: np.ndarray) -> np.ndarray:
-  """One number for each color, uint8 [..., 3]."""
-  red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
-  return red << 16 | green << 8 | blue

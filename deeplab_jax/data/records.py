@@ -1,49 +1,50 @@
-"""What the TFDS builders of this package have in common."""
+"""How a data set is stored: a TFDS builder that writes records once.
 
-from __future__ import annotations
+A new data set is one file with a `RecordsBuilder` and a loader, as `shapes` is.
+"""
 
-import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
 import os
+import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
+from absl import logging as absl_logging
 from tqdm import tqdm
 
-from deeplab_jax.runtime import errors
+from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.images import encode_label
+from deeplab_jax.runtime import files as disk
+from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 64  # records in memory at once
+_CHUNK = 64  # images in memory at once
 _SHARD = 4096  # records in a file
 
-_Item = TypeVar('_Item', bound='Item')
-_T = TypeVar('_T')
-_Read = TypeVar('_Read')
+# What a loader returns: for every split the builder that holds its records.
+Builders = dict[str, tfds.core.DatasetBuilder]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class SourceConfig(tfds.core.BuilderConfig):
-  """Names what is prepared from files that may change.
+  """Names what is prepared; a source that changes gets another name."""
 
-  Attributes:
-    name: of the prepared set, `prefix` and a `fingerprint` of the source.
-    prefix: common to all preparations of one source.
-  """
-
-  name: str = ''
-  prefix: str = ''
+  name: str = ''  # `prefix`, and a `fingerprint` of the source
+  prefix: str = ''  # of all preparations of one source; '' for a single one
 
 
 def fingerprint(*values: Any) -> str:
@@ -52,28 +53,32 @@ def fingerprint(*values: Any) -> str:
 
 
 def split_key(split: str) -> str:
-  """Returns the name under which TFDS stores a split.
-
-  TFDS takes no dots, spaces or brackets, and 'all' means something else to it.
-  """
+  """Returns a name for a split that TFDS takes, and that is not its 'all'."""
   if re.fullmatch('[a-z][a-z0-9_]{0,39}', split) and split != 'all':
     return split
   readable = re.sub('[^a-z0-9]+', '_', split.lower())[:20]
   return f'list_{readable}_{fingerprint(split)[:8]}'
 
 
+class Sample(NamedTuple):
+  """What a builder generates of one image."""
+
+  name: str  # the id in its list
+  file_name: str  # of the original image, without its folder
+  image: bytes  # a JPEG or PNG
+  label: np.ndarray  # uint8 [H, W], classes and the ignore label
+
+
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
-  """Stores records in the order in which they are generated.
+  """Stores samples in the order in which they are generated.
 
-  TFDS itself shuffles a split in memory, and needs TensorFlow where it exceeds
-  1 GB.
-
-  The metadata holds `names`, the ids of each split; the builders add `info`
-  (`DatasetInfo.to_json()`) and `splits`, what `Tally.to_json()` gives for each
-  split.
+  TFDS itself shuffles in memory, and needs TensorFlow above 1 GB. Here,
+  `_split_generators` returns for each split an empty `Tally` and an iterator of
+  `Sample`, and sets `info`, a `DatasetInfo.to_json()`, in the metadata. The
+  base class adds `names`, the ids of each split, and `splits`, the tallies.
   """
 
-  code_path = None  # no checksums to look for; TFDS fails where it looks
+  code_path = None  # TFDS looks for checksums beside the code, and fails
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -95,98 +100,95 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   def _download_and_prepare(
     self, dl_manager: Any, download_config: Any = None
   ) -> None:
+    self.info.metadata.update(names={}, splits={})
     generators = self._split_generators(dl_manager)
-    # that of the temporary folder, which TFDS renames in the end
+    # Its folder is the temporary one, which TFDS renames at the end.
     written = self._info()
     writer = tfds.core.SequentialWriter(
       written, max_examples_per_shard=_SHARD, file_format='array_record'
     )
-    names = self.info.metadata['names'] = {}
-    for split, examples in generators.items():
-      writer.initialize_splits([split_key(split)])
-      names[split] = []
-      quiet = not sys.stderr.isatty()
-      examples = iter(
-        tqdm(examples, split, unit=' images', leave=False, disable=quiet)
-      )
-      while chunk := list(itertools.islice(examples, _CHUNK)):
-        names[split] += [name for name, _ in chunk]
-        chunk_records = [record for _, record in chunk]
-        writer.add_examples({split_key(split): chunk_records})
+    for split, (tally, samples) in generators.items():
+      key = split_key(split)
+      writer.initialize_splits([key])
+      writer.add_examples({key: self._examples(split, samples, tally)})
     writer.close_all()
     self.info.set_splits(written.splits)
 
-
-def make_record(
-  name: str, file_name: str, image: bytes, label: bytes, size: tuple[int, int]
-) -> dict[str, Any]:
-  """One record as a builder yields it.
-
-  Args:
-    name: the id in its list.
-    file_name: of the original image, without its folder.
-    image: JPEG or PNG bytes.
-    label: bytes of a gray PNG of class indices.
-    size: (height, width) of both.
-  """
-  return {
-    'image': io.BytesIO(image),
-    'label': io.BytesIO(label),
-    'name': name,
-    'file_name': file_name,
-    'height': size[0],
-    'width': size[1],
-  }
+  def _examples(
+    self, split: str, samples: Iterable[Sample], tally: Tally
+  ) -> Iterator[dict[str, Any]]:
+    """Yields what is stored of each sample, and counts it."""
+    names = self.info.metadata['names'][split] = []
+    # Without a terminal, `None` shows no bar.
+    samples = tqdm(samples, split, unit=' images', leave=False, disable=None)
+    for sample in samples:
+      names.append(sample.name)
+      tally.add(sample.label)
+      yield {
+        'image': io.BytesIO(sample.image),
+        'label': io.BytesIO(encode_label(sample.label)),
+        'name': sample.name,
+        'file_name': sample.file_name,
+        'height': sample.label.shape[0],
+        'width': sample.label.shape[1],
+      }
+    self.info.metadata['splits'][split] = tally.to_json()
 
 
-class Item(Protocol):
-  """One listed image: its id, and its two files as messages name them."""
+def require_ignore_label(info: DatasetInfo, given: int) -> None:
+  """Raises `UserError` unless void has the value that `info` has for it."""
+  if given != info.ignore_label:
+    raise UserError(
+      f'config.data.ignore_label of {info.name!r} is {info.ignore_label}, got '
+      f'{given}'
+    )
 
-  name: str
-  image: Any
-  label: Any
+
+# One listed image: `name` is its id, `image` and `label` name its files.
+Item = TypeVar('Item')
+Read = TypeVar('Read')
 
 
 def readable(
-  items: Iterable[_Item],
-  read: Callable[[_Item], _Read],
+  items: Sequence[Item],
+  read: Callable[[Item], Read],
   *,
-  split: str,
+  origin: object,
   on_bad_image: str,
-) -> Iterator[tuple[_Item, _Read]]:
-  """Yields each item with what `read` makes of it, in order.
+) -> Iterator[tuple[Item, Read]]:
+  """Yields each item with what `read` returns for it, in order.
 
-  Args:
-    items: the images of the split.
-    read: called on all cores; raises `UnreadableError` where a file is no whole
-      image.
-    split: its name, for messages.
-    on_bad_image: 'stop' at such a file, or 'skip' its item.
-
-  Raises:
-    UserError: naming the file.
+  `read` is called on all cores. If it raises `UnreadableError`, `on_bad_image`
+  says whether to 'skip' the item, or to 'stop' with a `UserError`, as is done
+  if all are skipped. `origin` is where they are listed.
   """
 
-  def attempt(item: _Item) -> tuple[_Item, Any]:
+  def attempt(item: Item) -> Read | UnreadableError:
     try:
-      return item, read(item)
-    except errors.UnreadableError as error:
-      return item, error
+      return read(item)
+    except UnreadableError as error:
+      return error
 
-  for item, value in in_threads(items, attempt):
-    if not isinstance(value, errors.UnreadableError):
+  skipped = 0
+  for item, value in zip(items, in_threads(items, attempt), strict=True):
+    if not isinstance(value, UnreadableError):
       yield item, value
     elif on_bad_image == 'stop':
-      raise errors.UserError(
+      raise UserError(
         f"{value}, or set config.data.on_bad_image='skip'"
       ) from value
     else:
-      log.warning('Skipped %r of split %r: %s', item.name, split, value)
+      skipped += 1
+      log.warning('Skipped %r of %s: %s', item.name, origin, value)
+  if skipped == len(items):
+    raise UserError(
+      f'{origin}: every listed image is unreadable; see the warnings above'
+    )
 
 
 def in_threads(
-  items: Iterable[_T], function: Callable[[_T], _Read]
-) -> Iterator[_Read]:
+  items: Iterable[Item], function: Callable[[Item], Read]
+) -> Iterator[Read]:
   """Yields the function's results in order, computed on all cores."""
   items = iter(items)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -195,11 +197,11 @@ def in_threads(
 
 
 def check_size(
-  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
+  item: Any, image_size: tuple[int, ...], label_size: tuple[int, ...]
 ) -> None:
   """Raises `UserError` unless both sizes (height, width) are the same."""
   if image_size != label_size:
-    raise errors.UserError(
+    raise UserError(
       f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
       f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
       'size'
@@ -207,114 +209,83 @@ def check_size(
 
 
 def check_values(
-  item: Item,
+  item: Any,
   label: np.ndarray,
   num_classes: int,
   ignore_label: int,
   *,
   remedy: str,
 ) -> None:
-  """Raises `UserError` unless a label uint8 [H, W] holds classes and void.
-
-  Args:
-    item: of the label.
-    label: the class indices.
-    num_classes: they are below it,
-    ignore_label: or this.
-    remedy: what to correct, for the error.
-  """
+  """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
   counts = np.bincount(label.ravel(), minlength=256)
   counts[:num_classes] = 0
   counts[ignore_label] = 0
   if counts.any():
     value = int(counts.argmax())
-    raise errors.UserError(
+    raise UserError(
       f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
       f'one of the {num_classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'
     )
 
 
-class Records(Sequence[dict[str, Any]]):
-  """The records of `make_record` at random access, images as their bytes."""
-
-  def __init__(self, serialized: Sequence[bytes]) -> None:
-    """Wraps `builder.as_data_source(split, deserialize_method=RAW_BYTES)`."""
-    self._serialized = serialized
-
-  def __len__(self) -> int:
-    return len(self._serialized)
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    return map(self.__getitem__, range(len(self)))
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    # TFDS's own parser takes several times as long, as it makes arrays of all.
-    example = tf_example_pb2.Example.FromString(self._serialized[index])
-    return {
-      name: (feature.bytes_list.value or feature.int64_list.value)[0]
-      for name, feature in example.features.feature.items()
-    }
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Hides TFDS's greeting on stdout and its notes to authors of builders."""
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  logger, note = absl_logging.get_absl_logger(), 'Using custom data config'
+  logger.addFilter(others := lambda record: note not in str(record.msg))
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logger.removeFilter(others)
 
 
-class Tally:
-  """Counts what a split holds, while its labels pass by.
+@_quiet()
+def prepared(
+  builder_class: type[RecordsBuilder],
+  prepared_dir: str | None,
+  config: SourceConfig,
+) -> RecordsBuilder:
+  """Returns the builder of `config`, with its records on disk.
 
-  Attributes:
-    num_images: how many labels were added.
-    sizes: number of images by (height, width).
-    class_pixels: int64 [C], pixels of each class.
-    class_images: int64 [C], images in which each class occurs.
-    class_image_pixels: int64 [C], the pixels that are not void of those images.
-    void_pixels: pixels of the ignore label.
+  TFDS writes into a folder of another name and renames it at the end, so a
+  prepared folder is complete. A second process waits for the first. Raises
+  `UserError` if `prepared_dir` (empty: TFDS's own) cannot be written.
   """
-
-  def __init__(self, num_classes: int, ignore_label: int) -> None:
-    self._ignore_label = ignore_label
-    self.num_images = 0
-    self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    self.class_pixels = np.zeros(num_classes, np.int64)
-    self.class_images = np.zeros(num_classes, np.int64)
-    self.class_image_pixels = np.zeros(num_classes, np.int64)
-    self.void_pixels = 0
-
-  def add(self, label: np.ndarray) -> None:
-    """Adds a label uint8 [H, W] of classes and void."""
-    counts = np.bincount(label.ravel(), minlength=256)
-    self.void_pixels += int(counts[self._ignore_label])
-    counts[self._ignore_label] = 0
-    pixels = counts[: len(self.class_pixels)]
-    self.num_images += 1
-    self.sizes[label.shape] += 1
-    self.class_pixels += pixels
-    self.class_images += pixels > 0
-    self.class_image_pixels += np.where(pixels > 0, pixels.sum(), 0)
-
-  @property
-  def max_size(self) -> tuple[int, int]:
-    """The largest height and the largest width, not always of one image."""
-    height, width = np.max(list(self.sizes), axis=0).tolist()
-    return height, width
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns a dict of plain JSON values; `from_json` reads it."""
-    return {
-      'num_images': self.num_images,
-      'ignore_label': self._ignore_label,
-      'sizes': [[*size, count] for size, count in sorted(self.sizes.items())],
-      'class_pixels': self.class_pixels.tolist(),
-      'class_images': self.class_images.tolist(),
-      'class_image_pixels': self.class_image_pixels.tolist(),
-      'void_pixels': self.void_pixels,
-    }
-
-  @classmethod
-  def from_json(cls, values: dict[str, Any]) -> Tally:
-    """Returns the tally that `to_json` made `values` of."""
-    tally = cls(len(values['class_pixels']), values['ignore_label'])
-    tally.num_images = values['num_images']
-    tally.void_pixels = values['void_pixels']
-    tally.sizes.update({(h, w): count for h, w, count in values['sizes']})
-    for name in ('class_pixels', 'class_images', 'class_image_pixels'):
-      setattr(tally, name, np.array(values[name], np.int64))
-    return tally
+  make = functools.partial(
+    builder_class, data_dir=prepared_dir or None, config=config
+  )
+  builder = make()
+  if builder.info.splits:
+    return builder
+  # <prepared_dir>/<data set>/<config>/<version>
+  path = pathlib.Path(builder.data_path)
+  home = path.parent.parent
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(disk.locked(home / f'.{config.name}.lock'))
+    except OSError as error:
+      raise UserError(
+        f'{home}: cannot be written ({error.strerror}); set '
+        'config.data.prepared_dir to another folder'
+      ) from error
+    builder = make()
+    if builder.info.splits:  # another process has done it
+      return builder
+    for leftover in path.parent.glob('incomplete.*'):
+      shutil.rmtree(leftover, ignore_errors=True)
+    builder.download_and_prepare(file_format='array_record')
+    builder = make()  # read back, as every later run will
+  # A preparation that failed has left a folder without a version.
+  others = home.glob(f'{config.prefix}{"[0-9a-f]" * 12}/[0-9]*')
+  for version in sorted(others) if config.prefix else ():
+    if version.parent.name != config.name:
+      log.info(
+        '%s was prepared from another state of the same source or with other '
+        'options; remove it if it is not needed',
+        version.parent,
+      )
+  return builder

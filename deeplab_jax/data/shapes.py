@@ -1,12 +1,10 @@
-"""The embedded data set: scenes of textured shapes, made on the spot.
+"""The embedded data set: scenes of textured shapes, drawn when first needed.
 
 Shapes are vivid and the ground is dull, each class has a usual hue from which
-its members stray, and textures are drawn for all alike: a network that sees
-form and colour learns them in a minute. Shapes lie over one another, and some
-are cut by the frame.
+its members vary, and textures are drawn for all alike: a network that sees form
+and color learns the classes in a minute. Shapes overlap, and the frame cuts
+some of them.
 """
-
-from __future__ import annotations
 
 import colorsys
 import dataclasses
@@ -25,18 +23,9 @@ _SUPERSAMPLING = 4  # draws outlines finer than a pixel, to smooth them
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class ShapesConfig(tfds.core.BuilderConfig):
-  """Size and number of the scenes; the name tells them all.
+class ShapesConfig(records.SourceConfig):
+  """Height and width of the scenes in pixels, and their number by split."""
 
-  Attributes:
-    height: of a scene in pixels.
-    width: of a scene in pixels.
-    train: number of scenes to train on.
-    val: number of scenes to evaluate on.
-    seed: of all scenes.
-  """
-
-  name: str = ''
   height: int = 144
   width: int = 192
   train: int = 400
@@ -55,48 +44,44 @@ class ShapesSegmentation(records.RecordsBuilder):
 
   VERSION = tfds.core.Version('1.2.0')  # a new one for every new look
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-    self.info.metadata.update(info=_INFO.to_json(), splits={})
-    return {split: self._generate_examples(split) for split in ('train', 'val')}
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    self.info.metadata['info'] = _INFO.to_json()
+    count, void = _INFO.num_classes, _INFO.ignore_label
+    return {
+      split: (datasets.Tally(count, void), self._generate_examples(split))
+      for split in ('train', 'val')
+    }
 
-  def _generate_examples(
-    self, split: str
-  ) -> Iterator[tuple[str, dict[str, Any]]]:
+  def _generate_examples(self, split: str) -> Iterator[records.Sample]:
     config = self.builder_config
     stream = ('train', 'val').index(split)
-    tally = records.Tally(_INFO.num_classes, _INFO.ignore_label)
 
-    def draw(index: int) -> tuple[np.ndarray, str, dict[str, Any]]:
-      # a seed per scene: a longer split begins with the same scenes
+    def draw(index: int) -> records.Sample:
+      # A seed per scene: a longer split begins with the same scenes.
       rng = np.random.default_rng((config.seed, stream, index))
       image, label = generate_scene(rng, (config.height, config.width))
       name = f'{split}_{index:05d}'
-      record = records.make_record(
-        name,
-        f'{name}.png',
-        images.encode_image(image),
-        images.encode_label(label),
-        label.shape,
+      return records.Sample(
+        name, f'{name}.png', images.encode_image(image), label
       )
-      return label, name, record
 
-    drawn = records.in_threads(range(getattr(config, split)), draw)
-    for label, name, record in drawn:
-      tally.add(label)
-      yield name, record
-    self.info.metadata['splits'][split] = tally.to_json()
+    return records.in_threads(range(getattr(config, split)), draw)
+
+
+def load(*, prepared_dir: str, ignore_label: int) -> records.Builders:
+  """Loads both splits, see `load.load_dataset`."""
+  records.require_ignore_label(_INFO, ignore_label)
+  builder = records.prepared(ShapesSegmentation, prepared_dir, ShapesConfig())
+  return dict.fromkeys(builder.info.splits, builder)
 
 
 def generate_scene(
   rng: np.random.Generator, size: tuple[int, int] = (144, 192)
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws two to four shapes over one another on a textured ground.
+  """Draws two to four overlapping shapes on a textured ground.
 
-  A pure function of the generator's state.
-
-  Args:
-    rng: the only source of chance.
-    size: height and width in pixels, at least 32 each.
+  `size` is (height, width), at least 32 each. A pure function of the
+  generator's state.
 
   Returns:
     image uint8 RGB [H, W, 3], and label uint8 [H, W]: 0 for the ground, 1 to
@@ -114,9 +99,8 @@ def generate_scene(
     cover = _place(rng, size, _INFO.classes[shape], placed)
     if cover is None:
       continue
-    texture = _texture(
-      rng, size, _vivid_color(rng, shape), rng.uniform(-50, 50, 3)
-    )
+    color = _vivid_color(rng, shape)
+    texture = _texture(rng, size, color, rng.uniform(-50, 50, 3))
     image += cover[..., None] * (texture - image)
     inside = (cover >= 0.5).astype(np.uint8)
     label[inside > 0] = shape
@@ -137,41 +121,31 @@ def _place(
   shape: str,
   placed: list[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray | None:
-  """Finds a place that leaves most of every shape to be seen.
+  """Finds a place for a shape that leaves most of every shape visible.
 
-  Args:
-    rng: the only source of chance.
-    size: height and width of the scene.
-    shape: name of the class.
-    placed: of each earlier shape its pixels [H, W] and those still seen [H, W],
-      both bool; updated.
-
-  Returns:
-    The share of each pixel covered, float32 [H, W] in 0..1, or None.
+  `placed` holds the pixels of each earlier shape and those of them that are
+  still visible, both bool [H, W]; it is updated. Returns the share of each
+  pixel covered, float32 [H, W], or None.
   """
   for _ in range(10):
     cover, whole_area = _draw(rng, size, shape)
     inside = cover >= 0.5
-    if inside.sum() < 0.75 * whole_area:
-      continue
-    if any(
-      (seen & ~inside).sum() < 0.6 * whole.sum() for whole, seen in placed
+    if inside.sum() >= 0.75 * whole_area and all(
+      (seen & ~inside).sum() >= 0.6 * whole.sum() for whole, seen in placed
     ):
-      continue
-    placed[:] = [(whole, seen & ~inside) for whole, seen in placed]
-    placed.append((inside, inside))
-    return cover
+      placed[:] = [(whole, seen & ~inside) for whole, seen in placed]
+      placed.append((inside, inside))
+      return cover
   return None
 
 
 def _draw(
   rng: np.random.Generator, size: tuple[int, int], shape: str
 ) -> tuple[np.ndarray, float]:
-  """Draws one shape of random size, place and turn.
+  """Draws one shape of random size, place and angle.
 
-  Returns:
-    The share of each pixel covered, float32 [H, W], and the area in pixels
-    that the shape has with what the frame cuts off.
+  Returns the share of each pixel covered, float32 [H, W], and the area in
+  pixels of the whole shape, with what lies outside the frame.
   """
   height, width = size
   radius = rng.uniform(0.25, 0.42) * min(size)
@@ -189,14 +163,14 @@ def _draw(
   return cover.astype(np.float32) / 255, area
 
 
-def _outline(shape: str, turn: float) -> np.ndarray:
+def _outline(shape: str, angle: float) -> np.ndarray:
   """Returns the corners (x, y) of a shape of radius 1, float64 [N, 2].
 
-  Upright where `turn`, in radians, is 0.
+  It stands upright where `angle`, in radians, is 0.
   """
   corners = {'disc': 64, 'ring': 64, 'square': 4, 'triangle': 3, 'star': 10}
   count = corners[shape]
-  start = turn - np.pi / (4 if shape == 'square' else 2)
+  start = angle - np.pi / (4 if shape == 'square' else 2)
   angles = start + 2 * np.pi * np.arange(count) / count
   points = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
   if shape == 'star':
@@ -219,13 +193,13 @@ def _texture(
 ) -> np.ndarray:
   """Returns a pattern of `color` and `color + change`, float32 [H, W, 3].
 
-  Stripes, checks, blobs, a slope or grain: a mask in 0..1 that blends the two.
+  Stripes, checks, blobs, a slope or grain: a mask in 0..1 blends the two.
   """
   height, width = size
   y, x = np.mgrid[:height, :width].astype(np.float32)
-  turn = rng.uniform(0, 2 * np.pi)
-  along = np.cos(turn) * x + np.sin(turn) * y
-  across = np.cos(turn) * y - np.sin(turn) * x
+  angle = rng.uniform(0, 2 * np.pi)
+  along = np.cos(angle) * x + np.sin(angle) * y
+  across = np.cos(angle) * y - np.sin(angle) * x
   period = rng.uniform(4, 10)
   kind = rng.integers(5)
   if kind == 0:

@@ -1,13 +1,10 @@
 """All that is wrong with a folder, found before it is prepared.
 
-Preparing stops at the first problem. A survey reads the same files, tells of
-every problem, and of what is allowed but seldom meant.
+Preparing stops at the first problem. A survey reads the same files, and reports
+every problem, and what is allowed but rarely meant.
 """
 
-from __future__ import annotations
-
 import collections
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -17,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from deeplab_jax.data import datasets, folder, images, labels, records
-from deeplab_jax.runtime import errors
+from deeplab_jax.data import folder, folder_files, labels, records
+from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.folder_files import Item
+from deeplab_jax.data.images import open_picture
+from deeplab_jax.data.label_files import open_label
+from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
 HUGE = 4096  # pixels; a huge image has a longer side
@@ -39,99 +40,70 @@ _ABSENT = 'classes without a pixel'
 _SHARED = 'ids in two lists, which makes the score worthless'
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
-
-# What is refused, beside unreadable files, which may be skipped.
-_FATAL = (
-  *(_LIST, _SHARED, _CLASSES, _FILES, _NO_PICTURES, _NO_INDICES, _PALETTES),
-  *(_SIZES, _VALUES, _ALL_VOID),
-)
+_WARNINGS = (_ABSENT, _TINY, _HUGE)  # all other problems are errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """One kind of problem.
+  """One kind of problem."""
 
-  Attributes:
-    title: what is wrong.
-    count: how often.
-    examples: the first ones.
-    fatal: whether the folder cannot be used for it.
-  """
-
-  title: str
-  count: int
-  examples: tuple[str, ...]
-  fatal: bool
+  title: str  # what is wrong
+  count: int  # how often
+  examples: tuple[str, ...]  # the first ones
+  fatal: bool  # whether the folder cannot be used because of it
 
   @property
   def line(self) -> str:
     """The title and the examples in one line."""
-    more = self.count - len(self.examples)
-    rest = [f'and {more:,} more'] if more else []
-    return f'{self.title}: {"; ".join([*self.examples, *rest])}'
+    return f'{self.title}: {"; ".join(self._shown())}'
 
   def __str__(self) -> str:
     """Several lines: the title with the count, then the examples."""
     kind = 'error' if self.fatal else 'warning'
-    lines = [f'{kind}: {self.title}: {self.count:,}']
-    lines += [f'  {example}' for example in self.examples]
-    if self.count > len(self.examples):
-      lines.append(f'  and {self.count - len(self.examples):,} more')
-    return '\n'.join(lines)
+    head = f'{kind}: {self.title}: {self.count:,}'
+    return '\n  '.join([head, *self._shown()])
+
+  def _shown(self) -> list[str]:
+    more = self.count - len(self.examples)
+    return [*self.examples, *([f'and {more:,} more'] if more else [])]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
-  """What a survey found.
-
-  Attributes:
-    root: the folder.
-    num_images: ids listed, each once.
-    lines: the names in classes.txt, those of void too; None where it cannot be
-      used.
-    ignore_label: label value of void pixels.
-    pixels: int64 [256], pixels of each label value.
-    findings: the problems.
-    void_line: the line that gives void its color, counted from 0, or None.
-  """
+  """What a survey found; `str` says how many classes there are, and why."""
 
   root: pathlib.Path
-  num_images: int
-  lines: tuple[str, ...] | None
-  ignore_label: int
-  pixels: np.ndarray
+  num_images: int  # ids listed, each once
+  num_classes: int
+  text: str
+  pixels: np.ndarray  # int64 [256], of each label value
   findings: tuple[Finding, ...]
-  void_line: int | None = None
-
-  @property
-  def num_lines(self) -> int:
-    """Lines that classes.txt should have: those there, or more for values."""
-    values = _values(self.pixels, self.ignore_label)
-    return max(len(self.lines or ()), max(values, default=-1) + 1)
-
-  @property
-  def num_classes(self) -> int:
-    """The number proposed: the lines but for that of the ignore label."""
-    void = {self.ignore_label, self.void_line} - {None}
-    return self.num_lines - sum(line < self.num_lines for line in void)
 
   def __str__(self) -> str:
-    """One line: the number of classes proposed, and why."""
-    values = _ranges(_values(self.pixels, self.ignore_label))
-    held = f'the labels hold {values or "no class"}'
-    if self.pixels[self.ignore_label]:
-      held += f' and void, {self.ignore_label}'
-    path, count = self.root / 'classes.txt', self.num_lines
-    if self.lines is None:
-      advice = f'write {path}: {count} lines, one class name each'
-    elif count > len(self.lines):
-      advice = f'but {path} has {len(self.lines)} names'
-    else:
-      advice = 'as classes.txt has names'
-    for line in sorted({self.ignore_label, self.void_line} - {None}):
-      if line < count:
-        advice += f'; line {line + 1} is void and no class'
-    return f'num_classes: {self.num_classes} ({held}; {advice})'
+    return self.text
+
+
+class _Notes(collections.defaultdict[str, list[str]]):
+  """The examples of each kind of problem."""
+
+  def catch(
+    self, title: str, function: Callable[..., Any], *arguments: Any
+  ) -> Any:
+    """Returns the function's result; notes its `UserError` and returns None."""
+    try:
+      return function(*arguments)
+    except UserError as error:
+      damaged = isinstance(error, UnreadableError)
+      self[_UNREADABLE if damaged else title].append(str(error))
+
+  def findings(self, skip: bool = False) -> tuple[Finding, ...]:
+    """Returns the problems; `skip` says that unreadable files are no error."""
+    allowed = (*_WARNINGS, _UNREADABLE) if skip else _WARNINGS
+    return tuple(
+      Finding(title, len(found), tuple(found[:EXAMPLES]), title not in allowed)
+      for title, found in self.items()
+      if found
+    )
 
 
 def survey_folder(
@@ -139,76 +111,127 @@ def survey_folder(
   splits: Sequence[str],
   *,
   ignore_label: int = 255,
-  label_map: str = '',
+  label_map: str | None = '',
   on_bad_image: str = 'stop',
 ) -> Survey:
   """Reads every listed file of a folder once, on all cores.
 
-  Args:
-    directory: the folder in VOC devkit layout.
-    splits: names of the lists, that to train on first.
-    ignore_label: label value of void pixels in the files.
-    label_map: what other values stand for, see `labels.parse_label_map`.
-    on_bad_image: 'skip' makes unreadable files a warning.
-
-  Raises:
-    UserError: if the folder or a part of it is missing, or an option is wrong.
+  The first of the splits is the one to train on. `on_bad_image='skip'` makes
+  unreadable files a warning. For the rest see `load.load_dataset`. Raises
+  `UserError` if a part of the folder is missing, or an option is wrong.
   """
-  root = folder.find_root(directory)
-  notes = _Notes()
-  classes = None
-  try:
-    classes = folder.read_classes(root)
-  except errors.UserError as error:
-    notes.add(_CLASSES, error)
-  meaning = labels.Meaning(classes, ignore_label, label_map)
+  root = folder_files.find_root(directory)
+  notes = _Notes(list)
+  lines = notes.catch(_CLASSES, folder_files.read_classes, root)
+  meaning = labels.Meaning(lines or (), ignore_label, label_map)
   listed = _read_lists(root, splits, notes)
-  items = {
-    name: item
-    for found in listed.values()
-    for name, item in found.items()
-    if item is not None
-  }
-  values, palettes = _Values(), labels.Palettes()
-  split_pixels = {split: np.zeros(256, np.int64) for split in listed}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    reads = threads.map(lambda item: _read(item, meaning), items.values())
-    for item, (counts, colors, problems) in zip(
-      items.values(), reads, strict=True
-    ):
-      for problem in problems:
-        notes.add(*problem)
-      notes.catch(_PALETTES, palettes.add, item.label, colors)
-      values.add(item, counts)
-      for split in listed:
-        if item.name in listed[split]:
-          split_pixels[split] += counts
-  values.report(notes, classes and classes.lines, ignore_label)
-  findings = notes.findings(skip=on_bad_image == 'skip')
-  if classes is not None:
-    counts = {
-      split: (
-        pixels[list(meaning.values)],
-        int(pixels[list(meaning.void_values)].sum()),
-      )
-      for split, pixels in split_pixels.items()
-    }
-    findings += label_findings(
-      counts,
-      meaning.classes,
-      meaning.values,
-      ignore_label,
-      splits[0],
+  found = itertools.chain(*(names.values() for names in listed.values()))
+  items = list(dict.fromkeys(filter(None, found)))
+  palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
+  results = records.in_threads(items, lambda item: _read(item, meaning))
+  for row, (own, colors, problems) in enumerate(results):
+    counts[row] = own
+    for title, examples in problems.items():
+      notes[title] += examples
+    notes.catch(_PALETTES, palettes.add, colors)
+  of_classes: tuple[Finding, ...] = ()
+  if lines:
+    for value in np.flatnonzero(counts.any(0)).tolist():
+      if value >= len(lines) and value != ignore_label:
+        (rows,) = counts[:, value].nonzero()
+        notes[_VALUES].append(
+          f'{value}: {counts[:, value].sum():,} pixels in {len(rows):,} files, '
+          f'first {items[rows[0]].label}'
+        )
+    known, void = list(meaning.values), list(meaning.void_values)
+    pixels = {}
+    for split, names in listed.items():
+      of_split = counts[[i for i, x in enumerate(items) if x.name in names]]
+      pixels[split] = of_split[:, known].sum(0), int(of_split[:, void].sum())
+    of_classes = label_findings(
+      pixels, meaning.classes, meaning.values, ignore_label, splits[0]
     )
-  return Survey(
-    root=root,
-    num_images=len(set().union(*listed.values())),
-    lines=None if classes is None else classes.lines,
-    ignore_label=ignore_label,
-    pixels=values.pixels,
-    findings=findings,
-    void_line=None if classes is None else classes.void_line,
-  )
+  findings = notes.findings(skip=on_bad_image == 'skip') + of_classes
+  num_images, total = len(set().union(*listed.values())), counts.sum(0)
+  num_classes, text = _propose(root / 'classes.txt', meaning, total)
+  return Survey(root, num_images, num_classes, text, total, findings)
+
+
+def _propose(
+  path: pathlib.Path, meaning: labels.Meaning, pixels: np.ndarray
+) -> tuple[int, str]:
+  """Returns the number of classes for so many pixels of each value, and why."""
+  ignored, names = meaning.ignore_label, len(meaning.lines)
+  values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
+  count = max(names, max(values, default=-1) + 1)
+  text = f'the labels hold {_ranges(values) or "no class"}'
+  if pixels[ignored]:
+    text += f' and void, {ignored}'
+  if not names:
+    text += f'; write {path}: {count} lines, one class name each'
+  elif count > names:
+    text += f'; but {path} has {names} names'
+  else:
+    text += '; as classes.txt has names'
+  void = [line for line in sorted(meaning.void_values) if line < count]
+  for line in void:
+    text += f'; line {line + 1} is void and no class'
+  return count - len(void), f'num_classes: {count - len(void)} ({text})'
+
+
+def _read_lists(
+  root: pathlib.Path, splits: Sequence[str], notes: _Notes
+) -> dict[str, dict[str, Item | None]]:
+  """Returns the files by id of every list that can be used, in order.
+
+  They are None for an id without its files.
+  """
+  lists = {}
+  for split in splits:
+    names = notes.catch(_LIST, folder_files.read_list, root, split)
+    if names:
+      lists[split] = names
+  every = dict.fromkeys(itertools.chain(*lists.values()))
+  items, missing = folder_files.find_items(root, every)
+  listed: dict[str, dict[str, Item | None]] = {split: {} for split in lists}
+  for split, names in lists.items():
+    for name in names:
+      item = items.get(name)
+      own = item.name if item else name
+      if own in listed[split]:
+        text = f'{own!r} stands twice in {split}, as {name!r} too'
+        notes[_LIST].append(text)
+      listed[split][own] = item
+  notes[_FILES] += map(str, missing.values())
+  for one, other in itertools.combinations(listed, 2):
+    shared = (name for name in listed[one] if name in listed[other])
+    notes[_SHARED] += [f'{name} in {one} and {other}' for name in shared]
+  return listed
+
+
+def _read(
+  item: Item, meaning: labels.Meaning
+) -> tuple[np.ndarray, list[list[Any]], _Notes]:
+  """Reads both files of an id.
+
+  Returns the pixels of each label value, int64 [256], all 0 if a file cannot be
+  used, the colors for `Palettes.add`, and the problems.
+  """
+  notes = _Notes(list)
+  picture = notes.catch(_NO_PICTURES, open_picture, item.image)
+  file = notes.catch(_NO_INDICES, open_label, item.label)
+  values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
+  if picture is None or values is None:
+    return np.zeros(256, np.int64), [], notes
+  notes.catch(_SIZES, folder.fit_label, item, picture, file, values)
+  height, width = picture.pixels.shape[:2]
+  size = f'{item.image}: {width}x{height}'
+  if min(height, width) < TINY:
+    notes[_TINY].append(size)
+  if max(height, width) > HUGE:
+    notes[_HUGE].append(size)
+  counts = np.bincount(values.ravel(), minlength=256)
+  return counts, meaning.used_colors(file), notes
 
 
 def label_findings(
@@ -220,73 +243,53 @@ def label_findings(
 ) -> tuple[Finding, ...]:
   """Finds splits that lack classes, and labels that nothing is learned from.
 
-  Args:
-    split_pixels: for every split the pixels of each class, int [C], and those
-      of void.
-    classes: the C class names.
-    values: their values in the label files.
-    void_value: that of void.
-    trained: the split to train on.
-
-  Returns:
-    One finding of each kind; none if every class occurs in every split.
+  `split_pixels` are, for every split, the pixels of each class, int [C], and
+  those of void. The `values` of the classes are those in the label files.
   """
-  notes = _Notes()
+  notes, found = _Notes(list), ()
   for split, (pixels, void) in split_pixels.items():
-    present = np.flatnonzero(pixels)
-    if not present.size and not void:
-      continue  # nothing could be read, which other findings say
-    if split == trained and not present.size:
-      notes.add(_ALL_VOID, f'every pixel in {split} is void, {void_value}')
-    elif not present.size:
-      notes.add(_ABSENT, f'all {len(classes)} in {split}')
+    present = np.count_nonzero(pixels)
+    if not present and not void:
+      continue  # nothing could be read, as other findings say
+    if not present and split == trained:
+      notes[_ALL_VOID].append(f'every pixel in {split} is void, {void_value}')
+    elif not present:
+      notes[_ABSENT].append(f'all {len(classes)} in {split}')
     else:
-      for index in np.flatnonzero(np.equal(pixels, 0)):
-        notes.add(_ABSENT, f'{classes[index]} in {split}')
-  found = notes.findings()
-  pixels, void = split_pixels.get(trained, (np.zeros(0), 0))
-  if np.count_nonzero(pixels) == 1:
-    index = int(np.argmax(pixels))
-    text = f'{values[index]} ({classes[index]}) is the only value'
-    if void:
-      text += f' beside void, {void_value}, in {trained}; '
-      text += _remedy(pixels, values, void_value)
-    else:
-      text += f' in {trained}, so there is nothing to learn'
-    found = (Finding(_SAME, 1, (text,), fatal=bool(void)), *found)
-  return found
+      absent = np.flatnonzero(np.equal(pixels, 0))
+      notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
+    if split == trained and present == 1:
+      index = int(np.argmax(pixels))
+      text = f'{values[index]} ({classes[index]}) is the only value'
+      if void:
+        text += f' besides void, {void_value}, in {trained}; '
+        text += _remedy(pixels, values, void_value)
+      else:
+        text += f' in {trained}, so there is nothing to learn'
+      found = (Finding(_SAME, 1, (text,), fatal=bool(void)),)
+  return found + notes.findings()
 
 
 def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
   """What to do if the value of void marks a class."""
-  text = f'if {void_value} marks a class, set '
+  text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
-    return f'{text}--config.data.ignore_label=255'
+    return f'{text}ignore_label=255'
   absent = np.flatnonzero(np.equal(pixels, 0))
   if absent.size:
-    return f'{text}--config.data.label_map={void_value}:{values[absent[0]]}'
-  following = max(values) + 1
+    return f'{text}label_map={void_value}:{values[absent[0]]}'
   return (
-    f'{text}--config.data.label_map={void_value}:{following} and give it a '
-    'line in classes.txt'
+    f'{text}label_map={void_value}:{max(values) + 1} and give it a line in '
+    'classes.txt'
   )
 
 
 def check_tallies(
-  info: datasets.DatasetInfo, tallies: Mapping[str, records.Tally], trained: str
+  info: DatasetInfo, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
-  """Looks before training at what a survey looks at, in the same words.
+  """Returns what is suspect about the splits of a data set, as a survey does.
 
-  Args:
-    info: of the data set.
-    tallies: of its splits.
-    trained: the split to train on.
-
-  Returns:
-    What is only suspect.
-
-  Raises:
-    UserError: if nothing can be learned.
+  Raises `UserError` if nothing can be learned from the split `trained`.
   """
   found = label_findings(
     {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()},
@@ -297,164 +300,18 @@ def check_tallies(
   )
   for finding in found:
     if finding.fatal:
-      raise errors.UserError(
+      raise UserError(
         f'config.data.train_split={trained} of {info.name}: {finding.line}'
       )
   return found
 
 
-class _Notes:
-  """Gathers problems by kind."""
-
-  def __init__(self) -> None:
-    self._examples: dict[str, list[str]] = {}
-    self._counts: collections.Counter[str] = collections.Counter()
-
-  def add(self, title: str, example: object) -> None:
-    """Counts a problem, and keeps it if it is one of the first of its kind."""
-    self._counts[title] += 1
-    examples = self._examples.setdefault(title, [])
-    if len(examples) < EXAMPLES:
-      examples.append(str(example))
-
-  def catch(
-    self, title: str, call: Callable[..., Any], *arguments: Any
-  ) -> None:
-    """Adds the `UserError` that a call raises, if it does."""
-    try:
-      call(*arguments)
-    except errors.UserError as error:
-      self.add(title, error)
-
-  def findings(self, skip: bool = False) -> tuple[Finding, ...]:
-    """Returns the problems; `skip` says that unreadable files are no error."""
-    fatal = _FATAL if skip else (*_FATAL, _UNREADABLE)
-    return tuple(
-      Finding(title, self._counts[title], tuple(examples), title in fatal)
-      for title, examples in self._examples.items()
-    )
-
-
-class _Values:
-  """Counts label values.
-
-  Attributes:
-    pixels: int64 [256], pixels of each value.
-  """
-
-  def __init__(self) -> None:
-    self.pixels = np.zeros(256, np.int64)
-    self._files = np.zeros(256, np.int64)
-    self._first: dict[int, pathlib.Path] = {}
-
-  def add(self, item: folder.Item, counts: np.ndarray) -> None:
-    """Adds the pixels of each value in the label of `item`, int [256]."""
-    self.pixels += counts
-    self._files += counts > 0
-    for value in np.flatnonzero(counts).tolist():
-      self._first.setdefault(value, item.label)
-
-  def report(
-    self, notes: _Notes, lines: Sequence[str] | None, ignore_label: int
-  ) -> None:
-    """Notes the values that are no line of classes.txt."""
-    for value in _values(self.pixels, ignore_label):
-      if lines is not None and value >= len(lines):
-        notes.add(
-          _VALUES,
-          f'{value}: {self.pixels[value]:,} pixels in '
-          f'{self._files[value]:,} files, first {self._first[value]}',
-        )
-
-
-def _read_lists(
-  root: pathlib.Path, splits: Sequence[str], notes: _Notes
-) -> dict[str, dict[str, folder.Item | None]]:
-  """Returns the files by id of every list that can be used, in order.
-
-  An id without its files stands for None.
-  """
-  files = folder.ImageFiles(root)
-  found: dict[str, folder.Item | None] = {}
-
-  def find(name: str) -> None:
-    found[name] = None
-    found[name] = files.item(name)
-
-  listed: dict[str, dict[str, folder.Item | None]] = {}
-  for split in splits:
-    try:
-      names = folder.read_list(root, split)
-    except errors.UserError as error:
-      notes.add(_LIST, error)
-      continue
-    listed[split] = {}
-    for name in names:
-      if name not in found:
-        notes.catch(_FILES, find, name)
-      item = found[name]
-      own = name if item is None else item.name
-      if own in listed[split]:
-        notes.add(_LIST, f'{own!r} stands twice in {split}, as {name!r} too')
-      listed[split][own] = item
-  for one, other in itertools.combinations(listed, 2):
-    for name in listed[one]:
-      if name in listed[other]:
-        notes.add(_SHARED, f'{name} in {one} and {other}')
-  return listed
-
-
-def _read(
-  item: folder.Item, meaning: labels.Meaning
-) -> tuple[np.ndarray, dict[int, tuple[int, ...]], list[tuple[str, str]]]:
-  """Reads both files of an id.
-
-  Returns:
-    The pixels of each label value, int64 [256], all 0 if a file cannot be
-    used; the colors of its palette indices; and the problems as pairs of title
-    and example.
-  """
-  problems = []
-  try:
-    picture = images.open_picture(item.image)
-  except errors.UnreadableError as error:
-    problems.append((_UNREADABLE, str(error)))
-  except errors.UserError as error:
-    problems.append((_NO_PICTURES, str(error)))
-  try:
-    file = images.open_label(item.label)
-    label = meaning.label_values(file)
-  except errors.UnreadableError as error:
-    problems.append((_UNREADABLE, str(error)))
-  except errors.UserError as error:
-    problems.append((_NO_INDICES, str(error)))
-  if problems:
-    return np.zeros(256, np.int64), {}, problems
-  height, width = size = picture.pixels.shape[:2]
-  try:
-    folder.fit_label(item, picture, file, label)
-  except errors.UserError as error:
-    problems.append((_SIZES, str(error)))
-  for title, holds in ((_TINY, min(size) < TINY), (_HUGE, max(size) > HUGE)):
-    if holds:
-      problems.append((title, f'{item.image}: {width}x{height}'))
-  counts = np.bincount(label.ravel(), minlength=256)
-  return counts, meaning.used_colors(file), problems
-
-
-def _values(pixels: np.ndarray, ignore_label: int) -> list[int]:
-  """The label values that occur, without that of void."""
-  return [v for v in np.flatnonzero(pixels).tolist() if v != ignore_label]
-
-
 def _ranges(values: Sequence[int]) -> str:
   """Writes ascending numbers shortly: '0 to 3, 7'."""
-  runs: list[list[int]] = []
-  for value in values:
-    if runs and value == runs[-1][-1] + 1:
-      runs[-1].append(value)
-    else:
-      runs.append([value])
+  runs = [
+    [value for _, value in run]
+    for _, run in itertools.groupby(enumerate(values), lambda x: x[1] - x[0])
+  ]
   return ', '.join(
     f'{run[0]} to {run[-1]}' if len(run) > 1 else str(run[0]) for run in runs
   )

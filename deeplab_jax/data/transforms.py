@@ -1,15 +1,11 @@
-"""Transforms that move an image and its label together.
-
-Each is a frozen dataclass called as
+"""Transforms that change an image and its label together.
 
     image, label = transform(image, label, rng)
 
-with image uint8 RGB [H, W, 3], label uint8 [H, W] and a numpy Generator, the
-only source of chance. Images stay in 0..255: the model normalises them on the
-device.
+The image is uint8 RGB [H, W, 3], the label uint8 [H, W], and the numpy
+Generator the only source of randomness. Images stay in 0..255: the model
+normalizes them on the device.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,12 +13,10 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-Transform = Callable[
-  [np.ndarray, np.ndarray, np.random.Generator],
-  tuple[np.ndarray, np.ndarray],
-]
+Pair = tuple[np.ndarray, np.ndarray]
+Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], Pair]
 
-# The mean of ImageNet's pixels, RGB: what the padding of a crop shows.
+# The mean of ImageNet's pixels, RGB: the padding of a crop.
 MEAN_COLOR = (124, 117, 104)
 
 
@@ -30,41 +24,27 @@ MEAN_COLOR = (124, 117, 104)
 class RandomScaleCropFlip:
   """Scales, cuts out a window at a random place and mirrors, in one pass.
 
-  Only what the window shows is resized. Its borders fall on whole pixels of the
-  image: both axes scale by the factor drawn to within half such a pixel over
-  the window. Where the scaled image is smaller than the window, it is padded at
-  the bottom and, before it is mirrored, the right.
-
-  Attributes:
-    size: height and width of the window.
-    scale: smallest and largest factor; uniform between them.
-    flip: probability to mirror left and right.
-    fill: RGB of the padding in the image.
-    ignore_label: of the padding in the label.
+  Only what the window shows is resized. Its borders lie on whole pixels of the
+  image, so each axis scales by the factor drawn to within half such a pixel
+  over the window. Where the scaled image is smaller than the window, it is
+  padded at the bottom and, before it is mirrored, at the right.
   """
 
-  size: tuple[int, int]
-  scale: tuple[float, float] = (0.5, 2.0)
-  flip: float = 0.5
-  fill: tuple[int, int, int] = MEAN_COLOR
-  ignore_label: int = 255
+  size: tuple[int, int]  # height and width of the window
+  scale: tuple[float, float] = (0.5, 2.0)  # smallest and largest; uniform
+  flip: float = 0.5  # probability to mirror left and right
+  ignore_label: int = 255  # of the padding, which has `MEAN_COLOR`
 
   def __post_init__(self) -> None:
-    if len(self.size) != 2 or min(self.size) < 1:
+    _check_size(self.size)
+    low, high = self.scale if len(self.scale) == 2 else (0, 0)
+    if not 0 < low <= high < 2**31:
       raise ValueError(
-        f'crop_size must be (height, width) from 1, got {self.size}'
-      )
-    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < 2**31:
-      raise ValueError(
-        'scale must be (smallest, largest), above 0 and below 2^31, got'
-        f' {self.scale}'
+        'scale must be (smallest, largest), above 0 and at most 2^31 - 1, got '
+        f'{self.scale}'
       )
     if not 0 <= self.flip <= 1:
-      raise ValueError(f'flip must be 0 to 1, got {self.flip}')
-    if len(self.fill) != 3 or not all(0 <= v <= 255 for v in self.fill):
-      raise ValueError(
-        f'fill must be three values in 0..255 (RGB), got {self.fill}'
-      )
+      raise ValueError(f'flip must be a probability, 0 to 1, got {self.flip}')
     if not 0 <= self.ignore_label <= 255:
       raise ValueError(
         f'ignore_label must be 0 to 255, got {self.ignore_label}'
@@ -72,7 +52,7 @@ class RandomScaleCropFlip:
 
   def __call__(
     self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]:
+  ) -> Pair:
     """Returns image [*size, 3] and label [*size]."""
     factor = rng.uniform(*self.scale)
     rows, height = _draw_span(label.shape[0], self.size[0], factor, rng)
@@ -81,25 +61,20 @@ class RandomScaleCropFlip:
     left = self.size[1] - width if mirrored else 0
     results = []
     for picture, fill, interpolation in (
-      (image, self.fill, cv2.INTER_LINEAR),
+      (image, MEAN_COLOR, cv2.INTER_LINEAR),
       (label, self.ignore_label, cv2.INTER_NEAREST_EXACT),
     ):
       result = np.empty((*self.size, *picture.shape[2:]), np.uint8)
-      # numpy copies whole rows, but repeats colours one by one.
+      # numpy copies whole rows, but repeats colors one by one.
       row = np.full(result.shape[1:], fill, np.uint8)
       result[height:] = row
       result[:height, :left] = row[:left]
       result[:height, left + width :] = row[left + width :]
-      shown = result[:height, left : left + width]
+      shown, size = result[:height, left : left + width], (width, height)
       # OpenCV writes into `result` itself.
-      cv2.resize(
-        picture[rows, columns],
-        (width, height),
-        dst=shown,
-        interpolation=interpolation,
-      )
+      cv2.resize(picture[rows, columns], size, shown, 0, 0, interpolation)
       if mirrored:
-        cv2.flip(shown, 1, dst=shown)
+        cv2.flip(shown, 1, shown)
       results.append(result)
     return results[0], results[1]
 
@@ -107,16 +82,9 @@ class RandomScaleCropFlip:
 def _draw_span(
   length: int, size: int, factor: float, rng: np.random.Generator
 ) -> tuple[slice, int]:
-  """Draws what a window shows along one axis.
+  """Draws what a window of `size` shows along an axis of `length`, scaled.
 
-  Args:
-    length: of the image.
-    size: of the window.
-    factor: from image to window.
-    rng: source of chance.
-
-  Returns:
-    The span of the image, and the pixels of the window that it becomes.
+  Returns the span of the image, and how many pixels of the window it becomes.
   """
   scaled = max(1, round(length * factor))
   shown = min(scaled, size)
@@ -126,24 +94,27 @@ def _draw_span(
   return slice(first, last), shown
 
 
+def _check_size(size: Sequence[int]) -> None:
+  if len(size) != 2 or min(size) < 1:
+    raise ValueError(f'crop size must be (height, width) from 1, got {size}')
+
+
 @dataclasses.dataclass(frozen=True)
 class CenterCrop:
   """Resizes so that the image just covers a window, and cuts out the middle.
 
-  With a square window that is the shorter side resized to its side, the
-  validation of many PyTorch repositories.
-
-  Attributes:
-    size: height and width of the window.
+  Many PyTorch repositories validate so, with a square window.
   """
 
-  size: tuple[int, int]
+  size: tuple[int, int]  # height and width of the window
+
+  def __post_init__(self) -> None:
+    _check_size(self.size)
 
   def __call__(
     self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image [*size, 3] and label [*size]; draws no chance."""
-    del rng
+  ) -> Pair:
+    """Returns image [*size, 3] and label [*size]; draws nothing from `rng`."""
     pairs = tuple(zip(self.size, label.shape, strict=True))
     factor = max(wanted / has for wanted, has in pairs)
     height, width = (max(round(h * factor), w) for w, h in pairs)
@@ -157,94 +128,45 @@ class CenterCrop:
 
 @dataclasses.dataclass(frozen=True)
 class ColorJitter:
-  """Changes the colours; the label stays.
+  """Changes the colors as torchvision does; the label stays.
 
-  torchvision's meaning, in the fixed order brightness, contrast, saturation,
-  hue, each result rounded to uint8.
-
-  Attributes:
-    brightness: the image is multiplied by a factor in [1 - b, 1 + b].
-    contrast: blended with its mean gray by such a factor.
-    saturation: blended with its own gray by such a factor.
-    hue: turned by an angle in [-hue, hue], in turns, at most 0.5.
+  Strengths are of brightness, contrast, saturation and hue, applied in this
+  order, each rounded to uint8. Factors are uniform in [1 - s, 1 + s]: they
+  multiply the image, blend it with its mean gray, and blend it with its own
+  gray. The hue is rotated by up to `s` turns either way.
   """
 
-  brightness: float = 0.0
-  contrast: float = 0.0
-  saturation: float = 0.0
-  hue: float = 0.0
+  strengths: tuple[float, float, float, float]  # 0 changes nothing
 
   def __post_init__(self) -> None:
-    for name in ('brightness', 'contrast', 'saturation'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'{name} must be >= 0, got {getattr(self, name)}')
-    if not 0 <= self.hue <= 0.5:
-      raise ValueError(f'hue must be 0 to 0.5 turns, got {self.hue}')
+    valid = len(self.strengths) == 4 and self.strengths[3] <= 0.5
+    if not valid or not all(strength >= 0 for strength in self.strengths):
+      raise ValueError(
+        'color_jitter must be four strengths from 0 (brightness, contrast, '
+        f'saturation, hue), the hue up to 0.5, got {self.strengths}'
+      )
 
   def __call__(
     self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]:
+  ) -> Pair:
     """Returns the changed image and the same label."""
-    if self.brightness:
-      factor = _factor(self.brightness, rng)
-      image = cv2.LUT(image, _blend_table(factor, 0.0))
-    if self.contrast:
+    brightness, contrast, saturation, hue = self.strengths
+    if brightness:
+      image = cv2.LUT(image, _blend_table(_factor(brightness, rng), 0.0))
+    if contrast:
       mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-      image = cv2.LUT(image, _blend_table(_factor(self.contrast, rng), mean))
-    if self.saturation:
-      factor = _factor(self.saturation, rng)
+      image = cv2.LUT(image, _blend_table(_factor(contrast, rng), mean))
+    if saturation:
+      factor = _factor(saturation, rng)
       gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
       gray = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
       image = cv2.addWeighted(image, factor, gray, 1 - factor, 0)
-    if self.hue:
-      shift = round(256 * rng.uniform(-self.hue, self.hue)) % 256
+    if hue:
+      shift = round(256 * rng.uniform(-hue, hue)) % 256
       hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
       hsv[..., 0] += np.uint8(shift)  # wraps, as hue does
       image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return image, label
-
-
-def apply_transforms(
-  transforms: Sequence[Transform],
-  image: np.ndarray,
-  label: np.ndarray,
-  rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Applies `transforms` in order, all drawing from the one generator."""
-  for transform in transforms:
-    image, label = transform(image, label, rng)
-  return image, label
-
-
-def pad_to(
-  image: np.ndarray,
-  label: np.ndarray,
-  size: tuple[int, int],
-  fill: tuple[int, int, int] = MEAN_COLOR,
-  ignore_label: int = 255,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Pads bottom and right to `size` (height, width).
-
-  Args:
-    image: uint8 [H, W, 3], no larger than `size`.
-    label: uint8 [H, W].
-    size: height and width wanted.
-    fill: RGB of the padding in the image.
-    ignore_label: of the padding in the label.
-
-  Returns:
-    image [*size, 3] and label [*size], contiguous.
-  """
-  bottom, right = size[0] - label.shape[0], size[1] - label.shape[1]
-  if not bottom and not right:
-    return np.ascontiguousarray(image), np.ascontiguousarray(label)
-  constant, fill = cv2.BORDER_CONSTANT, tuple(int(v) for v in fill)
-  return (
-    cv2.copyMakeBorder(image, 0, bottom, 0, right, constant, value=fill),
-    cv2.copyMakeBorder(
-      label, 0, bottom, 0, right, constant, value=int(ignore_label)
-    ),
-  )
 
 
 def _factor(strength: float, rng: np.random.Generator) -> float:

@@ -11,93 +11,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
-from deeplab_jax.models.layers import (
-  BatchNorm,
-  ConvNormRelu,
-  check_map,
-  on_cpu,
-)
+from deeplab_jax.models.layers import ConvNormRelu
+from deeplab_jax.runtime.errors import check_map
 
 
 class ImagePooling(nn.Module):
-  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map.
-
-  Without `activation` the ReLU is left out.
-  """
+  """Mean over the map, 1x1 convolution, BN and ReLU, spread over the map."""
 
   features: int
   activation: bool = True
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features], constant over H and W.
-
-    `mask`, bool [B, H, W, 1], says which places have a part in the mean.
-    """
-    mean = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
-    y = ConvNormRelu(
-      self.features,
-      activation=self.activation,
-      norm=self.norm,
-      dtype=self.dtype,
-      name='project',
-    )(mean, train=train)
-    return jnp.broadcast_to(y, (*x.shape[:3], self.features))
+    """Maps [B, H, W, C] to [B, H, W, features]; pools where `mask` is true."""
+    y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
+    shared = self.activation, self.norm, self.dtype
+    project = ConvNormRelu(self.features, 1, 1, *shared, name='project')
+    return jnp.broadcast_to(
+      project(y, train=train), (*x.shape[:3], self.features)
+    )
 
 
 class ASPP(nn.Module):
-  """A 1x1 branch, an atrous 3x3 branch a rate and image pooling, projected.
+  """Image pooling, a 1x1 branch and an atrous 3x3 branch per rate, projected.
 
   Attributes:
     rates: of the 3x3 branches, in pixels of the feature map.
     features: channels of every branch and of the output.
-    activation: whether a ReLU follows each batch normalisation.
-    norm: batch normalisation, see `ResNetV2`.
-    dtype: of the computation.
+    activation: whether a ReLU follows each batch normalization.
+    norm, dtype: see `ResNetV2`.
   """
 
   rates: tuple[int, ...] = (6, 12, 18)
   features: int = 256
   activation: bool = True
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H, W, features].
-
-    `mask`, bool [B, H, W, 1], says which places are image and not padding: the
-    pooling's mean is over them.
-    """
+    """Maps [B, H, W, C] to [B, H, W, features]; `mask` as in the pooling."""
     check_map('x', x)
-    shared = {
-      'activation': self.activation,
-      'norm': self.norm,
-      'dtype': self.dtype,
-    }
-    pooling = ImagePooling(self.features, **shared, name='pooling')
+    shared = self.activation, self.norm, self.dtype
+    conv = functools.partial(ConvNormRelu, self.features)
+    pooling = ImagePooling(self.features, *shared, name='pooling')
     branches = [
       functools.partial(pooling, mask=mask),
-      ConvNormRelu(self.features, **shared, name='conv'),
+      conv(1, 1, *shared, name='conv'),
+      *(
+        conv(3, rate, *shared, name=f'atrous{i}')
+        for i, rate in enumerate(self.rates, 1)
+      ),
     ]
-    branches += [
-      ConvNormRelu(self.features, 3, rate, **shared, name=f'atrous{i}')
-      for i, rate in enumerate(self.rates, 1)
-    ]
-    maps = []
-    for branch in branches:
-      if on_cpu() and maps:
-        # One after another, in the backward pass too, lest what they need
-        # beside their results is kept for all at once.
-        x, maps[-1] = lax.optimization_barrier((x, maps[-1]))
-      maps.append(branch(x, train=train))
-    y = jnp.concatenate(maps, -1)
-    return ConvNormRelu(self.features, **shared, name='project')(y, train=train)
+    maps = [branch(x, train=train) for branch in branches]
+    project = conv(1, 1, *shared, name='project')
+    return project(jnp.concatenate(maps, -1), train=train)

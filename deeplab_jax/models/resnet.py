@@ -13,23 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deeplab_jax.models.layers import (
-  BatchNorm,
-  Conv,
-  MaxPool,
-  check_choice,
-  check_map,
-  on_cpu,
-  rematerialize,
-)
+from deeplab_jax import ops
+from deeplab_jax.models.layers import Conv
+from deeplab_jax.runtime.errors import check_choice, check_map, require
 
 
 class UnitGeometry(NamedTuple):
-  """Where a residual unit samples: its stride, and rates in map pixels.
-
-  `rate` is the rate on entering the unit, `rate_out` the one for convolutions
-  behind its strided one. They differ where a stride was traded for rate.
-  """
+  """Stride of a residual unit, and its rate before and after that stride."""
 
   stride: int
   rate: int
@@ -49,27 +39,25 @@ def unit_geometry(
 
   Three units stride by 2: the last ones of blocks 1 to 3, as in TF-slim, Keras
   and the DeepLab code, or the first ones of blocks 2 to 4, as in timm. Once
-  `output_stride` is reached such a unit keeps stride 1 and every later
-  convolution doubles its rate instead (atrous convolution), so each unit sees
-  the same input pixels at every output stride.
+  `output_stride` is reached, such a unit keeps stride 1 and all later
+  convolutions double their rate instead (atrous convolution), so that each unit
+  sees the same input pixels at every output stride.
 
   Args:
-    units: number of units in each of the four blocks.
+    units: number of units in each block.
     output_stride: 8, 16 or 32, input pixels per feature pixel.
-    multi_grid: factor on the rate of each unit of block 4.
+    multi_grid: factor on the rate of each unit of block 4; a block of two units
+      (ResNet-18) takes the first two.
     stride_unit: 'last' or 'first', the unit of a block that strides.
 
-  Returns:
-    For each block, a `UnitGeometry` for each unit.
-
   Raises:
-    ValueError: at another output stride or stride unit, or with a multi-grid of
-      another length than block 4.
+    ValueError: for an impossible value.
   """
   check_choice('stride_unit', stride_unit, STRIDE_UNITS)
   if output_stride not in (8, 16, 32):
     raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
-  if len(multi_grid) != units[3] or min(multi_grid) < 1:
+  grid = tuple(multi_grid)[:2] if units[3] == 2 else tuple(multi_grid)
+  if len(grid) != units[3] or min(grid) < 1:
     raise ValueError(
       f'multi_grid needs one factor from 1 for each of the {units[3]} units of'
       f' block4, got {tuple(multi_grid)}'
@@ -79,172 +67,97 @@ def unit_geometry(
     geometry = []
     for unit in range(count):
       stride, rate_out = 1, rate
-      if stride_unit == 'last':
-        strides = block < 3 and unit == count - 1
-      else:
-        strides = block > 0 and unit == 0
-      if strides:
-        if current_stride < output_stride:
-          stride = 2
-          current_stride *= 2
-        else:
-          rate_out *= 2
-      grid = multi_grid[unit] if block == 3 else 1
-      geometry.append(UnitGeometry(stride, rate * grid, rate_out * grid))
+      last, first = block < 3 and unit == count - 1, block > 0 and unit == 0
+      strides = last if stride_unit == 'last' else first
+      if strides and current_stride < output_stride:
+        stride = 2
+        current_stride *= 2
+      elif strides:
+        rate_out *= 2
+      factor = grid[unit] if block == 3 else 1
+      geometry.append(UnitGeometry(stride, rate * factor, rate_out * factor))
       rate = rate_out
     blocks.append(tuple(geometry))
   return tuple(blocks)
 
 
 class PreActBasicUnit(nn.Module):
-  """Two 3x3 convolutions, each behind BN and ReLU (ResNet-18 and 34).
+  """Two 3x3 convolutions, each after BN and ReLU (ResNet-18 and 34).
 
-  The first convolution carries the stride. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), features]`. With `rematerialization`
-  'elementwise' the maps between convolutions are computed again, see
-  `ResNetV2`.
+  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features].
   """
 
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
-  rematerialization: str = 'none'
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
-
-  expansion = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Adds the residual; `train` uses and updates the batch statistics."""
     stride, rate, rate_out = self.geometry
-    conv = functools.partial(Conv, self.features, 3, dtype=self.dtype)
-    conv1 = functools.partial(conv, stride, rate, name='conv1')
-    conv2 = functools.partial(
-      conv, rate=rate_out, use_bias=self.conv_bias, name='conv2'
-    )
-    shortcut, y = _enter(self, conv1, self.features, x, train)
-    return shortcut + _norm_relu_conv(self, 'norm1', conv2, y, train)
+    conv = functools.partial(Conv, self.features, dtype=self.dtype)
+    norm = functools.partial(self.norm, use_running_average=not train)
+    bias = self.conv_bias
+
+    y = nn.relu(norm(name='preact')(x))
+    if x.shape[-1] == self.features:
+      shortcut = x[:, ::stride, ::stride]
+    else:
+      shortcut = conv(stride=stride, use_bias=bias, name='shortcut')(y)
+    y = conv(3, stride, rate, name='conv1')(y)
+    y = nn.relu(norm(name='norm1')(y))
+    y = conv(3, rate=rate_out, use_bias=bias, name='conv2')(y)
+    return shortcut + y
 
 
 class PreActBottleneckUnit(nn.Module):
-  """1x1, 3x3 and 1x1 convolution, each behind BN and ReLU (ResNet-50 and up).
+  """1x1, 3x3 and 1x1 convolution, each after BN and ReLU (ResNet-50 and up).
 
-  The 3x3 convolution carries stride and rate. `x [B, H, W, Cin] ->
-  [B, ceil(H / stride), ceil(W / stride), 4 * features]`. With
-  `rematerialization` 'elementwise' the maps between convolutions are computed
-  again, see `ResNetV2`.
+  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), 4 * features].
   """
 
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
-  rematerialization: str = 'none'
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
-
-  expansion = 4
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Adds the residual; `train` uses and updates the batch statistics."""
     stride, rate, _ = self.geometry
     conv = functools.partial(Conv, dtype=self.dtype)
-    out = self.expansion * self.features
-    conv1 = functools.partial(conv, self.features, name='conv1')
-    conv2 = functools.partial(
-      conv, self.features, 3, stride, rate, name='conv2'
-    )
-    conv3 = functools.partial(conv, out, use_bias=self.conv_bias, name='conv3')
-    shortcut, y = _enter(self, conv1, out, x, train)
-    y = _norm_relu_conv(self, 'norm1', conv2, y, train)
-    return shortcut + _norm_relu_conv(self, 'norm2', conv3, y, train)
+    norm = functools.partial(self.norm, use_running_average=not train)
+    out, bias = 4 * self.features, self.conv_bias
 
-
-def _enter(
-  unit: nn.Module,
-  conv: Callable[[], nn.Module],
-  features: int,
-  x: jax.Array,
-  train: bool,
-) -> tuple[jax.Array, jax.Array]:
-  """The path that the residual is added to, and the first convolution.
-
-  Both read the input behind BN and ReLU, unless the first can be the input
-  itself.
-  """
-  stride = unit.geometry.stride
-
-  def run(unit: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    preact = nn.relu(unit.norm(name='preact')(x, use_running_average=not train))
-    if x.shape[-1] == features:
-      return x[:, ::stride, ::stride], conv()(preact)
-    shortcut = Conv(
-      features,
-      stride=stride,
-      use_bias=unit.conv_bias,
-      dtype=unit.dtype,
-      name='shortcut',
-    )
-    return shortcut(preact), conv()(preact)
-
-  return _rematerialized(unit, run)(unit, x)
-
-
-def _norm_relu_conv(
-  unit: nn.Module,
-  norm: str,
-  conv: Callable[[], nn.Module],
-  x: jax.Array,
-  train: bool,
-) -> jax.Array:
-  """BN of that name, ReLU and convolution, a group for rematerialisation."""
-
-  def run(unit: nn.Module, x: jax.Array) -> jax.Array:
-    x = unit.norm(name=norm)(x, use_running_average=not train)
-    return conv()(nn.relu(x))
-
-  return _rematerialized(unit, run)(unit, x)
-
-
-def _rematerialized(
-  unit: nn.Module, run: Callable[..., Any]
-) -> Callable[..., Any]:
-  """`run`, or one that computes its maps again if the unit is to."""
-  return rematerialize(run) if unit.rematerialization == 'elementwise' else run
+    y = nn.relu(norm(name='preact')(x))
+    if x.shape[-1] == out:
+      shortcut = x[:, ::stride, ::stride]
+    else:
+      shortcut = conv(out, stride=stride, use_bias=bias, name='shortcut')(y)
+    y = conv(self.features, name='conv1')(y)
+    y = nn.relu(norm(name='norm1')(y))
+    y = conv(self.features, 3, stride, rate, name='conv2')(y)
+    y = nn.relu(norm(name='norm2')(y))
+    y = conv(out, use_bias=bias, name='conv3')(y)
+    return shortcut + y
 
 
 class Block(nn.Module):
-  """Units of equal width in a row, named unit1, unit2, ..."""
+  """Residual units in a row, named unit1, unit2, ..."""
 
   unit: Callable[..., nn.Module]
-  features: int
   geometry: tuple[UnitGeometry, ...]
-  conv_bias: bool = False
   rematerialization: str = 'none'
-  norm: Callable[..., nn.Module] = BatchNorm
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Applies the units to [B, H, W, C]."""
-
-    def apply(unit: nn.Module, x: jax.Array) -> jax.Array:
-      return unit(x, train=train)
-
-    if self.rematerialization == 'block':
-      apply = rematerialize(apply)
+    run = ops.remat(lambda f, x: f(x, train=train), self.rematerialization)
     for i, geometry in enumerate(self.geometry, 1):
-      unit = self.unit(
-        self.features,
-        geometry,
-        conv_bias=self.conv_bias,
-        rematerialization=self.rematerialization,
-        norm=self.norm,
-        dtype=self.dtype,
-        name=f'unit{i}',
-      )
-      x = apply(unit, x)
+      x = run(self.unit(geometry=geometry, name=f'unit{i}'), x)
     return x
 
 
@@ -254,20 +167,15 @@ class ResNetV2(nn.Module):
   Attributes:
     units: number of units in each of the four blocks.
     unit: `PreActBasicUnit` or `PreActBottleneckUnit`.
-    output_stride: 8, 16 or 32, input pixels per feature pixel.
-    multi_grid: factor on the rate of each unit of block 4.
+    output_stride, multi_grid, stride_unit: see `unit_geometry`.
     width: factor on the number of channels (1: 64 in the stem).
-    stride_unit: 'last' or 'first', see `unit_geometry`.
-    conv_bias: biases on the stem, on every shortcut convolution and on the last
+    conv_bias: biases on the stem, on shortcut convolutions and on the last
       convolution of every unit, as in TF-slim and Keras.
-    stem_pool: padding of the stem's 3x3 pooling, see `max_pool`.
-    rematerialization: what the backward pass computes again instead of keeping
-      it: 'none', 'elementwise' (normalised maps and ReLUs) or 'block' (all but
-      the input of each residual unit); '' for 'elementwise' on a CPU, whose
-      memory is slow, and 'none' elsewhere. On a CPU it takes effect with the
-      options of `deeplab_jax.host`.
-    norm: batch normalisation; called with `name`, then with the map and
-      `use_running_average`.
+    stem_pool: padding of the stem's 3x3 pooling, see `ops.max_pool`.
+    rematerialization: what the backward pass computes again to save memory:
+      'none', 'elementwise' (normalized maps and ReLUs) or 'block' (all but the
+      input of each residual unit), see `ops.remat`.
+    norm: batch norm; called with `name` and `use_running_average`, then x.
     dtype: of the computation; parameters stay float32.
   """
 
@@ -279,65 +187,59 @@ class ResNetV2(nn.Module):
   stride_unit: str = 'last'
   conv_bias: bool = False
   stem_pool: str = 'symmetric'
-  rematerialization: str = ''
-  norm: Callable[..., nn.Module] = BatchNorm
+  rematerialization: str = 'none'
+  norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
+
+  def __post_init__(self) -> None:
+    self._geometry()
+    check_choice('stem_pool', self.stem_pool, ops.POOL_PADDINGS)
+    check_choice(
+      'rematerialization', self.rematerialization, ops.REMATERIALIZATIONS
+    )
+    rule = 'width must be above 1/128, which leaves at least one of 64 channels'
+    require(self.width > 0 and round(64 * self.width) >= 1, rule, self.width)
+    super().__post_init__()
+
+  def _geometry(self) -> tuple[tuple[UnitGeometry, ...], ...]:
+    return unit_geometry(
+      self.units, self.output_stride, self.multi_grid, self.stride_unit
+    )
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-    """Computes the features of every stage.
+    """Maps normalized images [B, H, W, 3] to the features of every stage.
 
-    Args:
-      x: [B, H, W, 3], normalised, any height and width.
-      train: use and update the batch statistics.
-
-    Returns:
-      'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os, W/os,
-      2048] for bottleneck units, 512 for basic ones), and 'postnorm', block 4
-      behind the final BN and ReLU. Sizes round up.
-
-    Raises:
-      ValueError: at an impossible value of an attribute, and for x of another
-        number of axes or without a pixel.
+    These are 'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os,
+    W/os, 2048], 512 with basic units), and 'postnorm', block 4 after the final
+    BN and ReLU. Sizes round up.
     """
     check_map('x', x)
     base = round(64 * self.width)
-    if base < 1:
-      raise ValueError(f'width must leave at least 1 channel, got {self.width}')
-    rematerialization = self.rematerialization
-    if not rematerialization:
-      rematerialization = 'elementwise' if on_cpu() else 'none'
-    blocks = unit_geometry(
-      self.units, self.output_stride, self.multi_grid, self.stride_unit
-    )
-    x = Conv(
-      base, 7, 2, use_bias=self.conv_bias, dtype=self.dtype, name='stem'
-    )(x)
-    x = MaxPool(self.stem_pool, name='pool')(x)
+    bias, dtype = self.conv_bias, self.dtype
+    x = Conv(base, 7, 2, use_bias=bias, dtype=dtype, name='stem')(x)
+    x = ops.max_pool(x, self.stem_pool)
     outputs = {'stem': x}
-    for i, geometry in enumerate(blocks):
-      name = f'block{i + 1}'
-      x = Block(
-        self.unit,
-        base * 2**i,
-        geometry,
-        conv_bias=self.conv_bias,
-        rematerialization=rematerialization,
-        norm=self.norm,
-        dtype=self.dtype,
-        name=name,
-      )(x, train=train)
-      outputs[name] = x
-    x = self.norm(name='postnorm')(x, use_running_average=not train)
+    for i, geometry in enumerate(self._geometry(), 1):
+      own = {'conv_bias': bias, 'norm': self.norm, 'dtype': dtype}
+      unit = functools.partial(self.unit, base * 2 ** (i - 1), **own)
+      block = Block(unit, geometry, self.rematerialization, name=f'block{i}')
+      x = outputs[f'block{i}'] = block(x, train=train)
+    x = self.norm(name='postnorm', use_running_average=not train)(x)
     outputs['postnorm'] = nn.relu(x)
     return outputs
 
 
-BACKBONES = {
-  'resnet18': ((2, 2, 2, 2), PreActBasicUnit),
-  'resnet34': ((3, 4, 6, 3), PreActBasicUnit),
-  'resnet50': ((3, 4, 6, 3), PreActBottleneckUnit),
-  'resnet101': ((3, 4, 23, 3), PreActBottleneckUnit),
-  'resnet152': ((3, 8, 36, 3), PreActBottleneckUnit),
-  'resnet200': ((3, 24, 36, 3), PreActBottleneckUnit),
+# Called with the settings of `ResNetV2` but for the units. To add a backbone,
+# add a function that takes them and returns a `deeplab.Backbone`.
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+  f'resnet{depth}': functools.partial(ResNetV2, units, unit)
+  for depth, units, unit in (
+    (18, (2, 2, 2, 2), PreActBasicUnit),
+    (34, (3, 4, 6, 3), PreActBasicUnit),
+    (50, (3, 4, 6, 3), PreActBottleneckUnit),
+    (101, (3, 4, 23, 3), PreActBottleneckUnit),
+    (152, (3, 8, 36, 3), PreActBottleneckUnit),
+    (200, (3, 24, 36, 3), PreActBottleneckUnit),
+  )
 }

@@ -1,13 +1,17 @@
-"""Convolutions of short lines by few products: numbers, in NumPy alone.
+"""3x3 convolutions by few products, between transforms of map and kernel.
 
 Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, "Fast
 Algorithms for Convolutional Neural Networks" (2016).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # A line of more pixels takes tiles: in two dimensions it has as many kernels as
 # the square of its products, and each serves `rate * rate` lines of an image.
@@ -16,7 +20,7 @@ _SHARED_FROM_RATE = 8
 _SHARED_LINES_UP_TO = 5
 
 
-class Winograd(NamedTuple):
+class Form(NamedTuple):
   """Convolves a tile of a line with a kernel k of 3 taps.
 
   `output @ ((kernel @ k) * (input @ x))` is the result on `tile` pixels, x the
@@ -47,7 +51,7 @@ class Winograd(NamedTuple):
     return -(-size // (self.tile * rate))
 
 
-def winograd(size: int, rate: int) -> Winograd:
+def form_of(size: int, rate: int) -> Form:
   """The one for an axis of `size` pixels and taps `rate` pixels apart."""
   pixels = -(-size // rate)
   shared = rate >= _SHARED_FROM_RATE
@@ -58,7 +62,7 @@ def winograd(size: int, rate: int) -> Winograd:
 
 
 @functools.cache
-def tiles(points: tuple[float, ...]) -> Winograd:
+def tiles(points: tuple[float, ...]) -> Form:
   """Tiles of one pixel less than there are points, for one product more.
 
   Toom and Cook: the product of two polynomials from their values at the points
@@ -75,11 +79,11 @@ def tiles(points: tuple[float, ...]) -> Winograd:
   both = np.einsum('jp,ps->jsp', output, kernel).reshape(3 * tile, -1)
   wanted = [np.eye(tile + 2)[j + s] for j in range(tile) for s in range(3)]
   solution = np.linalg.lstsq(both, np.array(wanted))[0]
-  return Winograd(output, kernel, solution.round(12))  # zeros are zeros
+  return Form(output, kernel, solution.round(12))  # zeros are zeros
 
 
 @functools.cache
-def line(pixels: int) -> Winograd:
+def line(pixels: int) -> Form:
   """A whole line, 2 pixels at least, between zeros: 3 products for 2 pixels.
 
   With one of the zeros the line is periodic, and a convolution multiplies its
@@ -123,8 +127,195 @@ def line(pixels: int) -> Winograd:
   # Ones in place of the largest numbers save products.
   before, after = (np.vstack(rows) for rows in (inputs, outputs))
   scales = [np.abs(rows).max(1, keepdims=True) for rows in (before, after)]
-  return Winograd(
+  return Form(
     (after / scales[1]).T.round(12),
     (np.vstack(kernel) * scales[0] * scales[1]).round(12),
     (before / scales[0]).round(12),
   )
+
+
+def convolve(
+  x: jax.Array, kernel: jax.Array, rate: int = 1, *, transposed: bool = False
+) -> jax.Array:
+  """Fewer products between transforms of the map and of the kernel, 3x3 alone.
+
+  An atrous convolution is one of rate 1 on each of the `rate * rate` maps that
+  take every `rate`th pixel of a row and of a column. Each is cut into tiles of
+  3x3 pixels, which take 25 products a pair of channels instead of 81; where it
+  is small enough to be taken whole, fewer do, see `winograd`.
+
+  With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin], as the gradient
+  of the convolution with respect to x does.
+  """
+  kernels = transform(kernel, x.shape[1:3], rate, transposed=transposed)
+  return convolve_transformed(x, kernels, rate, transposed=transposed)
+
+
+def transform(
+  kernel: jax.Array,
+  size: tuple[int, int],
+  rate: int = 1,
+  *,
+  transposed: bool = False,
+) -> tuple[jax.Array, ...]:
+  """The kernel [3, 3, Cin, Cout] transformed for maps of a height and width.
+
+  Returns:
+    As many arrays as a line of the height takes products, each [products of a
+    line of the width, Cin, Cout].
+
+  Raises:
+    ValueError: for a kernel of another size.
+  """
+  if kernel.shape[:2] != (3, 3):
+    raise ValueError(f'kernel must be 3x3, got {kernel.shape[:2]}')
+  order = slice(None, None, -1 if transposed else 1)
+  down, across = (form_of(n, rate).kernel[:, order] for n in size)
+  # `split`, since its transpose concatenates where that of slices would add.
+  taps = [tap[0] for tap in lax.split(kernel, [1] * 3)]
+  return tuple(_transform(across, _weighted_sum(row, taps)) for row in down)
+
+
+def fits(
+  kernels: Sequence[jax.Array], size: tuple[int, int], rate: int
+) -> bool:
+  """Whether `transform` gives such for maps of this size."""
+  down, across = (form_of(n, rate) for n in size)
+  return (len(kernels), len(kernels[0])) == (down.products, across.products)
+
+
+def convolve_transformed(
+  x: jax.Array,
+  kernels: Sequence[jax.Array],
+  rate: int = 1,
+  *,
+  transposed: bool = False,
+) -> jax.Array:
+  """`convolve` with a kernel that `transform` has transformed.
+
+  With `transposed` the kernels' last axis is that of x's channels.
+  """
+  down, across = (form_of(n, rate) for n in x.shape[1:3])
+  contract = 2 if transposed else 1
+  lines, parts = _lines(x, 1, down, rate), []
+  # The products of a row at a time, while they are in the caches.
+  for to_row, kernel in zip(down.input, kernels, strict=True):
+    columns = _columns(lines, to_row, down, across, rate)
+    products = lax.dot_general(
+      columns, kernel, (((2,), (contract,)), ((0,), (0,)))
+    )
+    parts.append(_transform(across.output, products))
+  return _assembled(parts, x.shape[:3], rate)
+
+
+def kernel_gradient(
+  x: jax.Array, gradient: jax.Array, rate: int = 1
+) -> jax.Array:
+  """Gradient of `convolve` with respect to the kernel.
+
+  Args:
+    x: [B, H, W, Cin], of the convolution.
+    gradient: [B, H, W, Cout], with respect to its result.
+    rate: of the convolution.
+
+  Returns:
+    [3, 3, Cin, Cout].
+  """
+  down, across = (form_of(n, rate) for n in x.shape[1:3])
+  batch, height, width, channels = x.shape
+  count = batch * rate**2 * down.count(height, rate) * across.count(width, rate)
+  features = gradient.shape[-1]
+  part = jax.ShapeDtypeStruct((across.tile, count, features), x.dtype)
+  (to_parts,) = jax.linear_transpose(
+    lambda parts: _assembled(parts, x.shape[:3], rate), [part] * down.products
+  )(gradient)
+  lines, kernels = _lines(x, 1, down, rate), []
+  for to_row, to_part in zip(down.input, to_parts, strict=True):
+    columns = _columns(lines, to_row, down, across, rate)
+    to_products = _transform(across.output.T, to_part)
+    to_kernel = lax.dot_general(
+      columns, to_products, (((1,), (1,)), ((0,), (0,)))
+    )
+    # One after another, lest the columns are kept for all at once.
+    lines, to_kernel = lax.optimization_barrier((lines, to_kernel))
+    kernels.append(to_kernel)
+  kernel = jax.ShapeDtypeStruct((3, 3, channels, features), x.dtype)
+  (to_kernel,) = jax.linear_transpose(
+    lambda kernel: transform(kernel, x.shape[1:3], rate), kernel
+  )(tuple(kernels))
+  return to_kernel
+
+
+def _columns(
+  lines: jax.Array,
+  to_row: np.ndarray,
+  down: Form,
+  across: Form,
+  rate: int,
+) -> jax.Array:
+  """What a row of kernels is multiplied by: [products, tiles, C]."""
+  row = _weighted_sum(to_row, _windows(lines, 1, down))
+  row = lax.optimization_barrier(_lines(row, 3, across, rate))
+  columns = _windows(row, 3, across)
+  columns = [_weighted_sum(weights, columns) for weights in across.input]
+  return jnp.stack(columns).reshape(across.products, -1, lines.shape[-1])
+
+
+def _assembled(
+  parts: Sequence[jax.Array], shape: tuple[int, int, int], rate: int
+) -> jax.Array:
+  """The map [*shape, C] of the rows' products, [tile, tiles, C] each."""
+  batch, height, width = shape
+  down, across = (form_of(n, rate) for n in (height, width))
+  high, wide = down.count(height, rate), across.count(width, rate)
+  y = jnp.stack([_weighted_sum(weights, parts) for weights in down.output])
+  y = y.reshape(down.tile, across.tile, batch, high, rate, wide, rate, -1)
+  y = y.transpose(2, 3, 0, 4, 5, 1, 6, 7)
+  y = y.reshape(batch, down.tile * rate * high, across.tile * rate * wide, -1)
+  return y[:, :height, :width]
+
+
+def share(height: int, width: int, rate: int) -> float:
+  """Its products over those of `by_taps`."""
+  share = 1.0
+  for size in (height, width):
+    taps = sum(max(size - rate * abs(i), 0) for i in (-1, 0, 1))
+    form = form_of(size, rate)
+    share *= form.products * rate * form.count(size, rate) / taps
+  return share
+
+
+def _lines(x: jax.Array, axis: int, form: Form, rate: int) -> jax.Array:
+  """Splits an axis in [pixels of a line, rate], with zeros around each line."""
+  size = x.shape[axis]
+  pixels = form.tile * form.count(size, rate) + 2 * form.border
+  before = rate * form.border
+  pads = [(0, 0)] * x.ndim
+  pads[axis] = before, rate * pixels - before - size
+  shape = *x.shape[:axis], pixels, rate, *x.shape[axis + 1 :]
+  return jnp.pad(x, pads).reshape(shape)
+
+
+def _windows(x: jax.Array, axis: int, form: Form) -> list[jax.Array]:
+  """The first pixels of all tiles' windows along an axis, the second, ..."""
+  pixels = form.tile + 2 * form.border
+  stop = x.shape[axis] - pixels + 1
+  return [
+    lax.slice_in_dim(x, i, i + stop, form.tile, axis) for i in range(pixels)
+  ]
+
+
+def _weighted_sum(weights: np.ndarray, terms: list[jax.Array]) -> jax.Array:
+  total = None
+  for weight, term in zip(weights, terms, strict=True):
+    if weight:
+      part = term * weight.astype(term.dtype)
+      total = part if total is None else total + part
+  return total
+
+
+def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+  """[m, n] times [n, ...] -> [m, ...]."""
+  matrix = jnp.asarray(matrix, x.dtype)
+  y = lax.dot(matrix, x.reshape(len(x), -1))
+  return y.reshape(-1, *x.shape[1:])

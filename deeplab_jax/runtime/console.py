@@ -23,6 +23,10 @@ def run(
     main: takes the name of the program and what `parse_flags` left.
     debug: the flag that shows tracebacks instead of one line.
   """
+  if main.__module__ != '__main__':  # a console script: show its text and flags
+    sys.modules['__main__'].__doc__ = sys.modules[main.__module__].__doc__
+    for flag in flags.FLAGS.get_key_flags_for_module(main.__module__):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   log_to_stderr()
 
   def command(argv: list[str]) -> None:
@@ -33,10 +37,10 @@ def run(
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the flags that the command defines; returns the other arguments.
+  """Parses the flags of the command; returns settings, inputs, and mistakes.
 
-  These are settings (`--config.section.key=value`), inputs and misspelled
-  flags, which `config.override` refuses.
+  `config.override` reads settings, --config.section.key=value, and refuses what
+  is misspelled.
   """
   with one_line_errors('--debug' in argv), named_options():
     try:
@@ -50,9 +54,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def named_options(known: Sequence[str] = ()) -> Iterator[None]:
   """Turns what absl says about an option into a `UserError`.
 
-  Args:
-    known: names of options, 'workdir' or 'config.train.steps', one of which is
-      proposed for a misspelled one.
+  It proposes one of the `known` names, as 'workdir' or 'config.train.steps'.
   """
   try:
     yield
@@ -79,10 +81,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
 
   The exit status is 1 for a `UserError` and for what the system refuses. It is
   128 and the signal's number for Ctrl-C, for output that nobody reads any more,
-  and for `Preempted`.
-
-  Args:
-    debug: raises errors, so that they show where they come from.
+  and for `Preempted`. With `debug` errors show where they come from.
   """
   try:
     yield

@@ -1,4 +1,4 @@
-"""Hosts and devices: joining, replicating, sharding and fetching."""
+"""Hosts and devices: joining them, placing arrays there and fetching them."""
 
 import os
 from typing import Any
@@ -13,23 +13,21 @@ AXIS_NAME = 'batch'  # of the devices, in every mapped step
 
 
 def initialize() -> None:
-  """Joins the other processes where the environment names a cluster.
+  """Joins the other processes if the environment names a cluster.
 
-  JAX finds the address and its own place in the environment of Slurm, Open MPI
-  or a TPU pod; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-  give them anywhere else. Alone on a machine this does nothing.
+  JAX finds the address and its own index in the environment of Slurm, Open MPI
+  or a TPU pod. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID give them. A single machine joins nothing.
 
   Raises:
-    UserError: if one of the three variables is missing or no number.
+    UserError: if one of the last two variables is missing or not a number.
   """
   if jax.distributed.is_initialized():
     return
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if address:
     jax.distributed.initialize(
-      address,
-      num_processes=_number('JAX_NUM_PROCESSES'),
-      process_id=_number('JAX_PROCESS_ID'),
+      address, _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
     )
   elif _in_cluster():
     jax.distributed.initialize()
@@ -39,17 +37,15 @@ def _number(variable: str) -> int:
   value = os.environ.get(variable, '')
   if not value.isdigit():
     raise UserError(
-      f'{variable} must be a number where JAX_COORDINATOR_ADDRESS is set, got'
+      f'{variable} must be a number because JAX_COORDINATOR_ADDRESS is set, got'
       f' {value!r}'
     )
   return int(value)
 
 
 def _in_cluster() -> bool:
-  several = any(
-    os.environ.get(variable, '1') != '1'
-    for variable in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-  )
+  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  several = any(os.environ.get(count, '1') != '1' for count in counts)
   return several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
 
 
@@ -61,34 +57,28 @@ def is_first_process() -> bool:
 def replicate(tree: Any) -> Any:
   """Puts a tree on every local device, as the pmapped steps return it.
 
-  With any other placement a step's first call would compile it once more.
+  With another placement the first call of a step would compile it twice.
   """
   return jax.device_put(tree, _sharding())
 
 
 def put(batch: Any) -> Any:
-  """Puts a batch on the local devices, split as by `shard`: [D, B / D, ...].
-
-  It returns at once; the copies go on while the devices work.
-  """
-  return jax.device_put(shard(batch), _sharding('batch'))
+  """Splits a batch as `shard` does and starts to copy it to the devices."""
+  return jax.device_put(shard(batch), _sharding(AXIS_NAME))
 
 
 def _sharding(*axes: str) -> NamedSharding:
-  mesh = Mesh(np.asarray(jax.local_devices()), ('batch',))
+  mesh = Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def shard(batch: Any) -> Any:
-  """Splits leading axes over the local devices: [B, ...] -> [D, B / D, ...]."""
-  count = jax.local_device_count()
-  return jax.tree.map(
-    lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch
-  )
+  """Splits arrays over the D local devices: [B, ...] -> [D, B / D, ...]."""
+  shape = jax.local_device_count(), -1
+  return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch)
 
 
 def unshard(tree: Any) -> Any:
   """Undoes `shard` on results: device arrays [D, b, ...] -> numpy [B, ...]."""
-  return jax.tree.map(
-    lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(tree)
-  )
+  tree = jax.device_get(tree)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)

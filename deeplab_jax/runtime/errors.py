@@ -1,7 +1,7 @@
 """The exceptions that stand for bad input, and for a stop by a signal."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -15,6 +15,13 @@ class UserError(ValueError):
 
 class UnreadableError(UserError):
   """A file that is there but is damaged."""
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, else the name of its type."""
+  return (
+    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
+  )
 
 
 class Preempted(Exception):
@@ -61,3 +68,37 @@ def naming(culprit: str) -> Iterator[None]:
     raise
   except ValueError as error:
     raise UserError(f'{culprit}: {error}') from error
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises `ValueError` unless the setting `name` has one of its values."""
+  if value not in choices:
+    raise ValueError(
+      f'{name} must be one of {", ".join(choices)}, got {value!r}'
+    )
+
+
+def check_map(name: str, x: Any, channels: int | None = None) -> None:
+  """Raises `ValueError` unless x is a map [B, H, W, C] of at least a pixel.
+
+  Args:
+    name: of x, for the message.
+    x: anything with a shape, also a tracer: it costs nothing at run time.
+    channels: C; None for any number.
+  """
+  shape = tuple(x.shape)
+  if len(shape) == 4 and 0 not in shape[1:] and channels in (None, shape[-1]):
+    return
+  hint = ''
+  if len(shape) == 4 and channels in shape[1:2]:
+    hint = f'; the channels are second: {name}.transpose(0, 2, 3, 1)'
+  elif len(shape) == 3 and channels in (None, shape[2]):
+    hint = f'; the batch axis is missing: {name}[None]'
+  elif len(shape) == 3 and channels == shape[0]:
+    hint = (
+      '; the batch axis is missing and the channels are first:'
+      f' {name}.transpose(1, 2, 0)[None]'
+    )
+  raise ValueError(
+    f'{name} must be [B, H, W, {channels or "C"}], got {list(shape)}{hint}'
+  )

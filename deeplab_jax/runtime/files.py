@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and names that are near."""
+"""Files that appear complete or not at all, locks, archives, similar names."""
 
 import contextlib
 import difflib
@@ -6,18 +6,22 @@ import fcntl
 import logging
 import os
 import re
+import tarfile
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from deeplab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-  """Gives a temporary name; what is written there then takes `path`'s place.
+  """Yields a temporary name; what is written there replaces `path` at the end.
 
-  If the body raises, `path` stays as it was, and it is what errors name.
+  If the body raises, `path` stays as it was. Errors name `path`.
   """
   folder, name = os.path.split(os.fspath(path))
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
@@ -34,13 +38,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds an exclusive lock between processes, freed even by a kill.
+  """Holds an exclusive lock between processes; a killed one releases it.
 
-  Args:
-    path: of the lock file, `.NAME.lock`; made with its folder, and kept.
-
-  Raises:
-    OSError: if the file cannot be made.
+  The lock file, `.NAME.lock`, and its folder are made and stay. Raises
+  `OSError` if they cannot be made.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:
@@ -53,11 +54,24 @@ def locked(path: Path) -> Iterator[None]:
     yield
 
 
-def near(name: str, others: Iterable[str]) -> str:
-  """Returns '; there is X' for the names that may be meant, or ''.
+@contextlib.contextmanager
+def reading_archive(path: Path) -> Iterator[None]:
+  """Raises `UserError` naming the tar file if it is truncated or damaged."""
+  try:
+    yield
+  except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    if getattr(error, 'errno', None):
+      raise UserError(f'{error.filename or path}: {error.strerror}') from error
+    reason = str(error).partition(':\n')[0] or type(error).__name__
+    raise UserError(
+      f'{path}: truncated or damaged archive ({reason}); download it again'
+    ) from error
 
-  These are the names that differ in case, suffix, punctuation or an addition,
-  else those of few other letters.
+
+def near(name: str, others: Iterable[str]) -> str:
+  """Returns '; there is X', where X are the names that may be meant, or ''.
+
+  They differ in case, suffix, punctuation or an addition, else in few letters.
   """
   others = sorted(others)
   bare = _bare(name)
@@ -70,11 +84,10 @@ def near(name: str, others: Iterable[str]) -> str:
 
 
 def near_file(path: Path) -> str:
-  """`near` among what lies beside a file."""
-  try:
+  """Returns `near` for the names in the folder of a file."""
+  with contextlib.suppress(OSError):  # the folder is missing or unreadable
     return near(path.name, (other.name for other in path.parent.iterdir()))
-  except OSError:  # there is no such folder, or it cannot be read
-    return ''
+  return ''
 
 
 def _bare(name: str) -> str:

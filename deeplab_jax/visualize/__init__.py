@@ -1,1 +1,1 @@
-"""Labels and figures as pictures."""
+"""Label maps, samples and results as pictures."""

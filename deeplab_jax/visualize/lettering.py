@@ -1,10 +1,8 @@
 """Text in any script on pictures.
 
-Pillow's own font draws plain Latin text. What it lacks is drawn in a Noto font
-that has it, of the packages `manimgx_fonts` and `manimgx_fonts_cjk`; Chinese
-characters take their Japanese forms. Where Pillow finds the library FriBidi,
-Arabic and Hebrew read from right to left and letters are joined as in print;
-without it they stand one by one, from left to right.
+Pillow's own font draws plain Latin text, and Noto fonts draw what it lacks;
+Chinese characters take their Japanese forms. Arabic and Hebrew are set from
+right to left with joined letters if Pillow finds the library FriBidi.
 """
 
 import functools
@@ -15,17 +13,18 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-_PLAIN = None  # Pillow's own font, beside the paths of others
-_SAMPLE = 16  # size at which it is seen what a font has
-_UNASSIGNED = '\U0010ffff'  # drawn as what is missing
-_REGULAR = 400  # weight of a variable font
+WHITE = (255, 255, 255)
+INK = (32, 32, 32)
 
-_Font = Path | None
-_Run = tuple[_Font, str]
+_PLAIN = None  # stands for Pillow's own font among paths of others
+_SAMPLE = 16  # letter size at which fonts are searched for characters
+_UNASSIGNED = '\U0010ffff'  # a character that no font has
+_REGULAR = 400  # weight of a variable font
+_Run = tuple[Path | None, str]  # a font's file, and the text that it draws
 
 
 def text_length(text: str, size: int) -> float:
-  """Width of a text in pixels, in letters of `size` pixels."""
+  """Returns the width in pixels of a text with letters of `size` pixels."""
   return sum(_open(font, size).getlength(run) for font, run in _runs(text))
 
 
@@ -33,39 +32,37 @@ def draw_text(
   draw: ImageDraw.ImageDraw,
   place: tuple[float, float],
   text: str,
-  color: tuple[int, int, int],
   size: int,
   align: str = 'left',
+  color: tuple[int, int, int] = INK,
 ) -> None:
-  """Writes a line of text.
+  """Writes one line of text with letters of `size` pixels.
 
-  Args:
-    draw: of the picture.
-    place: x of the left or right end or the middle, y of the middle.
-    text: in any script.
-    color: RGB.
-    size: of the letters in pixels.
-    align: 'left', 'center' or 'right', what x is of.
+  `place` is (x, y). The text's left end, center or right end, as `align` says,
+  is at x, and its middle height at y.
   """
   x, y = place
   x -= {'left': 0, 'center': 0.5, 'right': 1}[align] * text_length(text, size)
-  # One baseline for all fonts: that of the plain one.
+  # All fonts share the baseline of the plain one.
   ascent, descent = _open(_PLAIN, size).getmetrics()
   y += (ascent - descent) / 2
-  for font, run in _runs(text):
-    opened = _open(font, size)
-    draw.text((x, y), run, color, opened, anchor='ls')
-    x += opened.getlength(run)
+  for path, run in _runs(text):
+    font = _open(path, size)
+    draw.text((x, y), run, color, font, anchor='ls')
+    x += font.getlength(run)
 
 
 @functools.lru_cache(maxsize=4096)
 def _runs(text: str) -> tuple[_Run, ...]:
-  """Splits a text into runs of one font each: one if any font has all of it.
+  """Splits a text into runs of one font each.
 
-  Else each word takes a font, or each character of a word that none has.
+  If any font has the whole text, there is one run. Otherwise each word takes a
+  font, and each character of a word that no font has.
   """
+  # Spaces and joining characters need no glyph.
+  drawn = [c for c in text if unicodedata.category(c)[0] not in 'ZC']
   for font in _fonts():
-    if _has_all(font, text):
+    if all(_has(font, character) for character in drawn):
       return ((font, text),)
   if len(text) == 1:
     return ((_PLAIN, text),)
@@ -73,71 +70,51 @@ def _runs(text: str) -> tuple[_Run, ...]:
   runs: list[_Run] = []
   for part in words if len(words) > 1 else text:
     for run in _runs(part):
-      _append(runs, run)
+      _append(runs, *run)
   return tuple(runs)
 
 
-def _append(runs: list[_Run], run: _Run) -> None:
-  """Adds a run, joined to those before it that are of its font.
+def _append(runs: list[_Run], font: Path | None, text: str) -> None:
+  """Adds a run, joined to the previous ones where they have its font.
 
-  A space between two words of one font is of that font as well: a script from
-  right to left is set in whole. A mark belongs to the letter before it.
+  A space between two words of one font joins them, so that a script written
+  from right to left is set as a whole. A mark joins the letter before it.
   """
-  font, text = run
   if len(runs) > 1 and runs[-1][1].isspace() and runs[-2][0] == font:
     text = runs.pop()[1] + text
   is_mark = unicodedata.category(text[0])[0] in 'MC'
   if runs and (is_mark or runs[-1][0] == font):
-    runs[-1] = runs[-1][0], runs[-1][1] + text
-  else:
-    runs.append((font, text))
-
-
-def _has_all(font: _Font, text: str) -> bool:
-  # Spaces and what joins letters are in no need of a glyph.
-  return all(
-    _has(font, character)
-    for character in text
-    if unicodedata.category(character)[0] not in 'ZC'
-  )
+    font, before = runs.pop()
+    text = before + text
+  runs.append((font, text))
 
 
 @functools.lru_cache(maxsize=65536)
-def _has(font: _Font, character: str) -> bool:
-  # Drawn letter by letter, a missing one is like any other missing one.
+def _has(font: Path | None, character: str) -> bool:
+  # A font draws all characters that it lacks alike, without text shaping.
   opened = _open(font, _SAMPLE, ImageFont.Layout.BASIC)
-  return _drawn(opened, character) != _drawn(opened, _UNASSIGNED)
-
-
-def _drawn(
-  font: ImageFont.FreeTypeFont, text: str
-) -> tuple[tuple[int, int], bytes]:
-  mask = font.getmask(text)
-  return mask.size, bytes(mask)
+  mask, missing = map(opened.getmask, (character, _UNASSIGNED))
+  return (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 
 @functools.cache
-def _fonts() -> tuple[_Font, ...]:
-  """All fonts, in the order in which they are tried."""
+def _fonts() -> tuple[Path | None, ...]:
+  """Returns all fonts, in the order in which they are tried."""
   noto = Path(str(resources.files('manimgx_fonts')))
-  scripts = sorted(
-    path for path in noto.glob('NotoSans*.ttf') if 'Italic' not in path.name
-  )
-  # The one for Latin, Greek and Cyrillic first.
-  scripts.sort(key=lambda path: not path.name.startswith('NotoSans['))
+  scripts = [p for p in noto.glob('NotoSans*.ttf') if 'Italic' not in p.name]
+  # Latin, Greek and Cyrillic, in 'NotoSans[...].ttf', come first.
+  scripts.sort(key=lambda path: (not path.name.startswith('NotoSans['), path))
   cjk = Path(str(resources.files('manimgx_fonts_cjk'))).glob('*.ttc')
   return (_PLAIN, *scripts, *cjk, *noto.glob('NotoEmoji*.ttf'))
 
 
 @functools.lru_cache(maxsize=256)
 def _open(
-  path: _Font, size: int, layout: ImageFont.Layout | None = None
+  path: Path | None, size: int, layout: ImageFont.Layout | None = None
 ) -> ImageFont.FreeTypeFont:
   if path is _PLAIN:
-    plain = ImageFont.load_default(size)
-    if layout is None:
-      return plain
-    return plain.font_variant(layout_engine=layout)
+    font = ImageFont.load_default(size)
+    return font if layout is None else font.font_variant(layout_engine=layout)
   font = ImageFont.truetype(str(path), size, layout_engine=layout)
   font.set_variation_by_axes([_REGULAR])
   return font

@@ -1,53 +1,55 @@
 """Checkpoints that describe themselves, through Orbax.
 
 `WORKDIR/checkpoints/STEP` holds the state as numpy arrays, and as JSON the
-settings of the model, the classes and the measures that it reached.
+settings of the model, the classes and the metrics that it reached.
 """
 
 import contextlib
-import dataclasses
+import json
+import operator
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, first_line
 
 _UNEVALUATED = -1.0
-_TUPLES = ('multi_grid', 'aspp_rates')
+# The settings, beside the preset, on which the use of the variables depends.
+SHAPING = ('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates')
 
 
-class Checkpoints:
-  """The checkpoints of one workdir: the latest one and the best by mIoU."""
+class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
+  """The checkpoints of one workdir: the latest one and the best by mIoU.
+
+  At the end of the context it waits for the last save.
+  """
 
   def __init__(self, workdir: str | Path) -> None:
-    """Opens the folder, creating it if need be.
+    """Opens the folder, and makes it where there is none.
 
     Raises:
       UserError: if it cannot be read.
     """
-    policies = ocp.checkpoint_managers
+    policies, miou = ocp.checkpoint_managers, operator.itemgetter('miou')
     self._directory = Path(workdir).absolute() / 'checkpoints'
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(1),
-          policies.BestN(get_metric_fn=lambda m: m['miou'], n=1),
-        ]
+        [policies.LatestN(1), policies.BestN(get_metric_fn=miou, n=1)]
       ),
-      best_fn=lambda metrics: metrics['miou'],
+      best_fn=miou,
     )
-    try:
+    with _explaining(f'{self._directory} cannot be used'):
       self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
         self._directory, item_names=('state', 'metadata'), options=options
       )
-    except (ValueError, KeyError, OSError, TypeError) as error:
-      raise UserError(
-        f'{self._directory} cannot be used: {_first_line(error)}'
-      ) from error
+
+  def __exit__(self, *_: object) -> None:
+    self._manager.close()
 
   @property
   def latest_step(self) -> int | None:
@@ -55,7 +57,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def step_named(self, name: str) -> int:
-    """The step for 'best', 'latest' or a number.
+    """Returns the step for 'best', 'latest' or a number.
 
     Raises:
       UserError: if there is no such checkpoint.
@@ -81,27 +83,25 @@ class Checkpoints:
   def remove_interrupted(self) -> None:
     """Removes what a killed save left; only for the one process that saves.
 
-    Orbax's own clean-up runs in a thread that a quick end of the program cuts
-    off with a traceback, and would take a running save from under training
-    when an evaluation starts.
+    Orbax could do this itself, but in a thread: a program that ends soon cuts
+    it off with a traceback, and an evaluation would remove a save that a
+    training run has just begun.
     """
     if jax.process_count() == 1:
       for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(path, ignore_errors=True)
 
   def save(self, state: Any, metadata: dict[str, Any]) -> None:
-    """Starts to save, unless the step is there; `close` waits for the end.
+    """Starts to save a tree with a field `step`, unless that step is there.
 
-    Args:
-      state: tree of arrays with a field `step`.
-      metadata: JSON values; `metadata['measures']['miou']` ranks the
-        checkpoint, which without measures is only ever the latest.
+    `metadata` holds JSON values. `metadata['metrics']['miou']` ranks the
+    checkpoint, which without metrics is only ever the latest.
     """
     state = jax.device_get(state)
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    miou = (metadata.get('measures') or {}).get('miou')
+    miou = (metadata.get('metrics') or {}).get('miou')
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -111,80 +111,54 @@ class Checkpoints:
       metrics={'miou': _UNEVALUATED if miou is None else miou},
     )
 
-  def metadata(self, step: int) -> dict[str, Any]:
-    """What `save` was given as `metadata`."""
-    with self._readable(step):
-      return self._manager.restore(
-        step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-      ).metadata
-
-  def restore(self, step: int, template: Any) -> Any:
-    """Restores the state into numpy arrays of the template's structure."""
-    template = jax.device_get(template)
-    with self._readable(step, 'it needs the config.optimizer it came from; '):
-      return self._manager.restore(
-        step,
-        args=ocp.args.Composite(state=ocp.args.PyTreeRestore(template)),
-      ).state
-
-  def restore_variables(self, step: int) -> dict[str, Any]:
-    """Restores what `model.apply` takes: `params` and `batch_stats`."""
-    with self._readable(step):
-      state = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())
-      ).state
-    return {key: state[key] for key in ('params', 'batch_stats')}
-
-  @contextlib.contextmanager
-  def _readable(self, step: int, hint: str = '') -> Any:
-    try:
-      yield
-    except (ValueError, KeyError, OSError, TypeError) as error:
-      raise UserError(
-        f'{self._directory / str(step)} cannot be restored:'
-        f' {_first_line(error)}; {hint}if it was damaged, remove that folder to'
-        ' fall back on the checkpoint before'
-      ) from error
-
   def wait(self) -> None:
     """Waits until what `save` started is on disk."""
     self._manager.wait_until_finished()
 
-  def close(self) -> None:
-    """Waits for the last save and frees the manager."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def metadata(self, step: int) -> dict[str, Any]:
+    """Returns what `save` was given as `metadata`."""
+    saved = self._restore(step, metadata=ocp.args.JsonRestore()).metadata
+    if 'measures' in saved:  # their name in older workdirs
+      saved['metrics'] = saved.pop('measures')
+    return saved
 
-  def __enter__(self) -> 'Checkpoints':
-    return self
+  def restore(self, step: int, template: Any) -> Any:
+    """Restores the state into numpy arrays of the template's structure."""
+    args = ocp.args.PyTreeRestore(jax.device_get(template))
+    hint = 'it needs the config.optimizer it came from; '
+    return self._restore(step, hint, state=args).state
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def restore_variables(self, step: int) -> dict[str, Any]:
+    """Restores what `model.apply` takes: `params` and `batch_stats`."""
+    state = self._restore(step, state=ocp.args.PyTreeRestore()).state
+    return {key: state[key] for key in ('params', 'batch_stats')}
+
+  def _restore(self, step: int, hint: str = '', **items: Any) -> Any:
+    with _explaining(
+      f'{self._directory / str(step)} cannot be restored',
+      f'; {hint}if it was damaged, remove that folder to fall back on the'
+      ' checkpoint before',
+    ):
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
-def _first_line(error: Exception) -> str:
-  return (
-    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
-  )
+@contextlib.contextmanager
+def _explaining(problem: str, advice: str = '') -> Iterator[None]:
+  """Turns the errors of Orbax into a `UserError`."""
+  try:
+    yield
+  except (ValueError, KeyError, OSError, TypeError) as error:
+    raise UserError(f'{problem}: {first_line(error)}{advice}') from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A checkpoint opened for use.
-
-  Attributes:
-    step: of training.
-    model: the arguments of `deeplab_v3` but for the number of classes.
-    dataset: `DatasetInfo.to_json()`.
-    variables: what `model.apply` takes, numpy arrays.
-    trained_stride: the output stride of training.
-  """
+class Network(NamedTuple):
+  """A checkpoint opened for use."""
 
   step: int
-  model: dict[str, Any]
-  dataset: dict[str, Any]
-  variables: dict[str, Any]
-  trained_stride: int
+  model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
+  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
+  variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
+  trained_stride: int  # the output stride of training
 
 
 def open_network(
@@ -195,11 +169,9 @@ def open_network(
 ) -> Network:
   """Reads a checkpoint that fits a model's settings; all processes together.
 
-  Args:
-    workdir: holds the checkpoints.
-    name: 'best', 'latest' or a step.
-    model: the arguments of `deeplab_v3`; an empty preset is the checkpoint's.
-    dataset: what it must have been trained for; None for whatever it was.
+  `name` is 'best', 'latest' or a step. `model` holds the arguments of
+  `deeplab_v3`; without a preset it is the checkpoint's. With `dataset`, the
+  checkpoint must have been trained for its classes.
 
   Raises:
     UserError: if there is no such checkpoint, or it is of another network.
@@ -210,41 +182,29 @@ def open_network(
     model = {**model, 'preset': model['preset'] or preset_of(metadata)}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
-    return Network(
-      step,
-      model,
-      dataset,
-      saved.restore_variables(step),
-      metadata['model']['output_stride'],
-    )
+    variables = saved.restore_variables(step)
+  stride = metadata['model']['output_stride']
+  return Network(step, model, dataset, variables, stride)
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
-  """Metadata of a checkpoint: the arguments of `deeplab_v3`, and the data set.
+  """Returns the metadata of a checkpoint, as JSON gives it back.
 
-  Args:
-    model: settings by name, JSON values.
-    dataset: `DatasetInfo.to_json()`.
+  It joins the arguments of `deeplab_v3` and `DatasetInfo.to_json()`.
   """
-  return {
-    'model': {**model, 'num_classes': len(dataset['classes'])},
-    'dataset': dataset,
-  }
+  model = {**model, 'num_classes': len(dataset['classes'])}
+  return json.loads(json.dumps({'model': model, 'dataset': dataset}))
 
 
 def preset_of(metadata: dict[str, Any]) -> str:
-  """The preset of a checkpoint's network, by what `describe` made."""
+  """Returns the preset of a checkpoint's network; old ones name none."""
   return metadata['model'].get('preset') or 'paper'
 
 
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
-  """Compares what the variables were made for, of two `describe`.
-
-  Raises:
-    UserError: naming the settings that differ.
-  """
+  """Raises a `UserError` that names what differs between two `describe`."""
   classes = saved['dataset']['classes']
   void = saved['dataset'].get('ignore_label', 255)
   if void < len(classes):
@@ -253,26 +213,18 @@ def check_same_architecture(
       f' {void}, as the class {classes[void]!r}; train again in another'
       ' --workdir'
     )
-  differences = []
-  old, new = preset_of(saved), preset_of(asked)
-  if old != new:
-    differences.append(f'preset {old} there, {new} asked for')
-  for key in (
-    'backbone',
-    'width',
-    'multi_grid',
-    'aspp_features',
-    'aspp_rates',
-    'num_classes',
-  ):
-    old, new = saved['model'][key], asked['model'][key]
-    if (list(old) != list(new)) if key in _TUPLES else (old != new):
-      differences.append(f'{key} {old} there, {new} asked for')
-  names = [list(d['dataset']['classes']) for d in (saved, asked)]
-  if len(names[0]) == len(names[1]) and names[0] != names[1]:
-    pairs = zip(*names, strict=True)
-    old, new = next(pair for pair in pairs if pair[0] != pair[1])
-    differences.append(f'class {old!r} there, {new!r} asked for')
+  pairs = [('preset', preset_of(saved), preset_of(asked))]
+  for key in (*SHAPING, 'num_classes'):
+    pairs.append((key, saved['model'][key], asked['model'][key]))
+  others = asked['dataset']['classes']
+  if len(classes) == len(others):
+    names = zip(map(repr, classes), map(repr, others), strict=True)
+    pairs += [('class', old, new) for old, new in names if old != new][:1]
+  differences = [
+    f'{key} {old} there, {new} asked for'
+    for key, old, new in pairs
+    if old != new
+  ]
   if differences:
     raise UserError(
       f'the checkpoint in {workdir} is of another network:'

@@ -1,10 +1,5 @@
-"""HDF5 files of Keras: `ResNet50V2`, `ResNet101V2` and `ResNet152V2`.
+"""HDF5 files of Keras's ResNet V2: weights alone, or models saved whole."""
 
-Read are the weight files of `keras.applications` (with or without the top),
-and models saved whole as `.h5`.
-"""
-
-import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,14 +23,6 @@ PUBLISHED = {
   )
 }
 
-_LEAVES = {
-  'kernel': ('params', 'kernel'),
-  'bias': ('params', 'bias'),
-  'gamma': ('params', 'scale'),
-  'beta': ('params', 'bias'),
-  'moving_mean': ('batch_stats', 'mean'),
-  'moving_variance': ('batch_stats', 'var'),
-}
 _LAYERS = {
   'preact_bn': 'preact',
   '0_conv': 'shortcut',
@@ -54,34 +41,27 @@ def read_keras(path: str | Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: if it is damaged, or no file of Keras.
   """
-  try:
-    h5py = importlib.import_module('h5py')
-  except ImportError as error:
-    raise UserError(
-      f'{path} is an HDF5 file, which h5py reads: pip install h5py'
-    ) from error
+  import h5py  # Imported here: it takes 0.1 s, and few programs read HDF5.
+
   try:
     with h5py.File(path, 'r') as file:
       root = file.get('model_weights', file)
-      if 'layer_names' not in root.attrs:
-        raise UserError(
-          f'{path} is HDF5, but has no layers of Keras; save it as'
-          " model.save('NAME.h5')"
-        )
-      return _layers(root)
+      if 'layer_names' in root.attrs:
+        return _layers(root)
   except (OSError, KeyError, RuntimeError, ValueError) as error:
-    if isinstance(error, UserError):
-      raise
     raise UserError(f'{path} is truncated or damaged: {error}') from error
+  raise UserError(
+    f'{path} is HDF5, but has no layers of Keras; save it as'
+    " model.save('NAME.h5')"
+  )
 
 
 def _layers(root: Any) -> dict[str, np.ndarray]:
   arrays = {}
-  for layer in root.attrs['layer_names']:
-    layer = _text(layer)
-    for weight in root[layer].attrs['weight_names']:
-      name = _text(weight).rpartition('/')[2].removesuffix(':0')
-      arrays[f'{layer}/{name}'] = root[layer][_text(weight)][()]
+  for layer in map(_text, root.attrs['layer_names']):
+    for weight in map(_text, root[layer].attrs['weight_names']):
+      name = weight.rpartition('/')[2].removesuffix(':0')
+      arrays[f'{layer}/{name}'] = root[layer][weight][()]
   return arrays
 
 
@@ -90,21 +70,15 @@ def _text(value: Any) -> str:
 
 
 def map_keras(names: Iterable[str]) -> NameMap:
-  """The place of every array, by `layer/array`."""
+  """Maps the names that `read_keras` gives."""
   return NameMap.build(names, _target, _UNUSED)
 
 
-def _target(name: str) -> str | None:
+def _target(name: str) -> tuple[str, str]:
   layer, _, leaf = name.rpartition('/')
-  top = {'conv1_conv': 'stem', 'post_bn': 'postnorm'}
+  top = {'conv1_conv': 'backbone/stem', 'post_bn': 'backbone/postnorm'}
   found = re.fullmatch(r'conv([2-5])_block(\d+)_(.+)', layer)
-  if layer in top:
-    path = top[layer]
-  elif found and found[3] in _LAYERS:
-    path = f'block{int(found[1]) - 1}/unit{found[2]}/{_LAYERS[found[3]]}'
-  else:
-    return None
-  if leaf not in _LEAVES:
-    return None
-  collection, leaf = _LEAVES[leaf]
-  return f'{collection}/backbone/{path}/{leaf}'
+  if not found or found[3] not in _LAYERS:
+    return top.get(layer, ''), leaf
+  unit = f'block{int(found[1]) - 1}/unit{found[2]}'
+  return f'backbone/{unit}/{_LAYERS[found[3]]}', leaf

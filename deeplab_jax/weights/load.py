@@ -1,10 +1,10 @@
-"""Weights from any source: found, told apart by content, and merged."""
+"""Weights from any source: found, identified by their content, and merged."""
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,39 +22,27 @@ from deeplab_jax.weights.mapping import (
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
 from deeplab_jax.weights.timm import hub_file, map_timm, read_timm
 
+_CLASS_LAYER = 'params/logits/'
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """Weights of a source, by the names of this project.
+  """Weights of a source, by the names of this project."""
 
-  Attributes:
-    source: as it was named.
-    names: from its names to paths of variables.
-    arrays: by path.
-    presets: keys of `PRESETS` whose networks they fit, the first by default.
-    settings: arguments of `deeplab_v3` that they fix.
-    dataset: what the classes mean, if the source says so.
-  """
-
-  source: str
-  names: NameMap
-  arrays: dict[str, np.ndarray]
-  presets: tuple[str, ...]
-  settings: dict[str, Any]
-  dataset: dict[str, Any] | None = None
+  source: str  # as it was named
+  names: NameMap  # from its names to the paths of variables
+  arrays: dict[str, np.ndarray]  # by path
+  presets: tuple[str, ...]  # those that they fit, the first by default
+  settings: dict[str, Any]  # arguments of `deeplab_v3` that they determine
+  dataset: dict[str, Any] | None = None  # what the classes mean, if it is known
 
   @property
   def num_classes(self) -> int | None:
     """Channels of the class layer, None if there is none."""
-    bias = self.arrays.get('params/logits/bias')
-    return None if bias is None else bias.shape[0]
+    return _num_classes(self.arrays)
 
   def preset_for(self, asked: str) -> str:
-    """The preset to build the network with, `asked` unless that is ''.
-
-    Raises:
-      UserError: if the weights do not fit that preset.
-    """
+    """Returns `asked` if it fits, the default for ''; else a `UserError`."""
     if asked and asked not in self.presets:
       raise UserError(
         f'{self.source} holds weights for the preset'
@@ -67,16 +55,7 @@ class Pretrained:
   ) -> tuple[dict[str, Any], MergeReport]:
     """Puts the weights in the place of a model's variables.
 
-    Args:
-      variables: of `model.init`.
-      allow: patterns of names in the file that may fit nothing, and of paths
-        that may stay as initialised.
-
-    Returns:
-      The new variables, and what was done.
-
-    Raises:
-      UserError: see `merge_variables`.
+    See `load_pretrained` for the arguments and what is returned and raised.
     """
     allow, leaves = tuple(allow), flatten(variables)
     ours, theirs = backbone_of(leaves), backbone_of(self.arrays)
@@ -85,56 +64,37 @@ class Pretrained:
         f'{self.source} looks like {theirs}, the network is'
         f' {ours or "another one"}; use backbone={theirs}'
       )
-    arrays, names = _without_class_layer(self.arrays, self.names, leaves)
+    arrays, unused = self.arrays, dict(self.names.unused)
     initial = dict.fromkeys(allow, 'allowed by name')
-    if not any(path.startswith('params/aspp/') for path in arrays):
-      initial |= {'*/aspp/*': 'the file holds a backbone alone'}
-      initial |= {'*/logits/*': 'the file holds a backbone alone'}
-    elif 'params/logits/kernel' not in arrays:
-      initial |= {'*/logits/*': 'the file has other classes'}
+    here, there = _num_classes(leaves), self.num_classes
+    if not _has_head(arrays):
+      why = 'the file holds a backbone alone'
+      initial |= {'*/aspp/*': why, '*/logits/*': why}
+    elif here != there:
+      initial['*/logits/*'] = 'the file has other classes'
+      arrays = {p: x for p, x in arrays.items() if _CLASS_LAYER not in p}
+      why = f'class layer for {there} classes, the network has {here}'
+      targets = self.names.targets
+      unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
+    for name in self.names.unknown:
+      if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow):
+        unused[name] = 'allowed by name'
+    unknown = [name for name in self.names.unknown if name not in unused]
     try:
       return merge_variables(
-        variables, arrays, initial=initial, names=_allowing(names, allow)
+        variables, arrays, initial=initial, unused=unused, unknown=unknown
       )
     except UserError as error:
       raise UserError(f'{self.source}: {error}') from error
 
 
-def _without_class_layer(
-  arrays: dict[str, np.ndarray], names: NameMap, leaves: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], NameMap]:
-  """Leaves the class layer out if it is of another number of classes."""
-  bias = 'params/logits/bias'
-  if bias not in arrays or bias not in leaves:
-    return arrays, names
-  theirs, ours = arrays[bias].shape[-1], leaves[bias].shape[-1]
-  if theirs == ours:
-    return arrays, names
-  why = f'class layer for {theirs} classes, the network has {ours}'
-  left_out = {
-    name: why
-    for name, path in names.targets.items()
-    if path.startswith('params/logits/')
-  }
-  arrays = {
-    path: array
-    for path, array in arrays.items()
-    if not path.startswith('params/logits/')
-  }
-  return arrays, dataclasses.replace(names, unused=names.unused | left_out)
+def _num_classes(leaves: Mapping[str, Any]) -> int | None:
+  bias = leaves.get(f'{_CLASS_LAYER}bias')
+  return None if bias is None else bias.shape[0]
 
 
-def _allowing(names: NameMap, allow: Iterable[str]) -> NameMap:
-  allowed = {
-    name: 'allowed by name'
-    for name in names.unknown
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
-  }
-  return dataclasses.replace(
-    names,
-    unused=names.unused | allowed,
-    unknown=tuple(name for name in names.unknown if name not in allowed),
-  )
+def _has_head(leaves: Iterable[str]) -> bool:
+  return any(path.startswith('params/aspp/') for path in leaves)
 
 
 def load_pretrained(
@@ -154,11 +114,11 @@ def load_pretrained(
     variables: of `deeplab_v3(...).init`.
     preset: the one that the model was built with, to have it checked.
     allow: patterns of names in the file that may fit nothing, and of paths of
-      variables that may stay as initialised.
+      variables that may stay as initialized.
 
   Returns:
     The variables as float32 numpy arrays where they were loaded, and a report:
-    what was loaded, what stayed as initialised and why, and what was not used.
+    what was loaded, what stayed as initialized and why, and what was not used.
 
   Raises:
     UserError: if the source cannot be read or does not fit.
@@ -174,7 +134,7 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
 
   Args:
     source: one of `files.SOURCES`.
-    backbone: which one the source 'keras' stands for.
+    backbone: the one whose weights the source 'keras' stands for.
 
   Raises:
     UserError: if there is no such source, or it is damaged.
@@ -189,18 +149,20 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   if own:
     return _open_own(source, *own)
   with unpacked(path) as file:
-    kind = _KINDS[kind_of(file)]
-    raw = kind.read(file)
-  names = kind.map(raw)
+    read, map_names, presets = _KINDS[kind_of(file)]
+    raw = read(file)
+  names = map_names(raw)
   arrays = names.apply(raw)
-  head = any(path.startswith('params/aspp/') for path in arrays)
-  return Pretrained(
-    source,
-    names,
-    arrays,
-    kind.presets if not head else ('seed',),
-    _settings(arrays),
-  )
+  presets = ('seed',) if _has_head(arrays) else presets
+  return Pretrained(source, names, arrays, presets, _settings(arrays))
+
+
+# How to read each kind of file, where its arrays go, and presets of a backbone.
+_KINDS = {
+  'TensorFlow': (read_tf_slim, map_tf_slim, ('slim', 'seed')),
+  'HDF5': (read_keras, map_keras, ('keras',)),
+  'safetensors': (read_timm, map_timm, ('timm',)),
+}
 
 
 def _published(backbone: str) -> Path:
@@ -218,21 +180,21 @@ def _published(backbone: str) -> Path:
 
 
 def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """The arguments of `deeplab_v3` that show in the shapes."""
-  settings = {}
+  """Returns the arguments of `deeplab_v3` that show in the shapes."""
+  settings: dict[str, Any] = {}
   if backbone_of(arrays):
     settings['backbone'] = backbone_of(arrays)
-  if 'params/backbone/stem/kernel' in arrays:
-    channels = arrays['params/backbone/stem/kernel'].shape[-1]
-    settings['width'] = channels / 64
-  if 'params/aspp/project/conv/kernel' in arrays:
-    channels = arrays['params/aspp/project/conv/kernel'].shape[-1]
-    settings['aspp_features'] = channels
+  stem = arrays.get('params/backbone/stem/kernel')
+  if stem is not None:
+    settings['width'] = stem.shape[-1] / 64
+  aspp = arrays.get('params/aspp/project/conv/kernel')
+  if aspp is not None:
+    settings['aspp_features'] = aspp.shape[-1]
   return settings
 
 
 def own_checkpoint(path: Path) -> tuple[Path, str] | None:
-  """The workdir and the name of the step, if `path` is of this project."""
+  """Returns (workdir, name of the step) for a workdir, or a folder in it."""
   if (path / 'checkpoints').is_dir():
     return path, 'best'
   if path.name == 'checkpoints' and path.is_dir():
@@ -244,37 +206,18 @@ def own_checkpoint(path: Path) -> tuple[Path, str] | None:
 
 def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   # Imported here: Orbax takes longer to import than all the rest.
-  from deeplab_jax.weights.checkpoints import Checkpoints, preset_of
+  from deeplab_jax.weights import checkpoints
 
-  with Checkpoints(workdir) as saved:
+  with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
     arrays = flatten(saved.restore_variables(step))
   arrays = {path: np.asarray(array) for path, array in arrays.items()}
-  model = metadata['model']
-  settings = {key: model[key] for key in ('backbone', 'width', 'aspp_features')}
-  for key in ('multi_grid', 'aspp_rates'):
-    settings[key] = tuple(model[key])
-  if model.get('bn_epsilon'):
-    settings['bn_epsilon'] = model['bn_epsilon']
-  return Pretrained(
-    source,
-    NameMap({path: path for path in arrays}),
-    arrays,
-    (preset_of(metadata),),
-    settings,
-    metadata['dataset'],
-  )
-
-
-class _Kind(NamedTuple):
-  read: Callable[[Path], dict[str, np.ndarray]]
-  map: Callable[[Iterable[str]], NameMap]
-  presets: tuple[str, ...]
-
-
-_KINDS = {
-  'TensorFlow': _Kind(read_tf_slim, map_tf_slim, ('slim', 'seed')),
-  'HDF5': _Kind(read_keras, map_keras, ('keras',)),
-  'safetensors': _Kind(read_timm, map_timm, ('timm',)),
-}
+  settings = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in metadata['model'].items()
+    if key in checkpoints.SHAPING or (key == 'bn_epsilon' and value)
+  }
+  names = NameMap({path: path for path in arrays})
+  presets, dataset = (checkpoints.preset_of(metadata),), metadata['dataset']
+  return Pretrained(source, names, arrays, presets, settings, dataset)

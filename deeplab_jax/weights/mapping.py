@@ -1,78 +1,82 @@
-"""From the names of a file to the variables of this project, strictly.
+"""From the names in a file to the variables of this project, strictly.
 
 Variables go by their path, `params/backbone/block1/unit1/conv1/kernel`. Every
-array of a file finds its place or is known not to have one, and every variable
-gets its array or is allowed to stay as initialised: the rest is an error.
+array in a file finds its place or is known to have none, and every variable
+gets its array or is allowed to stay as initialized. Anything else is an error.
 """
 
 import collections
 import dataclasses
 import fnmatch
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
+from deeplab_jax.models.resnet import BACKBONES
 from deeplab_jax.runtime.errors import UserError
 
-# Names shown in full in an error or a report.
-_SHOWN = 6
+_SHOWN = 6  # names shown in an error or a report; more are counted
+
+# Where an array of a module belongs, by the last part of its name in a file.
+_LEAVES = {
+  'weights': 'params/{}/kernel',
+  'kernel': 'params/{}/kernel',
+  'biases': 'params/{}/bias',
+  'bias': 'params/{}/bias',
+  'gamma': 'params/{}/scale',
+  'beta': 'params/{}/bias',
+  'moving_mean': 'batch_stats/{}/mean',
+  'moving_variance': 'batch_stats/{}/var',
+  'running_mean': 'batch_stats/{}/mean',
+  'running_var': 'batch_stats/{}/var',
+}
+
+# The leaves of a tree of dicts by path.
+flatten = functools.partial(traverse_util.flatten_dict, sep='/')
 
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-  """Where the arrays of a file go.
+  """Where the arrays of a file go, by their names in it."""
 
-  Attributes:
-    targets: the path of the variable, by name in the file.
-    unused: why it has no place here, by name in the file.
-    unknown: names that fit nothing.
-    kernels: axes of the file's convolution kernels, 'HWIO' or 'OIHW'.
-  """
-
-  targets: dict[str, str]
-  unused: dict[str, str] = dataclasses.field(default_factory=dict)
-  unknown: tuple[str, ...] = ()
-  kernels: str = 'HWIO'
+  targets: dict[str, str]  # the path of the variable
+  unused: dict[str, str] = dataclasses.field(default_factory=dict)  # and why
+  unknown: tuple[str, ...] = ()  # names that fit nothing
+  kernels: str = 'HWIO'  # axes of the file's convolution kernels, or 'OIHW'
 
   @classmethod
   def build(
     cls,
     names: Iterable[str],
-    target: Callable[[str], str | None],
+    target: Callable[[str], tuple[str, str]],
     unused: Mapping[str, str],
     kernels: str = 'HWIO',
   ) -> 'NameMap':
     """Sorts the names of a file.
 
-    Args:
-      names: of its arrays.
-      target: gives the path for a name, None if there is none.
-      unused: reasons by regular expression that the name must match in full.
-      kernels: see the attribute.
+    `target` divides a name into the module of this project, '' for none, and
+    the last part, a key of `_LEAVES`. `unused` gives reasons by a regular
+    expression that the name must match in full.
     """
     targets, idle, unknown = {}, {}, []
     for name in sorted(names):
-      reasons = [
-        why for form, why in unused.items() if re.fullmatch(form, name)
-      ]
-      path = target(name)
+      module, leaf = target(name)
+      reasons = [w for form, w in unused.items() if re.fullmatch(form, name)]
       if reasons:
         idle[name] = reasons[0]
-      elif path is None:
-        unknown.append(name)
+      elif module and leaf in _LEAVES:
+        targets[name] = _LEAVES[leaf].format(module)
       else:
-        targets[name] = path
+        unknown.append(name)
     return cls(targets, idle, tuple(unknown), kernels)
 
   def apply(self, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays that have a place, by path, with kernels as HWIO.
-
-    Raises:
-      UserError: where two names go to one path.
-    """
+    """Returns the arrays by path, kernels as HWIO; two for one are refused."""
     placed = {}
     for name, path in self.targets.items():
       if path in placed:
@@ -93,56 +97,39 @@ class NameMap:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-  """What a merge did.
+  """What a merge did; as text, in lines for a person."""
 
-  Attributes:
-    loaded: paths of the variables that were read.
-    initial: why it stayed as initialised, by path.
-    unused: why it was not used, by name in the file.
-  """
-
-  loaded: tuple[str, ...]
-  initial: dict[str, str]
-  unused: dict[str, str]
+  loaded: tuple[str, ...]  # paths of the variables that were read
+  initial: dict[str, str]  # why a variable stayed as initialized, by path
+  unused: dict[str, str]  # why an array was not used, by name in the file
 
   def __str__(self) -> str:
     lines = [f'loaded: {_arrays(self.loaded)}']
-    for title, reasons, depth in (
-      ('kept at the initial value', self.initial, 3),
-      ('not used', self.unused, None),
+    for title, reasons, show in (
+      ('kept at the initial value', self.initial, _modules),
+      ('not used', self.unused, _shorten),
     ):
-      if not reasons:
-        lines.append(f'{title}: nothing')
-      for reason, names in _by_reason(reasons).items():
-        shown = _shorten(names) if depth is None else _modules(names, depth)
-        lines.append(f'{title}: {_arrays(names)} ({reason}): {shown}')
+      groups = collections.defaultdict(list)
+      for name, reason in reasons.items():
+        groups[reason].append(name)
+      lines += [
+        f'{title}: {_arrays(names)} ({reason}): {show(names)}'
+        for reason, names in groups.items()
+      ] or [f'{title}: nothing']
     return '\n'.join(lines)
 
 
-def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-  groups = collections.defaultdict(list)
-  for name, reason in reasons.items():
-    groups[reason].append(name)
-  return groups
+def _modules(paths: list[str]) -> str:
+  return ', '.join(sorted({'/'.join(path.split('/')[1:3]) for path in paths}))
 
 
-def _modules(paths: Iterable[str], depth: int) -> str:
-  """The modules that hold the paths, without their collections."""
-  return ', '.join(
-    sorted({'/'.join(path.split('/')[1:depth]) for path in paths})
-  )
-
-
-def _shorten(names: Iterable[str]) -> str:
-  names = list(names)
+def _shorten(names: list[str]) -> str:
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
   return ', '.join(names[:_SHOWN]) + more
 
 
-def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """The leaves of a tree of dicts by path, `params/backbone/stem/kernel`."""
-  leaves = jax.tree_util.tree_leaves_with_path(variables)
-  return {'/'.join(key.key for key in path): leaf for path, leaf in leaves}
+def _arrays(names: Sized) -> str:
+  return f'{len(names)} array{"" if len(names) == 1 else "s"}'
 
 
 def merge_variables(
@@ -150,65 +137,52 @@ def merge_variables(
   arrays: Mapping[str, np.ndarray],
   *,
   initial: Mapping[str, str],
-  names: NameMap,
+  unused: dict[str, str] | None = None,
+  unknown: Sequence[str] = (),
 ) -> tuple[dict[str, Any], MergeReport]:
-  """Puts arrays in the places of the variables, each of which is covered once.
+  """Puts arrays in the places of the variables; each must be covered once.
 
   Args:
     variables: tree of a model, `params` and `batch_stats`.
     arrays: by path, as from `NameMap.apply`.
     initial: why a variable may stay as it is, by pattern of its path
       (`params/aspp/*`); the first that fits counts.
-    names: the map that gave the arrays, for the report.
+    unused: as in `NameMap`, for the report.
+    unknown: as in `NameMap`; they are refused.
 
   Returns:
     A new tree of float32 numpy arrays, and the report.
 
   Raises:
-    UserError: listing names in the file that fit nothing, variables that
-      nothing covers, and arrays of another shape or type, or not finite.
+    UserError: listing names that fit nothing, variables that nothing covers,
+      and arrays of another shape or type, or not finite.
   """
-  leaves = flatten(variables)
-  kept = {}
-  for path in leaves:
-    for pattern, reason in initial.items():
-      if path not in arrays and fnmatch.fnmatchcase(path, pattern):
-        kept.setdefault(path, reason)
-  _check(
-    'without a place in the network',
-    [*names.unknown, *(path for path in arrays if path not in leaves)],
-  )
-  _check(
-    'missing in the file',
-    [path for path in leaves if path not in arrays and path not in kept],
-  )
-  _check(
-    'of another shape',
-    [
-      f'{path} is {array.shape} in the file and {leaves[path].shape} here'
-      for path, array in arrays.items()
-      if array.shape != leaves[path].shape
-    ],
-  )
+  leaves, kept, missing = flatten(variables), {}, []
+  for path in (path for path in leaves if path not in arrays):
+    reasons = [initial[p] for p in initial if fnmatch.fnmatchcase(path, p)]
+    if reasons:
+      kept[path] = reasons[0]
+    else:
+      missing.append(path)
+  unplaced = [*unknown, *(path for path in arrays if path not in leaves)]
+  _refuse('without a place in the network', unplaced)
+  _refuse('missing in the file', missing)
+  misshapen = [
+    f'{path} is {array.shape} in the file and {leaves[path].shape} here'
+    for path, array in arrays.items()
+    if array.shape != leaves[path].shape
+  ]
+  _refuse('of another shape', misshapen)
   values = {path: _float32(path, array) for path, array in arrays.items()}
-  _check(
-    'not finite',
-    [path for path, array in values.items() if not np.isfinite(array).all()],
-  )
-  merged = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: values.get('/'.join(key.key for key in path), leaf),
-    dict(variables),
-  )
-  return merged, MergeReport(tuple(values), kept, names.unused)
+  infinite = [path for path, x in values.items() if not np.isfinite(x).all()]
+  _refuse('not finite', infinite)
+  merged = traverse_util.unflatten_dict({**leaves, **values}, sep='/')
+  return merged, MergeReport(tuple(values), kept, unused or {})
 
 
-def _check(what: str, culprits: list[str]) -> None:
+def _refuse(what: str, culprits: list[str]) -> None:
   if culprits:
     raise UserError(f'{_arrays(culprits)} {what}: {_shorten(culprits)}')
-
-
-def _arrays(names: Sized) -> str:
-  return f'{len(names)} array{"" if len(names) == 1 else "s"}'
 
 
 def _float32(path: str, array: np.ndarray) -> np.ndarray:
@@ -218,26 +192,11 @@ def _float32(path: str, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
 
 
-# Units in the four blocks, and whether they are bottlenecks, as in
-# `models.resnet.BACKBONES`.
-_BACKBONES = {
-  ((2, 2, 2, 2), False): 'resnet18',
-  ((3, 4, 6, 3), False): 'resnet34',
-  ((3, 4, 6, 3), True): 'resnet50',
-  ((3, 4, 23, 3), True): 'resnet101',
-  ((3, 8, 36, 3), True): 'resnet152',
-  ((3, 24, 36, 3), True): 'resnet200',
-}
-
-
 def backbone_of(paths: Iterable[str]) -> str:
-  """Which backbone variables of these paths are, '' if it is none of them."""
-  units = collections.defaultdict(set)
-  bottleneck = False
-  for path in paths:
-    found = re.match(r'params/backbone/block(\d)/unit(\d+)/(.*)', path)
-    if found:
-      units[int(found[1])].add(int(found[2]))
-      bottleneck = bottleneck or found[3] == 'conv3/kernel'
-  counts = tuple(len(units[block]) for block in (1, 2, 3, 4))
-  return _BACKBONES.get((counts, bottleneck), '')
+  """Returns the backbone that has variables of these paths, '' if unknown."""
+  paths = [p for p in paths if p.startswith('params/backbone/block')]
+  units = {tuple(path.split('/')[2:4]) for path in paths}
+  layers = 3 if any(path.endswith('/conv3/kernel') for path in paths) else 2
+  # A ResNet is named after its layers: those of the units, stem and classifier.
+  name = f'resnet{layers * len(units) + 2}'
+  return name if name in BACKBONES else ''

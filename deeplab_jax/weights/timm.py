@@ -1,13 +1,13 @@
 """safetensors files of timm: `resnetv2_50`, `resnetv2_101` and their like."""
 
-import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.weights.mapping import NameMap
 
 _LAYERS = {
@@ -32,14 +32,7 @@ def read_timm(path: str | Path) -> dict[str, np.ndarray]:
     UserError: if it is damaged, or holds what numpy cannot.
   """
   try:
-    safetensors = importlib.import_module('safetensors')
-    numpy = importlib.import_module('safetensors.numpy')
-  except ImportError as error:
-    raise UserError(
-      f'{path} is read by safetensors: pip install safetensors'
-    ) from error
-  try:
-    return numpy.load_file(path)
+    return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, TypeError, KeyError, OSError) as error:
     raise UserError(
       f'{path} is truncated or damaged, or no safetensors file: {error}'
@@ -47,16 +40,13 @@ def read_timm(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def hub_file(repository: str) -> Path:
-  """Downloads `model.safetensors` of a repository on the Hugging Face hub.
-
-  Args:
-    repository: 'timm/resnetv2_50.a1h_in1k'.
+  """Downloads the weights of 'timm/NAME' from the Hugging Face hub.
 
   Raises:
-    UserError: without huggingface_hub, or if the file cannot be had.
+    UserError: without huggingface_hub, or if the download fails.
   """
   try:
-    hub = importlib.import_module('huggingface_hub')
+    import huggingface_hub as hub  # the extra 'hf'
   except ImportError as error:
     raise UserError(
       f'hf://{repository} is fetched by huggingface_hub:'
@@ -64,38 +54,25 @@ def hub_file(repository: str) -> Path:
     ) from error
   try:
     return Path(hub.hf_hub_download(repository, 'model.safetensors'))
-  except Exception as error:  # of whichever HTTP client the hub has
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+  except Exception as error:  # the hub's HTTP clients raise errors of their own
     raise UserError(
-      f'hf://{repository} cannot be fetched: {reason}; download its'
+      f'hf://{repository} cannot be fetched: {first_line(error)}; download its'
       ' model.safetensors elsewhere and name the file'
     ) from error
 
 
 def map_timm(names: Iterable[str]) -> NameMap:
-  """The place of every array, see `golden/README.md`."""
+  """Maps the names of a file."""
   return NameMap.build(names, _target, _UNUSED, kernels='OIHW')
 
 
-def _target(name: str) -> str | None:
+def _target(name: str) -> tuple[str, str]:
   module, _, leaf = name.rpartition('.')
+  if leaf == 'weight':
+    leaf = 'gamma' if 'norm' in module else 'kernel'
+  top = {'stem.conv': 'backbone/stem', 'norm': 'backbone/postnorm'}
   found = re.fullmatch(r'stages\.(\d)\.blocks\.(\d+)\.(.+)', module)
-  top = {'stem.conv': 'stem', 'norm': 'postnorm'}
-  if module in top:
-    path = top[module]
-  elif found and found[3] in _LAYERS:
-    block, unit = int(found[1]) + 1, int(found[2]) + 1
-    path = f'block{block}/unit{unit}/{_LAYERS[found[3]]}'
-  else:
-    return None
-  norm = 'norm' in module
-  leaves = {
-    'weight': ('params', 'scale' if norm else 'kernel'),
-    'bias': ('params', 'bias'),
-    'running_mean': ('batch_stats', 'mean'),
-    'running_var': ('batch_stats', 'var'),
-  }
-  if leaf not in leaves:
-    return None
-  collection, leaf = leaves[leaf]
-  return f'{collection}/backbone/{path}/{leaf}'
+  if not found or found[3] not in _LAYERS:
+    return top.get(module, ''), leaf
+  unit = f'block{int(found[1]) + 1}/unit{int(found[2]) + 1}'
+  return f'backbone/{unit}/{_LAYERS[found[3]]}', leaf

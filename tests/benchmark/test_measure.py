@@ -1,22 +1,38 @@
 import json
+import sys
 
 import jax
 import pytest
+from miniature import SETTINGS, as_options
 
-from deeplab_jax import deeplab_v3, options
-from deeplab_jax.benchmark import flops, measure, startup
-from deeplab_jax.config import get_config
+from deeplab_jax import deeplab_v3
+from deeplab_jax.benchmark import __main__ as benchmark
+from deeplab_jax.benchmark import flops, measure, timing
+from deeplab_jax.config import get_config, override, validate
+from deeplab_jax.runtime import host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
+# The programs of the run that other tests train, which are compiled once.
 _TINY = [
+  *as_options({k: v for k, v in SETTINGS.items() if k != 'data.name'}),
   '--crop=33',
   '--batch=4',
+  '--classes=4',
   '--repeat=2',
-  '--config.model.backbone=resnet18',
-  '--config.model.width=0.125',
-  '--config.model.aspp_features=8',
 ]
+
+
+@pytest.fixture(autouse=True)
+def configured(monkeypatch):
+  """Keeps the options of the whole process, which tell programs apart.
+
+  Gives the calls of `host.configure`.
+  """
+  calls = []
+  monkeypatch.setattr(host, 'configure', lambda: calls.append(0))
+  yield calls
+  jax.config.update('jax_enable_compilation_cache', True)
 
 
 @pytest.fixture
@@ -24,7 +40,7 @@ def measured(capsys):
   """Function (*options) -> the JSON object of the last line."""
 
   def run(*arguments):
-    measure.main([*_TINY, *arguments])
+    benchmark.main(['', '--in_process', *_TINY, *arguments])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
   return run
@@ -42,16 +58,17 @@ def test_the_default_network_is_that_of_the_paper():
   assert config.train.batch_size == jax.local_device_count()
 
 
-def test_a_train_step_compiles_once_and_names_its_layers(measured):
-  result = measured('--mode=train', '--layers')
+def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
+  result = measured('--mode=train')
+  assert len(configured) == 1
   assert result['compilations'] == 1
   assert result['devices'] == jax.device_count() == 4
   assert result['crop'] == [33, 33] and result['batch'] == 4
   assert 0 < result['seconds'] < result['first_seconds']
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
-  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
-  forward, stem = flops.total(counts), counts['backbone/stem']
+  forward, stem = flops.total(counts.values()), counts['backbone/stem']
   # The images need no gradient.
   assert result['flops'] == 3 * forward.padded - stem.padded
   assert result['flops_on_map'] == 3 * forward.on_map - stem.on_map
@@ -63,13 +80,19 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured):
   assert any('block' in layer['name'] for layer in result['layers'])
 
 
-def test_a_forward_pass_computes_the_logits_once(measured):
-  result = measured('--mode=forward')
+def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
+  monkeypatch.setattr(timing, 'matmul_rate', lambda dtype: 1e9)
+  result = measured('--mode=forward', '--peer=true')
   assert result['compilations'] == result['devices'] == 1
   assert 0 < result['seconds'] < result['first_seconds']
-  model = deeplab_v3('resnet18', width=0.125, aspp_features=8)
+  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
   counts = flops.count_flops(model, (33, 33), batch_size=4)
-  assert result['flops_on_map'] == flops.total(counts).on_map
+  done = flops.total(counts.values())
+  assert (result['flops'], result['flops_on_map']) == done
+  assert result['utilization_on_map'] == pytest.approx(
+    done.on_map / result['seconds'] / 1e9
+  )
+  assert 'layers' not in result  # they are of no use beside a peer
 
 
 def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
@@ -101,6 +124,7 @@ def test_input_and_evaluation_run_over_a_data_set(
     '--config.data.name=folder',
     f'--config.data.dir={voc_folder}',
     f'--config.data.prepared_dir={tmp_path}',
+    '--config.eval.buckets=1',  # one program instead of three
   ]
   result = measured('--mode=input', *data)
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
@@ -117,7 +141,7 @@ def test_compiling_is_timed_in_parts(measured):
     for step in ('forward', 'train')
     for part in ('trace', 'compile')
   ]
-  parts.append('prepare_seconds')
+  parts.append('cache_kernels_seconds')
   assert all(result[part] > 0 for part in parts)
   assert result['seconds'] == pytest.approx(
     sum(result[part] for part in [*parts, 'create_seconds'])
@@ -127,16 +151,20 @@ def test_compiling_is_timed_in_parts(measured):
 def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
   commands = []
 
-  def note(command, environment):
+  def note(command):
     commands.append(command)
     return float(len(commands))
 
-  monkeypatch.setattr(startup, 'first_step_seconds', note)
-  measure.main(['--mode=startup', '--crop=33', '--batch=2', '--config.seed=7'])
+  monkeypatch.setattr(timing, 'first_step_seconds', note)
+  monkeypatch.setattr(sys, 'executable', 'true')  # imports in no time
+  given = ['--mode=startup', '--crop=33', '--batch=2', '--config.seed=7']
+  benchmark.main(['', '--in_process', *given])
   result = json.loads(capsys.readouterr().out)
   assert (result['cold_seconds'], result['warm_seconds']) == (1, 2)
   for command in commands:
-    config, _ = options.override(get_config(), command[3:])
+    config = get_config()
+    assert override(config, command[3:]) == []
+    validate(config)
     assert config.data.crop_size == (33, 33)
     assert (config.train.batch_size, config.seed) == (2, 7)
 
@@ -152,10 +180,11 @@ def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
     (['--mode=compile', '--batch=3'], 'batch of 3 .* 4 devices'),
     (['--mode=train', '--config.model.depth=3'], 'model.depth'),
     (['--mode=train', 'photo.jpg'], 'photo.jpg: not an option'),
+    (['--mode=train', '--cropp=65'], "'cropp'; did you mean --crop"),
     (['--mode=train', '--config=missing.py'], 'missing.py'),
   ],
 )
 def test_wrong_options_are_refused_in_one_line(arguments, message):
   with pytest.raises(UserError, match=message) as error:
-    measure.main(arguments)
+    benchmark.main(['', '--in_process', *arguments])
   assert '\n' not in str(error.value)

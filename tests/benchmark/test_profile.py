@@ -43,6 +43,14 @@ def test_layers_computed_again_have_their_own_name():
   assert layers['mul.1'] == ('block/unit/norm', True)
 
 
+def test_forms_of_a_platform_and_functions_of_a_unit_are_no_layers():
+  path = 'jit(f)/jvp(Net)/block/unit1.<lambda>/unit1/conv/cond/branch_0_fun/dot'
+  layers = operation_layers(
+    f'  %dot.1 = f32[4]{{0}} dot(%p, %p), metadata={{op_name="{path}"}}'
+  )
+  assert layers['dot.1'] == ('block/unit1/conv', False)
+
+
 def test_copies_belong_to_what_reads_them_else_to_what_they_read():
   layers = operation_layers(_HLO)
   assert layers['copy.1'] == ('aspp/conv', False)

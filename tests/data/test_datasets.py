@@ -79,3 +79,22 @@ def test_predictions_get_the_values_of_the_files():
   values, colors, void = info.in_file_values(label)
   assert values.tolist() == [[1, 255, 0, 1]] and void == 0
   assert colors[1].tolist() == [1, 1, 1] and colors[255].tolist() == [2, 2, 2]
+
+
+def test_tally_counts_a_hand_made_split():
+  tally = datasets.Tally(3, 255)
+  tally.add(np.array([[0, 0, 1], [255, 0, 1]], np.uint8))
+  tally.add(np.array([[0, 255]], np.uint8))
+  for copy in (tally, datasets.Tally.from_json(tally.to_json())):
+    assert copy.num_images == 2 and copy.void_pixels == 2
+    assert copy.sizes == {(2, 3): 1, (1, 2): 1}
+    assert copy.class_pixels.tolist() == [4, 2, 0]
+    assert copy.class_images.tolist() == [2, 1, 0]
+    assert copy.class_image_pixels.tolist() == [6, 5, 0]
+
+
+def test_ignore_label_among_the_classes_is_void():
+  tally = datasets.Tally(3, 0)
+  tally.add(np.array([[0, 1, 2, 2]], np.uint8))
+  assert tally.class_pixels.tolist() == [0, 1, 2]
+  assert tally.void_pixels == 1

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import logging
 import os
@@ -68,7 +69,8 @@ def test_folder_is_stored_as_it_lies(voc_folder, prepared):
     assert {r['name'].decode() for r in records} == {
       f'{split}_{index}' for index in range(count)
     }
-    assert data.tally(split).max_size == tuple(np.max(sizes, axis=0))
+    assert data.tally(split).sizes == collections.Counter(sizes)
+    assert data.sizes(split) == sizes
 
 
 def test_prepared_once_and_reused_after(voc_folder, prepared, monkeypatch):
@@ -78,7 +80,7 @@ def test_prepared_once_and_reused_after(voc_folder, prepared, monkeypatch):
   )  # a second preparation would fail
   again = _load(voc_folder, prepared)
   assert again.info.classes == first.info.classes
-  assert again.tally('val').max_size == first.tally('val').max_size
+  assert again.tally('val').sizes == first.tally('val').sizes
   assert again.source('val')[0] == first.source('val')[0]
 
 
@@ -363,9 +365,8 @@ def test_camvid_is_prepared_whole(prepared):
   data = _load(_CAMVID, prepared)
   assert data.tally('train').num_images == len(data.source('train')) == 367
   assert data.tally('val').num_images == len(data.source('val')) == 101
-  assert (
-    data.tally('train').max_size == data.tally('val').max_size == (360, 480)
-  )
+  assert data.tally('train').sizes == {(360, 480): 367}
+  assert data.tally('val').sizes == {(360, 480): 101}
   assert data.info.num_classes == 11
   seen = np.zeros(256, np.int64)
   for record in data.source('val'):

@@ -6,26 +6,22 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from image_writers import gradient, gray_png, tiff
 from PIL import Image, ImageOps, features
 
-from deeplab_jax.data import images
+from deeplab_jax.data import image_files, images, label_files
 from deeplab_jax.runtime import errors
 
 
-def _gradient(height=20, width=30):
-  y, x = np.mgrid[:height, :width]
-  return np.stack([x * 8, y * 12, 255 - x * 8], -1).astype(np.uint8)
-
-
 def test_rgb_png_reads_exactly(tmp_path):
-  Image.fromarray(_gradient()).save(tmp_path / 'a.png')
+  Image.fromarray(gradient()).save(tmp_path / 'a.png')
   np.testing.assert_array_equal(
-    images.read_image(tmp_path / 'a.png'), _gradient()
+    images.read_image(tmp_path / 'a.png'), gradient()
   )
 
 
 def test_gray_image_gets_three_equal_channels(tmp_path):
-  gray = _gradient()[..., 0]
+  gray = gradient()[..., 0]
   Image.fromarray(gray).save(tmp_path / 'a.png')
   image = images.read_image(tmp_path / 'a.png')
   np.testing.assert_array_equal(image, np.stack([gray] * 3, -1))
@@ -79,15 +75,15 @@ def test_transparent_palette_and_gray_lie_on_white(tmp_path):
 def test_exif_rotation_is_applied(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # the viewer turns the picture a quarter clockwise
-  Image.fromarray(_gradient(16, 32)).save(
+  Image.fromarray(gradient(16, 32)).save(
     tmp_path / 'a.png', exif=exif.tobytes()
   )
   image = images.read_image(tmp_path / 'a.png')
-  np.testing.assert_array_equal(image, np.rot90(_gradient(16, 32), -1))
+  np.testing.assert_array_equal(image, np.rot90(gradient(16, 32), -1))
 
 
 def test_broken_exif_hides_no_picture(tmp_path):
-  Image.fromarray(_gradient()).save(
+  Image.fromarray(gradient()).save(
     tmp_path / 'a.jpg', exif=b'Exif\0\0' + b'\xff' * 30
   )
   assert images.read_image(tmp_path / 'a.jpg').shape == (20, 30, 3)
@@ -106,7 +102,7 @@ def test_truncated_file_is_named(tmp_path, suffix):
 @pytest.mark.parametrize('data', [b'', b'no image', b'\x89PNG\r\n\x1a\n12'])
 def test_what_is_no_image_is_named_in_one_line(tmp_path, data):
   (tmp_path / 'a.png').write_bytes(data)
-  for read in (images.read_image, images.read_label):
+  for read in (images.read_image, label_files.read_label):
     with pytest.raises(errors.UserError, match=r'a\.png') as caught:
       read(tmp_path / 'a.png')
     assert '\n' not in str(caught.value)
@@ -117,68 +113,12 @@ def test_missing_file_is_named(tmp_path):
     images.read_image(tmp_path / 'gone.png')
 
 
-def test_palette_label_reads_as_indices_not_colours(tmp_path):
-  label = np.array([[0, 1], [20, 255]], np.uint8)
-  indexed = Image.fromarray(label, 'P')
-  indexed.putpalette(list(range(256)) * 3)
-  indexed.save(tmp_path / 'a.png')
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a.png'), label)
-  # the trap that this guards against
-  assert cv2.imread(str(tmp_path / 'a.png'), -1).ndim == 3
-
-
-@pytest.mark.parametrize('bits', [1, 2, 4, 8])
-def test_gray_label_of_few_bits_reads_as_stored(tmp_path, bits):
-  label = (np.arange(16) % 2**bits).astype(np.uint8).reshape(2, 8)
-  flags = [cv2.IMWRITE_PNG_BILEVEL, 1] if bits == 1 else []
-  path = tmp_path / 'a.png'
-  if bits in (1, 8):
-    cv2.imwrite(str(path), label, flags)
-  else:
-    path.write_bytes(_gray_png(label, bits))
-  np.testing.assert_array_equal(images.read_label(path), label)
-
-
-def _gray_png(label, bits):
-  """A gray PNG of 2 or 4 bits, which no library at hand writes."""
-
-  def chunk(kind, data):
-    check = zlib.crc32(kind + data)
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', check)
-
-  height, width = label.shape
-  spread = np.unpackbits(label[..., None], axis=-1)[..., 8 - bits :]
-  rows = np.packbits(spread.reshape(height, -1), axis=-1)
-  raw = b''.join(b'\0' + row.tobytes() for row in rows)
-  header = struct.pack('>IIBBBBB', width, height, bits, 0, 0, 0, 0)
-  return (
-    b'\x89PNG\r\n\x1a\n'
-    + chunk(b'IHDR', header)
-    + chunk(b'IDAT', zlib.compress(raw))
-    + chunk(b'IEND', b'')
-  )
-
-
-def test_label_of_colours_is_refused(tmp_path):
-  Image.fromarray(_gradient()).save(tmp_path / 'a.png')
-  with pytest.raises(errors.UserError, match=r'a\.png.*class indices.*RGB'):
-    images.read_label(tmp_path / 'a.png')
-
-
-def test_16_bit_label_reads_and_a_large_value_is_named(tmp_path):
-  cv2.imwrite(str(tmp_path / 'a.png'), np.array([[0, 7]], np.uint16))
-  assert images.read_label(tmp_path / 'a.png').tolist() == [[0, 7]]
-  cv2.imwrite(str(tmp_path / 'a.png'), np.array([[0, 700]], np.uint16))
-  with pytest.raises(errors.UserError, match=r'a\.png.*700'):
-    images.read_label(tmp_path / 'a.png')
-
-
 def _odd_files(root):
-  rgb = Image.fromarray(_gradient())
+  rgb = Image.fromarray(gradient())
   exif = Image.Exif()
   exif[0x0112] = 3
   rgba = rgb.copy()
-  rgba.putalpha(Image.fromarray(_gradient()[..., 0] // 128 * 255))
+  rgba.putalpha(Image.fromarray(gradient()[..., 0] // 128 * 255))
   for name, image, options in [
     ('rgb.jpg', rgb, {}),
     ('gray.jpg', rgb.convert('L'), {}),
@@ -269,10 +209,10 @@ def test_input_without_images_is_named(tmp_path):
     images.list_images([])
 
 
-def _read_refused(path, read=images.read_image):
+def _read_refused(path):
   """The one line that says why a file is refused, though it is not damaged."""
   with pytest.raises(errors.UserError) as caught:
-    read(path)
+    images.read_image(path)
   assert not isinstance(caught.value, errors.UnreadableError)
   assert '\n' not in str(caught.value)
   assert str(caught.value).startswith(str(path))
@@ -314,50 +254,16 @@ def test_fewer_bits_in_16_are_refused_by_their_largest_value(
   assert not images.read_image(path).any()  # black is black
 
 
-def _tiff(values, bits, *tags):
-  """An uncompressed TIFF; tags are triples (number, type, value)."""
-  height, width = values.shape[:2]
-  if bits == 12:
-    a, b = values.reshape(-1, 2).astype(int).T
-    data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1)
-    data = data.astype(np.uint8).tobytes()
-  else:
-    data = values.tobytes()
-  samples = values.shape[2] if values.ndim == 3 else 1
-  rows = {
-    **{256: (4, width), 257: (4, height), 258: (3, bits), 259: (3, 1)},
-    **{262: (3, 1), 273: (4, 0), 277: (3, samples)},
-    **{278: (4, height), 279: (4, len(data))},
-    **{number: (kind, value) for number, kind, value in tags},
-  }
-  start = 8 + 2 + 12 * len(rows) + 4
-  extra = b''
-  if samples > 1:
-    extra = struct.pack(f'<{samples}H', *[bits] * samples)
-  rows[273] = (4, start + len(extra))
-  entries = b''
-  for number, (kind, value) in sorted(rows.items()):
-    count = 1
-    if number == 258 and samples > 1:
-      count, value = samples, start
-      entries += struct.pack('<HHII', number, kind, count, value)
-      continue
-    pattern = '<HHIHxx' if kind == 3 else '<HHII'
-    entries += struct.pack(pattern, number, kind, count, value)
-  head = b'II*\0' + struct.pack('<IH', 8, len(rows))
-  return head + entries + bytes(4) + extra + data
-
-
 def test_tiff_that_says_12_bits_is_scaled_to_8(tmp_path):
   values = np.array([[0, 16, 2048, 4095]], np.uint16)
-  (tmp_path / 'a.tif').write_bytes(_tiff(values, 12))
+  (tmp_path / 'a.tif').write_bytes(tiff(values, 12))
   image = images.read_image(tmp_path / 'a.tif')
   assert image[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_16_bit_tiff_whose_zero_is_white_is_inverted(tmp_path):
   values = np.array([[0, 65535, 32768]], np.uint16)
-  (tmp_path / 'a.tif').write_bytes(_tiff(values, 16, (262, 3, 0)))
+  (tmp_path / 'a.tif').write_bytes(tiff(values, 16, (262, 3, 0)))
   image = images.read_image(tmp_path / 'a.tif')
   assert image[0, :, 0].tolist() == [255, 0, 127]
 
@@ -369,7 +275,7 @@ def test_fourth_channel_must_be_alpha(tmp_path, extra, refused):
   values = np.full((2, 3, 4), (10, 20, 30, 255), np.uint8)
   tags = [(262, 3, 2)] + ([] if extra is None else [(338, 3, extra)])
   path = tmp_path / 'a.tif'
-  path.write_bytes(_tiff(values, 8, *tags))
+  path.write_bytes(tiff(values, 8, *tags))
   if refused:
     message = _read_refused(path)
     assert '4 channels, 1 of them neither color nor alpha' in message
@@ -379,7 +285,7 @@ def test_fourth_channel_must_be_alpha(tmp_path, extra, refused):
 
 def test_tiff_that_cannot_be_opened_names_its_samples(tmp_path):
   values = np.zeros((2, 3, 7), np.uint16)
-  (tmp_path / 'a.tif').write_bytes(_tiff(values, 16))
+  (tmp_path / 'a.tif').write_bytes(tiff(values, 16))
   with pytest.raises(errors.UnreadableError) as caught:
     images.read_image(tmp_path / 'a.tif')
   message = str(caught.value)
@@ -394,11 +300,11 @@ def test_iphone_format_is_named(tmp_path):
 
 
 def test_two_pages_of_one_size_are_refused_but_a_thumbnail_is_not(tmp_path):
-  page, path = Image.fromarray(_gradient()), tmp_path / 'a.tif'
+  page, path = Image.fromarray(gradient()), tmp_path / 'a.tif'
   page.save(path, save_all=True, append_images=[page, page])
   assert '3 pages of 30x20' in _read_refused(path)
   page.save(path, save_all=True, append_images=[page.resize((3, 2))])
-  np.testing.assert_array_equal(images.read_image(path), _gradient())
+  np.testing.assert_array_equal(images.read_image(path), gradient())
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
@@ -434,9 +340,9 @@ def test_turn_is_what_pillow_does_with_the_tag(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   buffer = io.BytesIO()
-  Image.fromarray(_gradient()).save(buffer, 'PNG', exif=exif)
+  Image.fromarray(gradient()).save(buffer, 'PNG', exif=exif)
   expected = np.array(ImageOps.exif_transpose(Image.open(buffer)))
-  turned = images.turn(_gradient(), orientation)
+  turned = image_files.turn(gradient(), orientation)
   np.testing.assert_array_equal(turned, expected)
 
 
@@ -445,125 +351,46 @@ def test_orientation_is_applied_once_and_told(tmp_path, suffix):
   exif = Image.Exif()
   exif[0x0112] = 6
   path = tmp_path / f'a.{suffix}'
-  Image.fromarray(_gradient()).save(path, exif=exif)
+  Image.fromarray(gradient()).save(path, exif=exif)
   picture = images.open_picture(path)
   assert picture.orientation == 6 and picture.pixels.shape == (30, 20, 3)
-  difference = picture.pixels.astype(int) - np.rot90(_gradient(), -1)
+  difference = picture.pixels.astype(int) - np.rot90(gradient(), -1)
   assert np.abs(difference).mean() < 4
 
 
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-def test_label_with_an_orientation_of_its_own_is_turned(tmp_path, suffix):
-  label = np.arange(6, dtype=np.uint8).reshape(2, 3)
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif', 'bmp'])
+def test_size_by_the_head_is_that_of_the_picture(tmp_path, suffix, orientation):
   exif = Image.Exif()
-  exif[0x0112] = 8
+  exif[0x0112] = orientation
   path = tmp_path / f'a.{suffix}'
-  Image.fromarray(label).save(path, exif=exif)
-  file = images.open_label(path)
-  assert file.turned
-  np.testing.assert_array_equal(file.pixels, np.rot90(label))
-
-
-@pytest.mark.parametrize(
-  'form, options, words',
-  [
-    ('JPEG', {'quality': 100}, 'this is a JPEG'),
-    ('WEBP', {'lossless': True}, 'this is a WEBP'),
-    ('TIFF', {'compression': 'jpeg'}, 'this is a TIFF with JPEG compression'),
-  ],
-)
-def test_lossy_label_is_refused_whatever_its_name(
-  tmp_path, form, options, words
-):
-  path = tmp_path / 'a.png'
-  Image.new('L', (16, 16), 2).save(path, form, **options)
-  message = _read_refused(path, images.read_label)
-  assert words in message and 'must be lossless' in message
-
-
-@pytest.mark.parametrize(
-  'form, options',
-  [
-    ('PNG', {}),
-    ('TIFF', {}),
-    ('TIFF', {'compression': 'tiff_lzw'}),
-    ('BMP', {}),
-    ('GIF', {'optimize': False}),
-    ('PPM', {}),
-    ('TGA', {}),
-  ],
-)
-def test_lossless_labels_of_any_format_read_as_stored(tmp_path, form, options):
-  label = (np.arange(48) % 7).astype(np.uint8).reshape(6, 8)
-  label[0] = 255
-  image = Image.fromarray(label)
-  if form == 'GIF':  # of gray, Pillow numbers the values in use anew
-    image.putpalette([index * 37 % 256 for index in range(768)])
-  image.save(tmp_path / 'a', form, **options)
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a'), label)
-
-
-def test_gif_that_numbers_gray_values_anew_is_refused(tmp_path):
-  path = tmp_path / 'a.gif'
-  Image.fromarray(np.array([[0, 5, 9]], np.uint8)).save(path)
-  assert np.array(Image.open(path)).tolist() == [[0, 1, 2]]  # the trap
-  assert 'a GIF of gray values' in _read_refused(path, images.read_label)
-
-
-@pytest.mark.parametrize('bits, compression', [(2, 1), (4, 1)])
-def test_gray_tiff_of_few_bits_reads_as_stored(tmp_path, bits, compression):
-  per_byte = 8 // bits
-  label = (np.arange(16) % 2**bits).astype(np.uint8).reshape(2, 8)
-  parts = label.reshape(2, -1, per_byte).astype(int)
-  shifts = np.arange(per_byte)[::-1] * bits
-  packed = (parts << shifts).sum(-1).astype(np.uint8)
-  data = _tiff(packed, bits, (256, 4, 8))
-  (tmp_path / 'a.tif').write_bytes(data)
-  np.testing.assert_array_equal(images.read_label(tmp_path / 'a.tif'), label)
-
-
-def test_label_of_several_frames_is_refused(tmp_path):
-  frames = [Image.new('L', (4, 4), value) for value in (1, 2)]
-  for suffix in ('tif', 'png', 'gif'):
-    path = tmp_path / f'a.{suffix}'
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert '2 frames or pages' in _read_refused(path, images.read_label)
-
-
-def test_pgm_label_of_another_maximum_is_refused_as_pillow_scales_it(tmp_path):
-  path = tmp_path / 'a.pgm'
-  path.write_bytes(b'P5 2 1 2\n\0\1')
-  assert np.array(Image.open(path)).tolist() == [[0, 128]]  # the trap
-  assert 'names is 2' in _read_refused(path, images.read_label)
-
-
-def test_opaque_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
-  label = np.dstack([np.arange(4), [255] * 4]).astype(np.uint8)
-  path = tmp_path / 'a.png'
-  Image.fromarray(label, 'LA').save(path)
-  assert images.read_label(path).tolist() == [[0, 1, 2, 3]]
-  label[0, 0, 1] = 0
-  Image.fromarray(label, 'LA').save(path)
-  assert 'transparent' in _read_refused(path, images.read_label)
+  options = {} if suffix == 'bmp' else {'exif': exif}
+  Image.fromarray(gradient()).save(path, **options)
+  assert images.read_size(path) == images.read_image(path).shape[:2]
+  if suffix in ('png', 'jpg'):  # the pixels may be cut off
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(errors.UnreadableError):
+      images.read_image(path)
+    assert images.read_size(path) == ((30, 20) if orientation > 4 else (20, 30))
 
 
 def test_pillows_limit_of_pixels_does_not_hold_and_stays_for_others(
   tmp_path, monkeypatch
 ):
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-  Image.fromarray(_gradient()).save(tmp_path / 'a.png')
+  Image.fromarray(gradient()).save(tmp_path / 'a.png')
   with pytest.raises(Image.DecompressionBombError):
     Image.open(tmp_path / 'a.png')
   with concurrent.futures.ThreadPoolExecutor(4) as threads:
     paths = [tmp_path / 'a.png'] * 40
     for image in threads.map(images.read_image, paths):
-      np.testing.assert_array_equal(image, _gradient())
+      np.testing.assert_array_equal(image, gradient())
   assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_more_pixels_than_opencv_decodes_are_refused_before_reading(tmp_path):
   path = tmp_path / 'a.png'
-  data = _gray_png(np.zeros((1, 1), np.uint8), 8)
+  data = gray_png(np.zeros((1, 1), np.uint8), 8)
   size = struct.pack('>II', 40_000, 30_000)
   header = b'IHDR' + size + data[24:29]
   check = struct.pack('>I', zlib.crc32(header))

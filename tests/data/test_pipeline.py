@@ -14,7 +14,7 @@ from deeplab_jax.runtime import errors
 
 _CHAIN = (
   transforms.RandomScaleCropFlip((32, 24)),
-  transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+  transforms.ColorJitter((0.2, 0.2, 0.2, 0.05)),
 )
 
 
@@ -110,6 +110,27 @@ def test_every_epoch_shows_every_record_once_in_a_new_order():
   assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
+@pytest.mark.parametrize('seed', [0, 7])
+def test_order_of_a_seed_never_changes(seed):
+  # A run that resumes goes on with the stream it began, also years later.
+  order = [np.random.default_rng((seed, 0, e)).permutation(5) for e in range(4)]
+  rows = np.concatenate(order)[3 * 2 : 3 * 6].reshape(4, 3)
+  batches = _take(4, _records(5), (), batch_size=3, seed=seed, start_step=2)
+  assert _numbers(batches) == rows.tolist()
+
+
+def test_chance_of_a_row_never_changes():
+  class Shift:
+    def __call__(self, image, label, rng):
+      return image + np.uint8(rng.integers(200)), label
+
+  (batch,) = _take(1, _records(1), (Shift(),), seed=3, start_step=5)
+  expected = [
+    np.random.default_rng((3, 1, row)).integers(200) for row in range(20, 24)
+  ]
+  assert batch['image'][:, 0, 0, 0].tolist() == expected
+
+
 def test_one_record_looks_different_every_time():
   noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
   record = {
@@ -164,9 +185,7 @@ def test_evaluation_shows_every_image_once(count, batch_size, hosts, limit):
 
 def test_evaluation_pads_and_does_not_scale(source):
   (planned,) = _plan([(80, 90)] * len(source), len(source))
-  iterator = pipeline.make_eval_iterator(
-    source, [planned], fill=(1, 2, 3), ignore_label=9
-  )
+  iterator = pipeline.make_eval_iterator(source, [planned], ignore_label=9)
   (batch,) = list(iterator)
   iterator.close()
   for index, record in enumerate(source):
@@ -176,7 +195,7 @@ def test_evaluation_pads_and_does_not_scale(source):
     assert batch['index'][index] == index
     np.testing.assert_array_equal(batch['image'][index, :height, :width], image)
     np.testing.assert_array_equal(batch['label'][index, :height, :width], label)
-    assert (batch['image'][index, height:] == (1, 2, 3)).all()
+    assert (batch['image'][index, height:] == transforms.MEAN_COLOR).all()
     assert (batch['label'][index, :, width:] == 9).all()
 
 
@@ -223,6 +242,10 @@ def test_numbers_that_cannot_work_are_shown():
     _take(1, _records(3), host=2, hosts=2)
   with pytest.raises(ValueError, match='no records'):
     _take(1, [])
+  with pytest.raises(ValueError, match='at least 0, got -1 and 0'):
+    _take(1, _records(3), threads=-1)
+  with pytest.raises(ValueError, match='at least 0, got 2 and -3'):
+    _take(1, _records(3), workers=-3)
 
 
 _SCRIPT = """

@@ -73,7 +73,7 @@ def test_data_set_is_prepared_as_generated(tmp_path, monkeypatch):
   assert data.info.name == 'shapes' and data.info.num_classes == 6
   assert data.tally('train').num_images == len(data.source('train')) == 3
   assert data.tally('val').num_images == len(data.source('val')) == 2
-  assert data.tally('val').max_size == (144, 192)
+  assert data.tally('val').sizes == {(144, 192): 2}
   records = {record['name']: record for record in data.source('val')}
   assert set(records) == {b'val_00000', b'val_00001'}
   image, label = shapes.generate_scene(np.random.default_rng((0, 1, 1)))

@@ -5,7 +5,7 @@ import pytest
 from miniature import write_voc_folder
 from PIL import Image
 
-from deeplab_jax.data import datasets, records, survey
+from deeplab_jax.data import datasets, survey
 from deeplab_jax.runtime import errors
 
 SPLITS = ('train', 'val')
@@ -192,7 +192,7 @@ def test_masks_of_0_and_255_are_suspect(voc_folder):
   ((title, finding),) = findings(voc_folder).items()
   assert title == 'labels that tell nothing apart' and finding.fatal
   assert finding.examples == (
-    '0 (ground) is the only value beside void, 255, in train; if 255 marks a '
+    '0 (ground) is the only value besides void, 255, in train; if 255 marks a '
     'class, set --config.data.label_map=255:1 and give it a line in '
     'classes.txt',
   )
@@ -246,7 +246,7 @@ def test_void_alone_in_the_class_range_is_told_of_the_other_setting(voc_folder):
   same = found['labels that tell nothing apart']
   assert same.fatal
   assert same.examples == (
-    '1 (box) is the only value beside void, 0, in train; if 0 marks a class,'
+    '1 (box) is the only value besides void, 0, in train; if 0 marks a class,'
     ' set --config.data.ignore_label=255',
   )
 
@@ -280,7 +280,7 @@ def info(*classes, **options):
 
 
 def tally(*pixels, void=0):
-  found = records.Tally(len(pixels), 255)
+  found = datasets.Tally(len(pixels), 255)
   found.class_pixels[:], found.void_pixels = pixels, void
   return found
 
@@ -291,7 +291,7 @@ def test_training_looks_at_tallies_in_the_words_of_the_survey():
     survey.check_tallies(info('bg', 'box'), tallies, 'train')
   assert str(caught.value) == (
     'config.data.train_split=train of mini: labels that tell nothing apart: 0'
-    ' (bg) is the only value beside void, 255, in train; if 255 marks a class,'
+    ' (bg) is the only value besides void, 255, in train; if 255 marks a class,'
     ' set --config.data.label_map=255:1'
   )
   tallies['train'] = tally(0, 0, void=3)

@@ -155,13 +155,17 @@ def test_crop_reaches_every_place_about_equally_often():
 def test_crop_pads_bottom_and_right_with_fill_and_void():
   image, label = _scene(10, 12)
   crop = transforms.RandomScaleCropFlip(
-    (16, 16), (1, 1), flip=0, fill=(1, 2, 3), ignore_label=99
+    (16, 16), (1, 1), flip=0, ignore_label=99
   )
   cut, cut_label = crop(image, label, _rng())
   np.testing.assert_array_equal(cut[:10, :12], image)
   np.testing.assert_array_equal(cut_label[:10, :12], label)
-  assert (cut[10:] == (1, 2, 3)).all() and (cut_label[10:] == 99).all()
-  assert (cut[:, 12:] == (1, 2, 3)).all() and (cut_label[:, 12:] == 99).all()
+  assert (cut[10:] == transforms.MEAN_COLOR).all() and (
+    cut_label[10:] == 99
+  ).all()
+  assert (cut[:, 12:] == transforms.MEAN_COLOR).all() and (
+    cut_label[:, 12:] == 99
+  ).all()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,9 @@ def test_jitter_matches_hand_formulas():
     'saturation': 1.3 * exact - 0.3 * gray[..., None],
   }
   for name, value in expected.items():
-    jitter = transforms.ColorJitter(**{name: 0.4})
+    jitter = transforms.ColorJitter(
+      tuple(0.4 * (key == name) for key in (*expected, 'hue'))
+    )
     result, same = jitter(image, label, _Fixed(1.3))
     assert result.dtype == np.uint8 and same is label
     np.testing.assert_allclose(result, np.clip(value, 0, 255), atol=1.01)
@@ -247,7 +253,7 @@ def test_jitter_matches_hand_formulas():
 def test_hue_turns_colours_as_colorsys_does():
   image = _rng(1).integers(0, 256, (6, 6, 3), np.uint8)
   label = np.zeros((6, 6), np.uint8)
-  result, _ = transforms.ColorJitter(hue=0.5)(image, label, _Fixed(0.25))
+  result, _ = transforms.ColorJitter((0, 0, 0, 0.5))(image, label, _Fixed(0.25))
   for before, after in zip(
     image.reshape(-1, 3), result.reshape(-1, 3), strict=True
   ):
@@ -261,7 +267,7 @@ def test_hue_turns_colours_as_colorsys_does():
   'transform',
   [
     transforms.RandomScaleCropFlip((16, 16), flip=1),
-    transforms.ColorJitter(0.5, 0.5, 0.5, 0.5),
+    transforms.ColorJitter((0.5, 0.5, 0.5, 0.5)),
   ],
 )
 def test_transforms_leave_their_input_alone(transform):
@@ -272,15 +278,21 @@ def test_transforms_leave_their_input_alone(transform):
   np.testing.assert_array_equal(label, before[1])
 
 
+def _apply(chain, image, label, rng):
+  for transform in chain:
+    image, label = transform(image, label, rng)
+  return image, label
+
+
 def test_all_together_are_a_pure_function_of_the_generator():
   image, label = _scene()
   chain = (
     transforms.RandomScaleCropFlip((33, 33)),
-    transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
+    transforms.ColorJitter((0.3, 0.3, 0.3, 0.1)),
   )
-  first = transforms.apply_transforms(chain, image, label, _rng(3))
-  again = transforms.apply_transforms(chain, image, label, _rng(3))
-  other = transforms.apply_transforms(chain, image, label, _rng(4))
+  first = _apply(chain, image, label, _rng(3))
+  again = _apply(chain, image, label, _rng(3))
+  other = _apply(chain, image, label, _rng(4))
   np.testing.assert_array_equal(first[0], again[0])
   np.testing.assert_array_equal(first[1], again[1])
   assert (first[0] != other[0]).any()
@@ -296,11 +308,15 @@ def _window(size=(5, 5), **settings):
     (lambda: _window(scale=(2, 1)), r'\(2, 1\)'),
     (lambda: _window(scale=(0, 1)), r'\(0, 1\)'),
     (lambda: _window(size=(0, 5)), r'\(0, 5\)'),
-    (lambda: _window(fill=(0, 0, 300)), '300'),
     (lambda: _window(ignore_label=256), '256'),
     (lambda: _window(flip=1.5), '1.5'),
-    (lambda: transforms.ColorJitter(brightness=-1), 'brightness.*-1'),
-    (lambda: transforms.ColorJitter(hue=0.6), 'hue.*0.6'),
+    (lambda: transforms.ColorJitter((-1, 0, 0, 0)), r'from 0.*\(-1, 0, 0, 0\)'),
+    (lambda: transforms.ColorJitter((0, 0, 0, 0.6)), r'up to 0.5.* 0.6\)'),
+    (lambda: transforms.ColorJitter((0.1, 0.1)), r'four.*\(0.1, 0.1\)'),
+    (lambda: _window(scale=(1,)), r'\(1,\)'),
+    (lambda: _window(scale=(1, 2**31)), 'at most'),
+    (lambda: _window(size=(5, 5, 3)), r'\(5, 5, 3\)'),
+    (lambda: transforms.CenterCrop((5,)), r'\(5,\)'),
   ],
 )
 def test_wrong_arguments_are_shown(make, message):

@@ -1,5 +1,6 @@
 """VOC and SBD in miniature: downloaded, prepared, and refused."""
 
+import gzip
 import hashlib
 import io
 import logging
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import types
 
 import miniature_voc as mini
@@ -19,7 +21,7 @@ from miniature import SETTINGS, make_config, write_voc_folder
 from web_server import serving, without_proxies
 
 from deeplab_jax import evaluate, train
-from deeplab_jax.data import images, load, voc, voc_lists, voc_places
+from deeplab_jax.data import images, label_files, load, voc, voc_sources
 from deeplab_jax.runtime import errors
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -49,16 +51,16 @@ def web(archives, monkeypatch):
   with serving(files) as state:
     urls = [f'{state.address}/{path}' for path in files]
     sources = {
-      'voc': voc_places.Source(
+      'voc': voc_sources.Source(
         tuple(urls[1:]),
         len(voc_tar),
         f'sha256:{hashlib.sha256(voc_tar).hexdigest()}',
       ),
-      'sbd': voc_places.Source(
+      'sbd': voc_sources.Source(
         (urls[0],), len(sbd), f'md5:{hashlib.md5(sbd).hexdigest()}'
       ),
     }
-    monkeypatch.setattr(voc_places, 'SOURCES', sources)
+    monkeypatch.setattr(voc_sources, 'SOURCES', sources)
     yield state
 
 
@@ -87,8 +89,13 @@ def _devkit(disk):
 
 def _load(variant, prepared, directory='', **options):
   name = 'voc2012_segmentation' + (f'/{variant}' if variant else '')
+  own = {key: options.pop(key) for key in ('list', 'holdout') if key in options}
   return load.load_dataset(
-    name, directory=str(directory), prepared_dir=str(prepared), **options
+    name,
+    directory=str(directory),
+    prepared_dir=str(prepared),
+    options=own,
+    **options,
   )
 
 
@@ -245,7 +252,11 @@ def test_trainaug_is_the_same_from_wherever_it_lies(
   assert not list((prepared / 'downloads').rglob('*.t*'))
 
 
-def test_image_of_sbd_alone_is_used(disk, prepared):
+@pytest.mark.parametrize('tar', [False, True])
+def test_image_of_sbd_alone_is_used(disk, archives, prepared, tar):
+  if tar:
+    shutil.rmtree(disk / 'benchmark_RELEASE')
+    shutil.copy(archives['benchmark.tgz'], disk)
   for name in _of_sbd(mini.TRAINAUG):
     (_devkit(disk) / 'JPEGImages' / f'{name}.jpg').unlink()
   data = _load('trainaug', prepared, disk)
@@ -301,7 +312,7 @@ def test_list_is_parted_and_val_stays(disk, prepared, tmp_path):
     ids[4],
   ]
   path = _ids(tmp_path, *lines)
-  data = _load('list', prepared, disk, list_file=path, holdout=0.2)
+  data = _load('list', prepared, disk, list=path, holdout=0.2)
   held = set(sorted(ids, key=lambda x: hashlib.sha256(x.encode()).digest())[:2])
   _check_stored(data, 'holdout', held, sbd=_of_sbd(held))
   _check_stored(data, 'train', set(ids) - held, sbd=_of_sbd(ids))
@@ -310,24 +321,24 @@ def test_list_is_parted_and_val_stays(disk, prepared, tmp_path):
 
 def test_held_out_ids_do_not_depend_on_their_order():
   ids = [f'{index:04d}' for index in range(8252)]
-  trained, held = voc_lists.hold_out(ids, 0.1)
+  trained, held = voc_sources.hold_out(ids, 0.1)
   assert len(held) == 825 and sorted(trained + held) == ids
-  assert set(voc_lists.hold_out(ids[::-1], 0.1)[1]) == set(held)
+  assert set(voc_sources.hold_out(ids[::-1], 0.1)[1]) == set(held)
   # one more line moves one id at most
-  assert len(set(voc_lists.hold_out([*ids, 'x'], 0.1)[1]) ^ set(held)) <= 1
-  assert voc_lists.hold_out(ids, 0.0) == (ids, [])
+  assert len(set(voc_sources.hold_out([*ids, 'x'], 0.1)[1]) ^ set(held)) <= 1
+  assert voc_sources.hold_out(ids, 0.0) == (ids, [])
 
 
 def test_list_of_voc_images_needs_no_sbd(web, prepared, tmp_path):
   path = _ids(tmp_path, *mini.VOC_TRAIN)
-  data = _load('list', prepared, list_file=path, holdout=0.0)
+  data = _load('list', prepared, list=path, holdout=0.0)
   _check_stored(data, 'train', mini.VOC_TRAIN)
   assert list(data.builders) == ['train', 'val']
   assert [path for path, _ in web.requests] == [f'o/{_VOC_TAR}']
 
 
 def _change_list(disk, options):
-  path = pathlib.Path(options['list_file'])
+  path = pathlib.Path(options['list'])
   path.write_text(path.read_text() + f'{mini.SBD_TRAIN[-1]}\n')
 
 
@@ -349,7 +360,7 @@ def _change_val(disk, options):
 def test_changed_source_is_prepared_again(
   disk, prepared, tmp_path, change, caplog
 ):
-  options = {'list_file': _ids(tmp_path, *mini.NAMES[:8]), 'holdout': 0.25}
+  options = {'list': _ids(tmp_path, *mini.NAMES[:8]), 'holdout': 0.25}
   first = _load('list', prepared, disk, **options)
   change(disk, options)
   with caplog.at_level(logging.INFO, 'deeplab_jax'):
@@ -361,7 +372,9 @@ def test_changed_source_is_prepared_again(
   }.get(change, 6)  # fmt: skip
 
 
-def test_failed_preparation_is_not_told_as_an_older_one(disk, prepared, caplog):
+def test_failed_preparation_is_not_reported_as_an_older_one(
+  disk, prepared, caplog
+):
   mask = _devkit(disk) / 'SegmentationClass' / f'{mini.VOC_TRAIN[0]}.png'
   content = mask.read_bytes()
   mask.write_bytes(content[:-50])
@@ -372,9 +385,12 @@ def test_failed_preparation_is_not_told_as_an_older_one(disk, prepared, caplog):
   assert 'remove it if it is not needed' not in caplog.text
 
 
-def test_counts_that_differ_from_the_published_are_told(disk, prepared, caplog):
+def test_counts_that_differ_from_the_published_are_reported(
+  disk, prepared, caplog
+):
   _load('', prepared, disk)
-  assert 'train has 8 images, not 1464, val has 6 images' in caplog.text
+  assert 'train has 8 images, not 1464' in caplog.text
+  assert 'val has 6 images, not 1449' in caplog.text
   assert 'trainval has 14 images, not 2913' in caplog.text
 
 
@@ -397,10 +413,10 @@ def test_file_supplied_by_hand_must_be_the_right_one(web, prepared):
   assert f'{_VOC_TAR} cannot be downloaded' in _refused('', prepared)
 
 
-def test_small_disk_is_told_before_the_first_request(
+def test_small_disk_is_reported_before_the_first_request(
   web, prepared, monkeypatch
 ):
-  sources = voc_places.SOURCES
+  sources = voc_sources.SOURCES
   sizes = sources['voc'].size + sources['sbd'].size
   free = types.SimpleNamespace(free=sizes)  # but none for the records
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: free)
@@ -412,7 +428,7 @@ def test_small_disk_is_told_before_the_first_request(
   assert not web.requests
 
 
-def test_small_disk_is_told_before_records_are_written(
+def test_small_disk_is_reported_before_records_are_written(
   disk, prepared, monkeypatch
 ):
   free = types.SimpleNamespace(free=1000)
@@ -439,6 +455,25 @@ def test_tar_cut_between_two_files_is_no_whole_one(disk, archives, prepared):
     assert 'truncated' in _refused('', prepared, disk)
 
 
+@pytest.mark.parametrize('name', [_VOC_TAR, 'benchmark.tgz'])
+def test_damaged_header_in_an_archive_is_not_its_end(
+  disk, archives, prepared, name
+):
+  _tars(disk, archives)
+  path = disk / name
+  with tarfile.open(path) as tar:
+    header = tar.getmembers()[20].offset
+  pack, unpack = bytes, bytes
+  if name.endswith('.tgz'):
+    pack, unpack = gzip.compress, gzip.decompress
+  content = bytearray(unpack(path.read_bytes()))
+  content[header : header + 8] = b'damaged!'
+  path.write_bytes(pack(content))
+  message = _refused('trainaug', prepared, disk)
+  assert f'{path}: truncated or damaged archive' in message
+  assert f'no header at byte {header}' in message
+
+
 def test_ids_without_files_are_counted_and_the_first_named(
   disk, prepared, tmp_path
 ):
@@ -446,7 +481,7 @@ def test_ids_without_files_are_counted_and_the_first_named(
   (_devkit(disk) / 'JPEGImages' / f'{sbd[0]}.jpg').unlink()
   (disk / 'benchmark_RELEASE/dataset/img' / f'{sbd[0]}.jpg').unlink()
   path = _ids(tmp_path, *mini.VOC_TRAIN, *mini.UNLABELLED, *sbd[:2], *'abcdefg')
-  message = _refused('list', prepared, disk, list_file=path, holdout=0.0)
+  message = _refused('list', prepared, disk, list=path, holdout=0.0)
   assert message == (
     f'{path}: 9 of 18 ids have no image or no mask: {mini.UNLABELLED[0]} (no '
     f'mask), {sbd[0]} (no image), a (no image), b (no image), c (no image), '
@@ -457,7 +492,7 @@ def test_ids_without_files_are_counted_and_the_first_named(
 def test_listed_ids_that_need_absent_sbd_are_counted(disk, prepared, tmp_path):
   shutil.rmtree(disk / 'benchmark_RELEASE')
   path = _ids(tmp_path, *mini.VOC_TRAIN, 'a', 'b')
-  message = _refused('list', prepared, disk, list_file=path)
+  message = _refused('list', prepared, disk, list=path)
   assert 'neither benchmark.tgz nor' in message
   assert f'the 2 of 10 ids in {path} that VOC has no mask of: a, b;' in message
 
@@ -472,7 +507,7 @@ def test_val_mask_of_sbd_does_not_stand_in_for_voc(disk, prepared):
 
 def test_val_images_in_a_training_list_are_refused(disk, prepared, tmp_path):
   path = _ids(tmp_path, *mini.VOC_TRAIN, *mini.VOC_VAL[:2])
-  message = _refused('list', prepared, disk, list_file=path)
+  message = _refused('list', prepared, disk, list=path)
   assert message.startswith(f'{path}: 2 of 10 ids are images of VOC val')
   assert 'worthless' in message and mini.VOC_VAL[0] in message
   mini.write_list(_devkit(disk), 'trainaug', [*mini.TRAINAUG, mini.VOC_VAL[1]])
@@ -497,7 +532,7 @@ def test_mask_value_that_means_nothing_is_named(disk, prepared, of_sbd):
   assert message.startswith(f'{path}: label value 21 (3 pixels) is neither')
 
 
-def test_mask_of_colours_is_named(archives, prepared, tmp_path):
+def test_mask_of_colors_is_named(archives, prepared, tmp_path):
   root = mini.write_voc_devkit(tmp_path / 'disk')
   path = root / 'SegmentationClass' / f'{mini.NAMES[0]}.png'
   with mini.Image.open(path) as image:
@@ -536,7 +571,7 @@ def test_mat_of_another_structure_is_named(disk, prepared, values):
 def test_mat_in_doubles_is_read():
   file = io.BytesIO()
   scipy.io.savemat(file, {'GTcls': {'Segmentation': _MASK + 7.0}})
-  label = images.read_mat_label('x.mat', file.getvalue())
+  label = label_files.read_mat_label('x.mat', file.getvalue())
   assert label.dtype == np.uint8 and (label == 7).all()
 
 
@@ -580,14 +615,17 @@ def test_bad_settings_are_named(disk, prepared, tmp_path):
   def refused(variant='list', **options):
     return _refused(variant, prepared, disk, **options)
 
-  assert 'config.data.list is empty' in refused()
+  assert 'config.data.options.list is empty' in refused()
   missing = str(tmp_path / 'missing.txt')
-  assert f'config.data.list={missing}' in refused(list_file=missing)
+  assert f'config.data.options.list={missing}' in refused(list=missing)
   empty = _ids(tmp_path, '', ' ')
-  assert f'{empty}: no id in it' in refused(list_file=empty)
+  assert f'{empty}: no id in it' in refused(list=empty)
   two = _ids(tmp_path, *mini.VOC_TRAIN[:2])
-  message = refused(list_file=two, holdout=0.9)
-  assert 'config.data.holdout=0.9 leaves none of 2 ids' in message
+  message = refused(list=two, holdout=0.9)
+  assert 'config.data.options.holdout: 0.9 leaves none of 2 ids' in message
+  message = refused(list=two, holdout=1.0)
+  assert 'config.data.options.holdout: must be in [0, 1), got 1.0' in message
+  assert 'config.data.options.list' in refused('trainaug', list=two)
   assert 'config.data.ignore_label' in refused('', ignore_label=0)
   assert 'voc2012_segmentation/trainaug' in refused('trainag')
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import scipy.interpolate
 from flax import linen as nn
-from miniature import needs_cpu
 
 import deeplab_jax
-from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3
-from deeplab_jax.models import aspp, deeplab, layers, resnet
+from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3, ops
 from deeplab_jax.models.aspp import ASPP
-from deeplab_jax.models.resnet import PreActBasicUnit, PreActBottleneckUnit
+from deeplab_jax.models.deeplab import check_backbone
+from deeplab_jax.models.resnet import (
+  BACKBONES,
+  PreActBasicUnit,
+  PreActBottleneckUnit,
+)
 from deeplab_jax.weights.mapping import flatten
 
 
@@ -70,27 +73,6 @@ def test_aspp_equals_its_numpy_transcription(random_variables):
   np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_cpu
-def test_branches_in_turn_take_less_memory(monkeypatch):
-  x = jnp.zeros((1, 33, 33, 128))
-  variables = jax.eval_shape(
-    functools.partial(ASPP(features=64).init, train=False),
-    jax.random.key(0),
-    x,
-  )
-
-  def memory():
-    def loss(variables, x):
-      return ASPP(features=64).apply(variables, x, train=False).sum()
-
-    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, x)
-    return program.compile().memory_analysis().temp_size_in_bytes
-
-  in_turn = memory()
-  monkeypatch.setattr(aspp, 'on_cpu', lambda: False)
-  assert in_turn < 0.8 * memory()
-
-
 @pytest.mark.parametrize(
   ('output_stride', 'rates'),
   [(8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))],
@@ -112,7 +94,7 @@ def test_every_preset_sets_the_same_settings():
 
 def test_default_is_the_preset_of_the_paper():
   paper = repr(deeplab_v3(preset='paper'))
-  assert repr(deeplab_v3()) == repr(deeplab_v3(preset='')) == paper
+  assert repr(deeplab_v3()) == paper
 
 
 @pytest.mark.parametrize('preset', PRESETS)
@@ -206,14 +188,12 @@ def interpolated(features, size, stride):
   return features
 
 
-@pytest.mark.parametrize('cpu', [True, False])
+@pytest.mark.parametrize('form', ops.FORMS)
 @pytest.mark.parametrize('unit', [PreActBasicUnit, PreActBottleneckUnit])
 @pytest.mark.parametrize('stride', [8, 16, 32])
 def test_feature_i_j_stands_at_pixel_i_j_times_the_stride(
-  monkeypatch, random_variables, stride, unit, cpu
+  random_variables, stride, unit, form
 ):
-  for module in (aspp, deeplab, layers, resnet):
-    monkeypatch.setattr(module, 'on_cpu', lambda: cpu)
   model = one_unit_network(unit, stride, rate=2)
   variables = random_variables(model)
   apply = functools.partial(
@@ -225,9 +205,9 @@ def test_feature_i_j_stands_at_pixel_i_j_times_the_stride(
   rng = np.random.default_rng(0)
   images = [rng.integers(0, 256, (1, *size, 3), np.uint8) for size in sizes]
   # One program for all sizes compiles in less time than one each.
-  results = jax.jit(lambda images: [apply(variables, x) for x in images])(
-    images
-  )
+  run = jax.jit(lambda images: [apply(variables, x) for x in images])
+  with ops.use(form):
+    results = run(images)
   for size, (logits, captured) in zip(sizes, results, strict=True):
     (features,) = captured['intermediates']['logits']['__call__']
     features = np.asarray(features)
@@ -387,7 +367,7 @@ def test_uint8_and_float_images_give_the_same_logits(random_variables):
   np.testing.assert_array_equal(a, b)
 
 
-def test_the_image_is_normalised_to_minus_one_and_one():
+def test_the_image_is_normalized_to_minus_one_and_one():
   seen = []
 
   class Backbone(deeplab_jax.ResNetV2):
@@ -396,7 +376,9 @@ def test_the_image_is_normalised_to_minus_one_and_one():
       return {'postnorm': x}
 
   model = deeplab_jax.DeepLabV3(
-    Backbone((1, 1, 1, 1), None), ASPP((1,), 2), num_classes=2
+    Backbone((1, 1, 1, 1), None, multi_grid=(1,)),
+    ASPP((1,), 2),
+    num_classes=2,
   )
   images = np.stack([np.zeros((3, 3, 3)), np.full((3, 3, 3), 255.0)])
   model.init(jax.random.key(0), images, train=False)
@@ -411,13 +393,15 @@ def test_the_image_is_normalised_to_minus_one_and_one():
   [
     ({'backbone': 'resnet51'}, 'backbone must be one of resnet18, .*resnet51'),
     ({'preset': 'tf'}, 'preset must be one of paper, seed, .*, got .tf'),
-    ({'features': 'block3'}, 'features must be one of postnorm, block4'),
     ({'upsampling': 'cubic'}, 'upsampling must be one of align_corners'),
     ({'stem_pool': 'none'}, 'stem_pool must be one of symmetric'),
     ({'stride_unit': 'all'}, 'stride_unit must be one of last, first'),
     ({'output_stride': 12}, 'output_stride must be 8, 16 or 32, got 12'),
-    ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
-    ({'multi_grid': (1,)}, 'multi_grid needs one factor for each of the 3'),
+    ({'num_classes': 0}, 'num_classes must be from 1, got 0'),
+    ({'multi_grid': (1,)}, 'multi_grid needs one factor from 1 for each of'),
+    ({'width': 1e-3}, 'width must be above 1.128, which .*, got 0.001'),
+    ({'rematerialization': 'all'}, 'rematerialization must be one of none'),
+    ({'rates': (6,)}, 'a setting must be one of multi_grid, .*, got .rates'),
   ],
 )
 def test_impossible_arguments_are_named_at_construction(call, words):
@@ -425,81 +409,54 @@ def test_impossible_arguments_are_named_at_construction(call, words):
     deeplab_v3(**call)
 
 
-PREPARED = {'width': 0.5, 'aspp_features': 64}
+@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('stride', [8, 16, 32])
+def test_every_backbone_keeps_the_contract(name, stride):
+  model = deeplab_v3(name, output_stride=stride, width=0.0625)
+  check_backbone(model.backbone)
 
 
-@pytest.fixture(scope='module')
-def prepared_for_257(random_variables):
-  """Model, its variables, and these as prepared for 257x257."""
-  model = deeplab_v3('resnet18', **PREPARED)
-  variables = random_variables(model)
-  return model, variables, model.prepare(variables, (257, 257))
+class Pool(nn.Module):
+  """A backbone of anyone's, as small as they get."""
+
+  output_stride: int = 8
+  lost: int = 0
+  key: str = 'postnorm'
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Conv(4, (1, 1), name='conv')(x)[:, :: self.output_stride]
+    return {self.key: x[:, self.lost :, :: self.output_stride]}
 
 
-@needs_cpu
-@pytest.mark.parametrize('size', [(257, 257), (400, 273), (160, 160)])
-def test_prepared_variables_give_the_same_logits(size, prepared_for_257):
-  model, variables, prepared = prepared_for_257
-  images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
-  apply = jax.jit(functools.partial(model.apply, train=False))
-  expected = np.asarray(apply(variables, images))
-  assert np.ptp(expected) > 0.1
-  atol = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(apply(prepared, images), expected, atol=atol)
-
-
-@needs_cpu
-def test_prepared_kernels_are_used_where_they_fit(prepared_for_257):
-  model, plain, prepared = prepared_for_257
-  # On 17 pixels rate 6 has lines of at most 3, on 25 pixels tiles of 3.
-  rate6 = prepared['prepared']['aspp']['atrous1']['conv']['kernel']
-  assert [k.shape for k in rate6] == [(4, 64, 256)] * 4
-  zeros = {'conv': {'kernel': tuple(map(jnp.zeros_like, rate6))}}
-  prepared = {**plain, 'prepared': {'aspp': {'atrous1': zeros}}}
-  apply = jax.jit(functools.partial(model.apply, train=False))
-  for size, used in (((257, 257), True), ((400, 400), False)):
-    images = np.full((1, *size, 3), 90, np.uint8)
-    same = np.array_equal(apply(prepared, images), apply(plain, images))
-    assert same != used
-
-
-@needs_cpu
-def test_prepared_variables_cannot_be_trained(prepared_for_257):
-  model, _, prepared = prepared_for_257
-  images = np.zeros((1, 257, 257, 3), np.uint8)
-  with pytest.raises(ValueError, match="'prepared' are for inference"):
-    model.apply(prepared, images, train=True, mutable=['batch_stats'])
-
-
-@needs_cpu
-def test_preparing_again_keeps_nothing_of_other_parameters(
-  prepared_for_257, random_variables
-):
-  model, _, old = prepared_for_257
-  new = {**old, **random_variables(model, seed=1)}
-  kept = model.prepare(new, (33, 33))  # where nothing is prepared
-  assert not jax.tree.leaves(kept.get('prepared', {}))
-
-
-def test_variables_that_are_all_mutable_are_not_prepared(random_variables):
-  model = deeplab_v3('resnet18', **PREPARED)
-  images = np.zeros((1, 257, 257, 3), np.uint8)
-  apply = functools.partial(model.apply, train=True, mutable=True)
-  _, updated = jax.eval_shape(apply, random_variables(model), images)
-  assert set(updated) == {'params', 'batch_stats'}
-
-
-@needs_cpu
-def test_bfloat16_has_nothing_to_prepare(random_variables):
-  model = deeplab_v3('resnet18', **PREPARED, dtype=jnp.bfloat16)
-  prepared = model.prepare(random_variables(model), (257, 257))
-  assert not jax.tree.leaves(prepared.get('prepared', {}))
-
-
-def test_initial_variables_are_not_prepared():
-  model = deeplab_v3('resnet18', **PREPARED)
-  shapes = jax.eval_shape(
-    lambda key: model.init(key, jnp.zeros((1, 257, 257, 3)), train=False),
+def test_any_module_that_keeps_the_contract_is_a_backbone():
+  check_backbone(Pool())
+  model = deeplab_v3(Pool(), num_classes=3, aspp_features=4)
+  assert model.aspp.rates == (12, 24, 36)  # by its own output stride
+  logits, _ = jax.eval_shape(
+    lambda key: model.init_with_output(
+      key, jnp.zeros((1, 30, 41, 3)), train=False
+    ),
     jax.random.key(0),
   )
-  assert set(shapes) == {'params', 'batch_stats'}
+  assert logits.shape == (1, 30, 41, 3)
+  made = deeplab_v3(
+    lambda output_stride, **_: Pool(output_stride), output_stride=32
+  )
+  assert made.backbone == Pool(32)
+
+
+@pytest.mark.parametrize(
+  ('module', 'words'),
+  [
+    (nn.Dense(3), 'output_stride must be a whole number, got None'),
+    (
+      Pool(lost=1),
+      re.escape("'postnorm' of images [2, 33, 17, 3] must be [2, 5, 3, 4]"),
+    ),
+    (Pool(key='x'), re.escape("no 'postnorm' among the maps ['x']")),
+  ],
+)
+def test_a_module_that_breaks_the_contract_is_told_how(module, words):
+  with pytest.raises(ValueError, match=words):
+    check_backbone(module)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from miniature import xla_conv
 
-from deeplab_jax.ops import convolutions
+from deeplab_jax.ops import convolutions, winograd
 
 SIZES = ((5, 8), (12, 7))
 # Lines of 3 pixels, of 3 and 2, of 2, with one axis in tiles, and of 5 and 4.
@@ -46,12 +46,12 @@ def gradients(size, k=3, **settings):
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('rate', [1, 2, 18])
 def test_winograd_equals_xla(size, rate):
-  check_equal(convolutions.by_winograd, size, rate=rate)
+  check_equal(winograd.convolve, size, rate=rate)
 
 
 @pytest.mark.parametrize(('size', 'rate'), LINES)
 def test_winograd_of_lines_without_neighbours_equals_xla(size, rate):
-  check_equal(convolutions.by_winograd, size, rate=rate)
+  check_equal(winograd.convolve, size, rate=rate)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,7 @@ def test_winograd_rounds_little(rate, bound):
   x, kernel = rng.normal(size=(1, 36, 36, 64)), rng.normal(size=(3, 3, 64, 8))
   with jax.enable_x64(True):
     exact = np.asarray(xla_conv(x, kernel, rate=rate))
-  y = convolutions.by_winograd(
-    x.astype(np.float32), kernel.astype(np.float32), rate
-  )
+  y = winograd.convolve(x.astype(np.float32), kernel.astype(np.float32), rate)
   assert y.dtype == np.float32
   error = np.sqrt(np.mean(np.square(y - exact)) / np.mean(np.square(exact)))
   assert error < bound
@@ -82,12 +80,12 @@ def test_winograd_kernels_fit_the_maps_that_they_are_for(size, shapes):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, *size, 5)).astype(np.float32)
   kernel = rng.normal(size=(3, 3, 5, 4)).astype(np.float32)
-  kernels = convolutions.winograd_kernels(kernel, size, 2)
+  kernels = winograd.transform(kernel, size, 2)
   assert [k.shape for k in kernels] == shapes
-  assert convolutions.fit_winograd(kernels, size, 2)
+  assert winograd.fits(kernels, size, 2)
   for other in {(9, 9), (6, 6), (9, 6), (6, 9)} - {size}:
-    assert not convolutions.fit_winograd(kernels, other, 2)
-  y = convolutions.by_winograd_kernels(x, kernels, 2)
+    assert not winograd.fits(kernels, other, 2)
+  y = winograd.convolve_transformed(x, kernels, 2)
   np.testing.assert_allclose(y, xla_conv(x, kernel, rate=2), atol=1e-4)
 
 
@@ -106,9 +104,9 @@ def test_form_equals_xla(form, size, k, stride, rate):
 def test_gradients_of_winograd_are_those_of_xla(size, rate):
   with jax.enable_x64(True):
     x, kernel, gradient, expected = gradients(size, rate=rate)
-    to_x = convolutions.by_winograd(gradient, kernel, rate, transposed=True)
+    to_x = winograd.convolve(gradient, kernel, rate, transposed=True)
     np.testing.assert_allclose(to_x, expected[0], atol=1e-9)
-    to_kernel = convolutions.winograd_kernel_gradient(x, gradient, rate)
+    to_kernel = winograd.kernel_gradient(x, gradient, rate)
     np.testing.assert_allclose(to_kernel, expected[1], atol=1e-9)
 
 
@@ -144,10 +142,10 @@ def test_pixels_under_a_tap_are_those_of_the_padded_map(offset, stride):
 
 def test_winograd_share_of_hand_counted_products():
   # 3 tiles of 5 products a line; the taps reach 8, 9 and 8 pixels of 9.
-  assert convolutions.winograd_share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
+  assert winograd.share(9, 9, 1) == pytest.approx((15 / 25) ** 2)
   # 12 lines of 4 products, and of 3; taps reach 21, 33, 21 pixels and 8, 20, 8.
   share = 48 / 75 * (36 / 36)
-  assert convolutions.winograd_share(33, 20, 12) == pytest.approx(share)
+  assert winograd.share(33, 20, 12) == pytest.approx(share)
 
 
 def test_matmul_keeps_the_leading_dimensions():
@@ -160,4 +158,4 @@ def test_matmul_keeps_the_leading_dimensions():
 def test_winograd_refuses_other_kernels():
   x, kernel = np.zeros((1, 9, 9, 2)), np.zeros((5, 5, 2, 2))
   with pytest.raises(ValueError, match=r'must be 3x3, got \(5, 5\)'):
-    convolutions.by_winograd(x, kernel)
+    winograd.convolve(x, kernel)

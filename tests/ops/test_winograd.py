@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deeplab_jax.ops.winograd import line, tiles, winograd
+from deeplab_jax.ops.winograd import form_of, line, tiles
 
 
 def convolve(form, kernel, x):
@@ -69,6 +69,6 @@ def test_lines_of_pairs_and_of_five_have_many_zeros():
   ],
 )
 def test_choice(size, rate, products, tile, count):
-  form = winograd(size, rate)
+  form = form_of(size, rate)
   assert (form.products, form.tile) == (products, tile)
   assert form.count(size, rate) == count

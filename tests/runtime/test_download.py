@@ -1,6 +1,5 @@
 """Downloads from a small server on this machine that may break off."""
 
-import errno
 import hashlib
 import shutil
 import types
@@ -69,9 +68,20 @@ def test_part_of_an_earlier_try_is_completed(server, tmp_path):
   assert asked(server) == ['bytes=1000-']
 
 
-def test_whole_part_needs_no_byte_more(server, tmp_path):
-  (tmp_path / 'weights.h5.part').write_bytes(CONTENT)
+@pytest.mark.parametrize('more', [b'', b'more'])
+def test_part_beyond_the_end_is_kept_if_it_is_whole(server, tmp_path, more):
+  (tmp_path / 'weights.h5.part').write_bytes(CONTENT + more)
   assert fetch(server, tmp_path).read_bytes() == CONTENT
+  expected = [f'bytes={len(CONTENT + more)}-', None]
+  assert asked(server) == expected[: 1 + bool(more)]
+
+
+def test_restart_without_ranges_loses_nothing_when_it_breaks(server, tmp_path):
+  (tmp_path / 'weights.h5.part').write_bytes(CONTENT[:100_000])
+  server.ranges, server.limits = False, [50_000] * 3
+  fails(server, tmp_path, 'after 0.1 MB, which are kept')
+  part = tmp_path / 'weights.h5.part'
+  assert part.read_bytes() == CONTENT[:100_000]
 
 
 def test_server_without_ranges_starts_from_the_first_byte(server, tmp_path):
@@ -211,7 +221,9 @@ def test_sha256_is_checked_as_well(server, tmp_path):
     fetch(server, tmp_path / 'other', digest='sha256:abc')
 
 
-def test_full_disk_is_told_before_the_first_byte(server, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_the_first_byte(
+  server, tmp_path, monkeypatch
+):
   usage = types.SimpleNamespace(free=250_000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
   with pytest.raises(UserError) as error:
@@ -226,13 +238,8 @@ def test_full_disk_is_told_before_the_first_byte(server, tmp_path, monkeypatch):
   assert path.read_bytes() == CONTENT
 
 
-def test_disk_that_fills_up_is_not_blamed_on_the_mirrors(
-  server, tmp_path, monkeypatch
-):
-  def fill(name, *args):
-    raise OSError(errno.ENOSPC, 'No space left on device')
-
-  monkeypatch.setattr(module, '_progress', fill)
+def test_disk_that_fills_up_is_not_blamed_on_the_mirrors(server, tmp_path):
+  (tmp_path / 'weights.h5.part').symlink_to('/dev/full')
   with pytest.raises(UserError, match=f'^{tmp_path}: No space left'):
     fetch(server, tmp_path, *both(server))
   assert len(server.requests) == 1

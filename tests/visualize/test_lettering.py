@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from deeplab_jax.visualize import lettering
-from deeplab_jax.visualize.confusion import confusion_picture
+from deeplab_jax.visualize.figures import confusion_picture
 from deeplab_jax.visualize.labels import legend
 
 # A word that names a road, a tree or a cat, by its script.
@@ -44,7 +44,8 @@ def drawn(text, size=24):
   width = round(lettering.text_length(text, size)) + 2 * size
   picture = Image.new('RGB', (width, 3 * size), (255, 255, 255))
   place = size, 1.5 * size
-  lettering.draw_text(ImageDraw.Draw(picture), place, text, (0, 0, 0), size)
+  draw = ImageDraw.Draw(picture)
+  lettering.draw_text(draw, place, text, size, color=(0, 0, 0))
   return np.asarray(picture)[..., 0] < 128
 
 
@@ -91,9 +92,7 @@ def test_legend_and_confusion_picture_show_the_word(script):
   size = 16
   width = round(lettering.text_length(word, size))
   canvas = Image.new('RGB', (width + 20, 40), (255, 255, 255))
-  lettering.draw_text(
-    ImageDraw.Draw(canvas), (10, 20), word, (32, 32, 32), size
-  )
+  lettering.draw_text(ImageDraw.Draw(canvas), (10, 20), word, size)
   wanted = cut(np.asarray(canvas)[..., 0] < 128)
   strip = legend([(word, None)], 0, size)
   np.testing.assert_array_equal(cut(strip[..., 0] < 128), wanted)
@@ -110,7 +109,8 @@ def test_plain_text_looks_as_pillow_draws_it():
     ours, pillows = (
       Image.new('RGB', (200, 30), (255, 255, 255)) for _ in range(2)
     )
-    lettering.draw_text(ImageDraw.Draw(ours), (8, 15), text, (0, 0, 0), 13)
+    draw = ImageDraw.Draw(ours)
+    lettering.draw_text(draw, (8, 15), text, 13, color=(0, 0, 0))
     ImageDraw.Draw(pillows).text((8, 15), text, (0, 0, 0), font, anchor='lm')
     np.testing.assert_array_equal(cut_ink(ours), cut_ink(pillows))
     assert lettering.text_length(text, 13) == font.getlength(text)
@@ -142,7 +142,8 @@ def test_text_that_no_font_has_is_drawn_as_boxes():
 def test_text_is_aligned_at_its_place(align):
   text = '道路 road'
   picture = Image.new('L', (400, 60), 255)
-  lettering.draw_text(ImageDraw.Draw(picture), (200, 30), text, 0, 20, align)
+  draw = ImageDraw.Draw(picture)
+  lettering.draw_text(draw, (200, 30), text, 20, align, color=0)
   columns = np.nonzero((np.asarray(picture) < 128).any(0))[0]
   width = lettering.text_length(text, 20)
   left = 200 - {'left': 0, 'center': width / 2, 'right': width}[align]

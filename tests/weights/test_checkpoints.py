@@ -32,8 +32,8 @@ def save(workdir, mious, start=1):
   """One checkpoint a value, as one run would; None is not evaluated."""
   with Checkpoints(workdir) as saved:
     for step, miou in enumerate(mious, start):
-      measures = {} if miou is None else {'measures': {'miou': miou}}
-      saved.save(make_state(step), {'note': f'step {step}', **measures})
+      metrics = {} if miou is None else {'metrics': {'miou': miou}}
+      saved.save(make_state(step), {'note': f'step {step}', **metrics})
   return {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
 
 
@@ -78,14 +78,21 @@ def test_state_and_metadata_come_back_as_they_were(tmp_path):
     variables['batch_stats']['mean'], expected.batch_stats['mean']
   )
   assert set(variables) == {'params', 'batch_stats'}
-  assert metadata == {'note': 'step 1', 'measures': {'miou': 0.5}}
+  assert metadata == {'note': 'step 1', 'metrics': {'miou': 0.5}}
+
+
+def test_metrics_of_an_older_workdir_are_read_by_their_new_name(tmp_path):
+  with Checkpoints(tmp_path) as saved:
+    saved.save(make_state(1), {'note': 'old', 'measures': {'miou': 0.5}})
+    saved.wait()
+    assert saved.metadata(1) == {'note': 'old', 'metrics': {'miou': 0.5}}
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
   save(tmp_path, [0.5])
   save(tmp_path, [0.9])
   with Checkpoints(tmp_path) as saved:
-    assert saved.metadata(1)['measures'] == {'miou': 0.5}
+    assert saved.metadata(1)['metrics'] == {'miou': 0.5}
 
 
 def test_unknown_step_is_named_beside_those_there_are(tmp_path):

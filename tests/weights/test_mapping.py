@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from reference import keras_shapes, slim_shapes, timm_shapes
 
-from deeplab_jax.models.resnet import BACKBONES, ResNetV2
+from deeplab_jax import deeplab_v3
+from deeplab_jax.models.resnet import BACKBONES
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.keras import map_keras
 from deeplab_jax.weights.mapping import (
@@ -36,7 +37,7 @@ def arrays(**changes):
 
 def merge(values, initial=None, unknown=()):
   return merge_variables(
-    VARIABLES, values, initial=initial or {}, names=NameMap({}, {}, unknown)
+    VARIABLES, values, initial=initial or {}, unknown=unknown
   )
 
 
@@ -132,12 +133,14 @@ def test_map_is_printed_a_line_for_a_name():
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_every_backbone_is_told_by_its_paths(name):
-  units, unit = BACKBONES[name]
-  model = ResNetV2(units, unit, multi_grid=(1,) * units[3], width=0.125)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), np.zeros((1, 33, 33, 3)), train=False)
+  model = deeplab_v3(name, width=0.125, aspp_features=8)
+  paths = flatten(
+    jax.eval_shape(
+      lambda: model.init(
+        jax.random.key(0), np.zeros((1, 33, 33, 3)), train=False
+      )
+    )
   )
-  paths = flatten({key: {'backbone': tree} for key, tree in shapes.items()})
   assert backbone_of(paths) == name
   assert backbone_of(path for path in paths if 'block4' not in path) == ''
 

@@ -84,7 +84,7 @@ def test_class_shares_of_void_alone_are_zero():
 
 
 @pytest.mark.parametrize('classes', [2, 5, 256])
-def test_indexed_png_keeps_mode_size_indices_and_colours(tmp_path, classes):
+def test_indexed_png_keeps_mode_size_indices_and_colors(tmp_path, classes):
   generator = np.random.default_rng(classes)
   palette = generator.integers(0, 256, (classes, 3), np.uint8)
   label = generator.integers(0, min(classes, 255), (37, 53)).astype(np.int32)
@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ['image.png']
 
 
-def test_overlay_mixes_image_and_colour_inside_the_classes():
+def test_overlay_mixes_image_and_color_inside_the_classes():
   image, label = scene()
   picture = visualize.overlay(image, label, PALETTE, CLASSES, opacity=0.25)
   assert picture.dtype == np.uint8
@@ -178,7 +178,7 @@ def test_overlay_keeps_the_picture_in_its_size_above_the_legend(size):
   assert (picture[:height, width:] == 255).all()
 
 
-def test_legend_names_each_class_that_occurs_with_its_share_and_colour():
+def test_legend_names_each_class_that_occurs_with_its_share_and_color():
   image, label = scene(100, 500)
   label[:, :] = 0
   label[:, :100] = 1

@@ -1,0 +1,221 @@
+"""The files of a directory in the layout of a VOC devkit.
+
+classes.txt                          one class name a line, index from 0;
+                                     all with a color 'name R G B', or none
+JPEGImages/ID.jpg                    or .png, .bmp, ...
+SegmentationClass/ID.png             palette or gray PNG of class indices, or
+                                     of those colors; or .tif, _mask.png, ...
+ImageSets/Segmentation/SPLIT.txt     one ID a line
+"""
+
+import collections
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from deeplab_jax.data import labels
+from deeplab_jax.data.image_files import IMAGE_SUFFIXES
+from deeplab_jax.data.label_files import LABEL_SUFFIXES
+from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.files import near, near_file
+
+# The folder of each kind of file, and the suffixes that count there.
+_Kind = tuple[str, str, Sequence[str]]
+_IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
+_LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
+
+
+class Item(NamedTuple):
+  """One listed image: its id and its two files."""
+
+  name: str
+  image: pathlib.Path
+  label: pathlib.Path
+
+
+def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the folder as an absolute path.
+
+  Raises `UserError` naming it, or the part of a VOC devkit that it lacks.
+  """
+  root = pathlib.Path(directory).expanduser().resolve()
+  if not root.is_dir():
+    raise UserError(
+      f'{directory}: no such dataset folder{near_file(root)}; set '
+      'config.data.dir'
+    )
+  for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
+    if not (root / part).is_dir():
+      raise UserError(
+        f'{root / part}: no such folder{near_file(root / part)}; a dataset '
+        'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
+        'and classes.txt'
+      )
+  return root
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+  try:
+    text = path.read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{path}: no readable text ({error}); save it as UTF-8'
+    ) from error
+  return [_normal(line.strip()) for line in text.rstrip().splitlines()]
+
+
+def read_classes(root: pathlib.Path) -> list[str]:
+  """Returns the lines of `classes.txt` in a folder.
+
+  Raises `UserError` if the file is missing, or a line is blank, repeated or has
+  a wrong color.
+  """
+  path = root / 'classes.txt'
+  if not path.is_file():
+    raise UserError(
+      f'{path}: no such file{near_file(path)}; write one class name a line, '
+      'index from 0 (--mode=prepare tells how many)'
+    )
+  lines = _read_lines(path)
+  if not 1 <= len(lines) <= 256 or '' in lines:
+    raise UserError(
+      f'{path}: needs 1 to 256 lines with one class name each, none blank'
+    )
+  with naming(str(path)):
+    names, _ = labels.parse_classes(lines)
+  refuse_repeats(path, names)
+  return lines
+
+
+def list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
+  """Where the list of a split is."""
+  return pathlib.Path(root, 'ImageSets', 'Segmentation', f'{split}.txt')
+
+
+def read_list(root: pathlib.Path, split: str) -> list[str]:
+  """Returns the ids of a split of a folder.
+
+  Raises `UserError` if there is no such list, or it is empty or repeats an id.
+  """
+  path = list_path(root, split)
+  files = {
+    _normal(file.stem): file
+    for file in sorted((root / 'ImageSets' / 'Segmentation').iterdir())
+    if file.suffix.lower() == '.txt'
+  }
+  if _normal(split) not in files:
+    raise UserError(
+      f'{path}: no such list{near(split, files)}; known splits: '
+      f'{", ".join(files) or "none"}'
+    )
+  names = [line for line in _read_lines(files[_normal(split)]) if line]
+  if not names:
+    raise UserError(f'{path}: the split is empty; list one id a line')
+  refuse_repeats(path, names)
+  return names
+
+
+def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
+  """Raises `UserError` if one of the names in a file stands there twice."""
+  name, count = collections.Counter(names).most_common(1)[0]
+  if count > 1:
+    raise UserError(f'{path}: {name!r} stands {count} times; keep one')
+
+
+def find_items(
+  root: pathlib.Path, names: Iterable[str]
+) -> tuple[dict[str, Item], dict[str, UserError]]:
+  """Finds the files of ids; returns items, and errors that say what is missing.
+
+  Ids may have the suffix of their image. Names are compared in Unicode's
+  composed form (NFC): other systems write 'ü' as two characters.
+  """
+  files, items, missing = _Files(root), {}, {}
+  for name in names:
+    try:
+      items[name] = files.item(name)
+    except UserError as error:
+      missing[name] = error
+  return items, missing
+
+
+class _Files:
+  """The images and labels of a folder; reads every directory once."""
+
+  def __init__(self, root: pathlib.Path) -> None:
+    self._root = root
+    self._folders: dict[pathlib.Path, dict[str, list[pathlib.Path]]] = {}
+    self._hints = 5  # comparing with all names takes its time
+
+  def item(self, name: str) -> Item:
+    """Raises `UserError` if a file is missing, or two files have that id."""
+    # One spelling for each place, so that other lists name it alike.
+    listed, name = name, _normal(os.path.normpath(name))
+    bare, suffix = os.path.splitext(name)
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+      raise UserError(
+        f'{listed!r} leads out of {self._root / "JPEGImages"}; list ids, as'
+        f' {os.path.basename(bare)!r}'
+      )
+    found = self._find(_IMAGES, name)
+    if not found and suffix.lower() in IMAGE_SUFFIXES:
+      found = self._find(_IMAGES, bare)
+      own = [f for f in found if _normal(f.name) == os.path.basename(name)]
+      found, name = own or found, bare if found else name
+    if not found:
+      raise self._missing(_IMAGES, name)
+    masks = self._find(_LABELS, name) or self._find(_LABELS, f'{name}_mask')
+    if not masks:
+      raise self._missing(_LABELS, name)
+    for files in (found, masks):
+      if len(files) > 1:
+        raise UserError(
+          f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
+        )
+      if not files[0].is_file():
+        kind = 'no file; put a file there'
+        if files[0].is_symlink():
+          kind = f'a symbolic link to {os.readlink(files[0])}, which is not '
+          kind += 'there; mend the link'
+        raise UserError(f'{files[0]} is {kind} or take {name!r} off the list')
+    return Item(name, found[0], masks[0])
+
+  def _find(self, kind: _Kind, name: str) -> list[pathlib.Path]:
+    _, part, suffixes = kind
+    path = self._root / part / name  # an id may name a subfolder
+    files = self._listing(path.parent).get(path.name, ())
+    return [file for file in files if file.suffix.lower() in suffixes]
+
+  def _listing(self, folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """The entries of a folder by stem; none where there is no such folder."""
+    if folder not in self._folders:
+      files = self._folders[folder] = collections.defaultdict(list)
+      forms = (unicodedata.normalize(x, str(folder)) for x in ('NFC', 'NFD'))
+      place = next(filter(os.path.isdir, forms), None)
+      for file in sorted(pathlib.Path(place).iterdir()) if place else ():
+        files[_normal(file.stem)].append(file)
+    return self._folders[folder]
+
+  def _missing(self, kind: _Kind, name: str) -> UserError:
+    """Says what is there instead."""
+    what, part, suffixes = kind
+    path, hint = self._root / part / name, ''
+    listing = self._listing(path.parent)
+    if path.name in listing:
+      other = listing[path.name][0].name
+      hint = f'; there is {other}, but {what} files end in {" ".join(suffixes)}'
+    elif self._hints > 0:
+      self._hints -= 1
+      # An id with a folder too many is looked for without it.
+      listing = listing or self._listing(self._root / part)
+      hint = near(path.name, (f.name for fs in listing.values() for f in fs))
+    return UserError(
+      f'{path}{".png" if what == "label" else ""}: listed, but there is no '
+      f'{what} file of that name{hint}; add it or take {name!r} off the list'
+    )
+
+
+def _normal(name: str) -> str:
+  return unicodedata.normalize('NFC', name)

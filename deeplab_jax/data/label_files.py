@@ -1,0 +1,160 @@
+"""Label files, with all bits as they are stored."""
+
+import dataclasses
+import io
+
+import numpy as np
+from PIL import Image
+
+from deeplab_jax.data import image_files
+from deeplab_jax.data.image_files import Path, Unusable
+from deeplab_jax.runtime.errors import UserError
+
+LABEL_SUFFIXES = (
+  *('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm', '.tga'),
+)
+
+# Pillow's names of the formats that keep every pixel, and of the TIFF
+# compressions that do not.
+_LOSSLESS = ('PNG', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA')
+_LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')
+
+# Pillow spreads gray of 2 and 4 bits over 0..255; indices need them as stored.
+_GRAY_SCALE = {'L;2': 85, 'L;4': 17}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelFile:
+  """A label file, read as it is stored."""
+
+  path: Path
+  pixels: np.ndarray  # uint8 [H, W], values or indices, or [H, W, 3], colors
+  palette: np.ndarray | None  # uint8 [N, 3], the colors of palette indices
+  turned: bool  # whether the file has an EXIF orientation, which was applied
+
+  def indices(self) -> np.ndarray:
+    """Returns the pixels, uint8 [H, W]; raises `UserError` for colors."""
+    if self.pixels.ndim == 3:
+      raise UserError(
+        f'{self.path}: a label must be a palette or gray PNG of class indices, '
+        'but its mode is RGB; convert its colors to indices, or give each '
+        'class its color in classes.txt, as in "name 255 0 0"'
+      )
+    return self.pixels
+
+
+def read_label(path: Path, data: bytes | None = None) -> np.ndarray:
+  """Reads class indices, uint8 [H, W], as `open_label`; refuses colors."""
+  return open_label(path, data).indices()
+
+
+def open_label(path: Path, data: bytes | None = None) -> LabelFile:
+  """Reads gray values, palette indices or colors; `data` is the file, if known.
+
+  Raises `UserError` if the file is missing, truncated, no image, of a lossy
+  format, of several pages, of a mode that is no label or has a value above 255.
+  """
+  with image_files.opened(path, data) as image:
+    _refuse_lossy(image)
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1:
+      raise Unusable(
+        f'a label of {frames} frames or pages; store only the one that belongs '
+        'to the image'
+      )
+    image_files.refuse_extra_channels(image)
+    _refuse_scaled(image)
+    raw, palette = image_files.raw_mode(image), None
+    orientation, to_turn = image_files.load(image)
+    pixels = _label_pixels(image, raw)
+    if image.mode == 'P':
+      palette = np.uint8(image.getpalette('RGB')).reshape(-1, 3)
+      if image.format == 'GIF':
+        _refuse_renumbered(pixels, palette)
+  pixels = image_files.turn(pixels, to_turn)
+  return LabelFile(path, pixels, palette, turned=orientation != 1)
+
+
+def _refuse_lossy(image: Image.Image) -> None:
+  form, compression = image.format, image.info.get('compression')
+  if form == 'TIFF' and compression in _LOSSY_TIFF:
+    form = f'TIFF with {compression.removeprefix("tiff_").upper()} compression'
+  elif form in _LOSSLESS:
+    return
+  raise Unusable(
+    f'a label must be lossless, this is a {form}, which may change values; '
+    'export it as PNG from where it was drawn'
+  )
+
+
+def _refuse_scaled(image: Image.Image) -> None:
+  """Refuses a PGM of another maximum than 255, which Pillow scales to it."""
+  args = image.tile[0][3] if image.tile else ''
+  scaled = isinstance(args, tuple) and args[-1] != 255
+  if image.format == 'PPM' and image.mode != 'F' and scaled:
+    raise Unusable(
+      f'the largest gray value that its header names is {args[-1]}, so values '
+      'are shares of it and no indices; write 255 there, or a PNG'
+    )
+
+
+def _refuse_renumbered(pixels: np.ndarray, palette: np.ndarray) -> None:
+  """Refuses a gray GIF, whose writers number the gray values in use anew."""
+  used = np.unique(pixels)
+  used = used[used < len(palette)]
+  gray = palette[used]
+  if (gray == gray[:, :1]).all() and (gray[:, 0] != used).any():
+    raise Unusable(
+      'a GIF of gray values stored as other indices, so nothing says which of '
+      'them are the classes; store a gray PNG'
+    )
+
+
+def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
+  """Returns a loaded label's indices uint8 [H, W] or colors [H, W, 3]."""
+  mode, pixels = image.mode, np.array(image)
+  if mode in ('LA', 'RGBA'):
+    if (pixels[..., -1] != 255).any():
+      raise Unusable(
+        f'a label of mode {mode} with transparent pixels; store it without '
+        'alpha'
+      )
+    mode = mode[:-1]
+    pixels = pixels[..., 0] if mode == 'L' else pixels[..., :3]
+  if mode not in ('P', 'L', '1', 'RGB') and not mode.startswith('I'):
+    raise Unusable(
+      'a label must be a palette or gray PNG of class indices, but its mode is '
+      f'{mode}; store class indices'
+    )
+  top, bottom = pixels.max(initial=0), pixels.min(initial=0)
+  if top > 255 or bottom < 0:
+    raise Unusable(
+      f'label value {top if top > 255 else bottom} is not in 0..255; store '
+      'class indices'
+    )
+  scale = _GRAY_SCALE.get(raw[:3], 1) if mode == 'L' else 1
+  return pixels.astype(np.uint8) // np.uint8(scale)
+
+
+def read_mat_label(path: Path, data: bytes) -> np.ndarray:
+  """Reads the class mask in the `data` of a MATLAB file of SBD, uint8 [H, W].
+
+  Raises `UserError` if the file is damaged or holds no `GTcls.Segmentation`.
+  """
+  import scipy.io  # imported here, as few need it
+
+  try:
+    values = scipy.io.loadmat(io.BytesIO(data), variable_names=['GTcls'])
+  except Exception as error:  # damaged files make scipy raise almost anything
+    raise image_files.unreadable(path, error) from error
+  try:
+    mask = values['GTcls']['Segmentation'][0, 0]
+    label = mask.astype(np.uint8)
+    if label.ndim != 2 or not np.array_equal(label, mask):
+      raise TypeError
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(
+      f'{path}: a mask of SBD must hold GTcls.Segmentation, a matrix of class '
+      "indices; take the files in 'cls', as benchmark.tgz has them"
+    ) from error
+  return label
