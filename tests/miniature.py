@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
-from deeplab_jax import DeepLabV3, ResNetV2, build
+from deeplab_jax import DeepLabV3, ResNetV2, build, predict
 from deeplab_jax import config as default_config
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
@@ -167,6 +167,7 @@ def share(patch, owner, name, key):
 
 def share_programs(patch):
   """Lets runs and evaluations of equal settings share their programs."""
+  ignored = ('step', 'panels', 'worst_and_best', 'save_predictions')
   share(
     patch,
     build,
@@ -175,11 +176,17 @@ def share_programs(patch):
       (model, config.loss, config.optimizer, config.train, of_data)
     ),
   )
+  share(patch, predict, 'pmap_predict_step', lambda model: repr(model))
   share(
     patch,
     build,
     'make_evaluator',
     lambda model, dataset, config: repr(
-      (model, config.eval, config.data, dataset.info)
+      (
+        model,
+        {k: v for k, v in config.eval.items() if k not in ignored},
+        config.data,
+        dataset.info,
+      )
     ),
   )

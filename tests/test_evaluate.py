@@ -12,14 +12,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from miniature import make_config
+from miniature import make_config, share_programs
 from PIL import Image
 
 from deeplab_jax import build, deeplab_v3, evaluate, ops
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images, transforms
 from deeplab_jax.data.buckets import FILLER
-from deeplab_jax.data.transforms import MEAN_COLOR
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.protocols import (
   PROTOCOLS,
@@ -37,12 +36,16 @@ def read_variables(workdir):
     return saved.restore_variables(saved.latest_step)
 
 
+_PLAIN = {}
+
+
 def plain_predictions(config, dataset, variables, size=None, transform=None):
   """Name, label and prediction of one image at a time, padded to `size`."""
   model = build.make_model(config, dataset.info.num_classes)
-  apply = jax.jit(
-    lambda x, sizes: model.apply(variables, x, train=False, sizes=sizes)
+  plain = _PLAIN.setdefault(
+    repr(model), jax.jit(functools.partial(model.apply, train=False))
   )
+  apply = functools.partial(plain, variables)
   for record in dataset.source(config.data.eval_split):
     image = images.decode_image(record['image'])
     label = images.decode_label(record['label'])
@@ -50,11 +53,11 @@ def plain_predictions(config, dataset, variables, size=None, transform=None):
       image, label = transform(image, label, None)
     height, width = label.shape
     if size:
-      padded = np.full((*size, 3), MEAN_COLOR, np.uint8)
+      padded = np.full((*size, 3), transforms.MEAN_COLOR, np.uint8)
       padded[:height, :width] = image
-      logits = apply(padded[None], np.array([[height, width]]))
+      logits = apply(padded[None], sizes=np.array([[height, width]]))
     else:
-      logits = apply(image[None], None)
+      logits = apply(image[None], sizes=None)
     logits = np.asarray(logits)[0, :height, :width]
     yield record['name'].decode(), label, logits.argmax(-1)
 
@@ -79,6 +82,14 @@ def assert_metrics_agree(found, expected):
   for key, value in expected.items():
     # Rounding may tip a pixel of some thousands over to another class.
     assert found[key] == pytest.approx(value, abs=2e-3), key
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs():
+  """Each program of these evaluations is traced once."""
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(patch)
+    yield
 
 
 @pytest.fixture

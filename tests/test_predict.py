@@ -6,16 +6,25 @@ import re
 import jax
 import numpy as np
 import pytest
-from miniature import make_config
+from miniature import make_config, share_programs
 from PIL import Image
 
-from deeplab_jax import deeplab_v3
+from deeplab_jax import build
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.evaluation import evaluator
 from deeplab_jax.predict import _write, predict
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs():
+  """Each program of these predictions is traced once."""
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(patch)
+    yield
 
 
 @pytest.fixture
@@ -45,11 +54,11 @@ def test_results_are_the_most_likely_classes_at_the_original_size(
   trained, segment, tmp_path
 ):
   paths = [
-    write_image(tmp_path / f'in/{i}.png', 30 + i, 64 - i) for i in range(5)
+    write_image(tmp_path / f'in/{i}.png', 30 + i, 64 - i) for i in range(3)
   ]
   written = segment(tmp_path / 'in', buckets=9)
   assert [path.name for path in written] == [path.name for path in paths]
-  model = deeplab_v3(num_classes=4, **trained.config.model)
+  model = build.make_model(trained.config, 4)
   with Checkpoints(trained.workdir) as saved:
     variables = saved.restore_variables(saved.step_named('best'))
   apply = jax.jit(lambda x: model.apply(variables, x, train=False))
@@ -99,7 +108,7 @@ def test_images_of_one_name_get_results_of_two(segment, tmp_path):
   write_image(tmp_path / 'a/x.jpg', 40)
   write_image(tmp_path / 'b/x.png', 50)
   write_image(tmp_path / 'b/x_overlay.png', 60)
-  written = segment(tmp_path / 'a', tmp_path / 'b')
+  written = segment(tmp_path / 'a', tmp_path / 'b', buckets=1)
   heights = {path.name: Image.open(path).height for path in written}
   assert heights == {'x.png': 40, 'x_2.png': 50, 'x_overlay_2.png': 60}
   assert len(list((tmp_path / 'out' / 'deep').iterdir())) == 6
@@ -112,7 +121,7 @@ def test_images_of_differing_sizes_are_segmented_in_their_order(
   paths = [
     write_image(tmp_path / f'{i}.png', *size) for i, size in enumerate(sizes)
   ]
-  written = segment(*paths)
+  written = segment(*paths, buckets=2)
   assert [Image.open(p).size[::-1] for p in written] == sizes
   assert [p.stem for p in written] == [p.stem for p in paths]
 
@@ -125,7 +134,12 @@ def test_rotated_photo_is_segmented_as_a_viewer_shows_it(segment, tmp_path):
   assert Image.open(result).size == (40, 60)
 
 
-def test_many_sizes_are_compiled_as_few_times_as_asked(segment, tmp_path):
+def test_many_sizes_are_compiled_as_few_times_as_asked(
+  segment, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+    'deeplab_jax.predict.pmap_predict_step', evaluator.pmap_predict_step
+  )
   for i in range(6):
     write_image(tmp_path / f'in/{i}.png', 40 + 9 * i, 40 + 20 * (i % 3))
   with compilations() as compiled:

@@ -8,6 +8,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,8 +44,8 @@ def eval_step(
       [b, 2] (height and width before padding) and `index` int32 [b].
     scores: see `Protocol.scores`.
     num_classes: C.
-    ignore_label: the label of pixels that do not count.
-    axis_name: see `training.steps.train_step`.
+    ignore_label: the label of void.
+    axis_name: of the mapped device axis, None without one.
 
   Returns:
     `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
@@ -120,11 +121,10 @@ class Evaluator:
   """Scores a split by a protocol; batches are planned and compiled once.
 
   Attributes:
-    info: what the labels mean, a `DatasetInfo`.
-    protocol: how to look at images.
+    info: what the labels mean.
+    protocol: how it looks at images.
     description: of the split and the protocol, JSON values.
-    view_size: (height, width) of the largest images or windows that the network
-      sees at scale 1.
+    view_size: (height, width) of the largest images or windows at scale 1.
   """
 
   def __init__(
@@ -138,17 +138,11 @@ class Evaluator:
     buckets: int,
     threads: int,
   ) -> None:
-    """Plans the batches.
+    """Plans the batches of a split of a `data.load.Dataset`.
 
-    Args:
-      model: a `DeepLabV3`.
-      dataset: a `data.load.Dataset` with the split.
-      split: the name of the split.
-      protocol: how to look at images.
-      batch_size: over all devices; rounded up to a multiple of their number.
-      buckets: how many sizes batches may have, each compiled; unlimited where
-        padding would move the logits (`DeepLabV3.pads_freely`).
-      threads: how many load images.
+    `batch_size` is that of all devices, rounded up to a multiple of their
+    number. Batches have at most `buckets` sizes, each compiled; any number if
+    padding would move the logits (`DeepLabV3.pads_freely`).
     """
     self.info, self.protocol = dataset.info, protocol
     self.description = {'split': split, **protocol.describe(model)}
@@ -176,9 +170,8 @@ class Evaluator:
   def run(self, variables: dict[str, Any], keep: int) -> Scores:
     """Scores every image of all hosts once, on every host.
 
-    Args:
-      variables: of the model, replicated over the devices.
-      keep: how many predictions to keep, those of the first records.
+    The variables must be replicated over the devices. It keeps the predictions
+    of the first `keep` records.
     """
     iterator = make_eval_iterator(
       self._source,
@@ -241,16 +234,16 @@ def write_archive(
   PASCAL VOC's server takes it; comp6 is the competition for training on any
   data. Equal results, each a name and a palette PNG (mode P), make equal bytes.
   """
-  with (
-    replacing(path) as temporary,
-    open(temporary, 'wb') as file,
-    # A name or a time in the header would make two archives differ.
-    gzip.GzipFile('', 'wb', fileobj=file, mtime=0) as packed,
-    tarfile.open(fileobj=packed, mode='w') as archive,
-  ):
+  folder, archive = (
+    f'results/{dataset}/Segmentation/comp6_test_cls',
+    io.BytesIO(),
+  )
+  with tarfile.open(fileobj=archive, mode='w') as files:
     for name, png in results:
-      entry = tarfile.TarInfo(
-        f'results/{dataset}/Segmentation/comp6_test_cls/{name}.png'
-      )
+      entry = tarfile.TarInfo(f'{folder}/{name}.png')
       entry.size = len(png)
-      archive.addfile(entry, io.BytesIO(png))
+      files.addfile(entry, io.BytesIO(png))
+  with replacing(
+    path
+  ) as temporary:  # a time in the header would be a difference
+    Path(temporary).write_bytes(gzip.compress(archive.getvalue(), mtime=0))

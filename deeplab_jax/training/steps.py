@@ -85,10 +85,9 @@ def train_step(
     ignore_label: the label of pixels that have no part in the loss.
     freeze_bn: normalize by the running statistics and do not update them.
     loss: a function like those in `losses.LOSSES`.
-    label_smoothing: see `losses.softmax_cross_entropy`.
+    label_smoothing: the argument of `loss`.
     class_weights: see `losses.pixel_weights`.
-    hardest: share of each image's pixels of a weight above 0 that have a part
-      in the loss, see `losses.hardest_pixels`.
+    hardest: the share for `losses.hardest_pixels`; 1 takes all.
     axis_name: of the mapped device axis, None without one.
 
   Returns:
@@ -148,10 +147,7 @@ def pmap_train_step(**settings: Any) -> Callable[..., Any]:
 
   The state has no device axis; the batch and the metrics have one.
   """
+  step, axes = functools.partial(train_step, **settings), (None, 0)
   return jax.pmap(
-    functools.partial(train_step, **settings),
-    axis_name=AXIS_NAME,
-    in_axes=(None, 0),
-    out_axes=(None, 0),
-    donate_argnums=0,
+    step, AXIS_NAME, in_axes=axes, out_axes=axes, donate_argnums=0
   )
