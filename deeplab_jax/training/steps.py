@@ -128,7 +128,7 @@ def train_step(
   )
   return state, {
     'loss': mean,
-    'grad_norm': optax.global_norm(gradients),
+    'grad_norm': optax.tree.norm(gradients),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
 
