@@ -49,9 +49,8 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
     if not (root / part).is_dir():
       raise UserError(
-        f'{root / part}: no such folder{near_file(root / part)}; a dataset '
-        'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
-        'and classes.txt'
+        f'{root / part}: no such folder{near_file(root / part)}; needed are '
+        'JPEGImages, SegmentationClass, ImageSets/Segmentation and classes.txt'
       )
   return root
 
@@ -60,9 +59,7 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   try:
     text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f'{path}: no readable text ({error}); save it as UTF-8'
-    ) from error
+    raise UserError(f'{path}: no text ({error}); save it as UTF-8') from error
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
 
 

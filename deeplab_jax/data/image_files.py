@@ -109,9 +109,7 @@ def _any_size() -> Iterator[None]:
 def _unidentified(path: Path, data: bytes) -> UserError:
   """Returns the error that says why Pillow opens no image in `data`."""
   if not data:
-    return UnreadableError(
-      f'{path}: the file is empty; replace it or take it out'
-    )
+    return UnreadableError(f'{path}: the file is empty; replace or remove it')
   kind, values = _tiff_kind(data), None
   if kind:
     with contextlib.suppress(cv2.error):
@@ -180,11 +178,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def load(image: Image.Image) -> tuple[int, int]:
-  """Loads the pixels; returns the EXIF orientation, and what is left of it.
-
-  Pillow turns a TIFF while it loads, and forgets the tag.
-  """
-  if image.format == 'TIFF':
+  """Loads the pixels; returns the EXIF orientation, and what is left of it."""
+  if image.format == 'TIFF':  # which Pillow turns while it loads
     found = orientation(image)
     image.load()
     return found, 1

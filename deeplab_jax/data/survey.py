@@ -86,12 +86,10 @@ class Survey:
 class _Notes(collections.defaultdict[str, list[str]]):
   """The examples of each kind of problem."""
 
-  def catch(
-    self, title: str, function: Callable[..., Any], *arguments: Any
-  ) -> Any:
+  def catch(self, title: str, function: Callable[..., Any], *args: Any) -> Any:
     """Returns the function's result; notes its `UserError` and returns None."""
     try:
-      return function(*arguments)
+      return function(*args)
     except UserError as error:
       damaged = isinstance(error, UnreadableError)
       self[_UNREADABLE if damaged else title].append(str(error))
@@ -123,7 +121,7 @@ def survey_folder(
   root = folder_files.find_root(directory)
   notes = _Notes(list)
   lines = notes.catch(_CLASSES, folder_files.read_classes, root)
-  meaning = labels.Meaning(lines or (), ignore_label, label_map)
+  meaning = labels.Meaning(lines or (), ignore_label, label_map or '')
   listed = _read_lists(root, splits, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
