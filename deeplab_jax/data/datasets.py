@@ -115,8 +115,8 @@ class Tally:
 def voc_palette(num: int) -> np.ndarray:
   """Returns the first `num` (at most 256) colors of PASCAL VOC, uint8 [num, 3].
 
-  As in the devkit's `VOClabelcolormap.m`, bits of the index go to red, green and
-  blue in turn, the lowest bits to the highest places.
+  As in `VOClabelcolormap.m` of the devkit, the bits of the index go to red,
+  green and blue in turn, the lowest to the highest places.
   """
   index = np.arange(num, dtype=np.uint8)
   palette = np.zeros((num, 3), np.uint8)

@@ -53,8 +53,7 @@ class Unusable(Exception):
 def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
   """Opens an image; `data` is the contents of the file, if they are at hand.
 
-  Raises `UserError`, naming the file, if it is missing or damaged, even where
-  that shows in the body only, or if the body raises `Unusable`.
+  Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
   try:
     with (

@@ -132,10 +132,7 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
 
 
 def read_mat_label(path: Path, data: bytes) -> np.ndarray:
-  """Reads the class mask in the `data` of a MATLAB file of SBD, uint8 [H, W].
-
-  Raises `UserError` if the file is damaged or holds no `GTcls.Segmentation`.
-  """
+  """Reads the mask in a MATLAB file of SBD, `GTcls.Segmentation`, [H, W]."""
   import scipy.io  # imported here, as few need it
 
   try:

@@ -85,10 +85,7 @@ class Meaning:
   def __init__(
     self, lines: Sequence[str], ignore_label: int = 255, label_map: str = ''
   ) -> None:
-    """Takes the lines of classes.txt, none if they are not known.
-
-    Raises `UserError` if the parts contradict each other.
-    """
+    """Takes the lines of classes.txt; raises `UserError` if parts disagree."""
     self.lines, self.line_colors = parse_classes(lines)
     count = len(self.lines)
     self.ignore_label = ignore_label
@@ -133,10 +130,7 @@ class Meaning:
     return tuple(next(free) if v is None else v for v in chosen)
 
   def label_values(self, file: LabelFile) -> np.ndarray:
-    """Returns the label values uint8 [H, W] that a file holds.
-
-    Raises `UserError` if it holds colors that belong to no class.
-    """
+    """Returns label values uint8 [H, W]; refuses the color of no class."""
     pixels = file.pixels
     if self.line_colors is None or (file.palette is None and pixels.ndim == 2):
       indices = file.indices()
@@ -220,10 +214,7 @@ class Palettes(dict[int, list[Any]]):
   """The rows [index, red, green, blue, path] that showed each index first."""
 
   def add(self, rows: Iterable[list[Any]]) -> None:
-    """Adds the colors of indices in use.
-
-    Raises `UserError`, naming two files, if an index has several colors.
-    """
+    """Adds indices in use; raises `UserError` if one has several colors."""
     for row in rows:
       index, *color, path = row
       _, *other, first = self.setdefault(index, row)

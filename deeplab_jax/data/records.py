@@ -102,8 +102,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   ) -> None:
     self.info.metadata.update(names={}, splits={})
     generators = self._split_generators(dl_manager)
-    # Its folder is the temporary one, which TFDS renames at the end.
-    written = self._info()
+    written = self._info()  # of the temporary folder, which TFDS renames
     writer = tfds.core.SequentialWriter(
       written, max_examples_per_shard=_SHARD, file_format='array_record'
     )
@@ -149,10 +148,9 @@ def readable(
 ) -> Iterator[tuple[Any, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  Items have a `name`. `read` is called on all cores. If it raises
-  `UnreadableError`, `on_bad_image` says whether to 'skip' the item, or to
-  'stop' with a `UserError`, as is done if all are skipped. `origin` is where
-  they are listed.
+  Items have a `name`, and are listed at `origin`. `read` is called on all
+  cores. An `UnreadableError` stops with a `UserError`, or with
+  `on_bad_image='skip'` skips the item; if all are skipped, it stops as well.
   """
 
   def attempt(item: Any) -> Any:

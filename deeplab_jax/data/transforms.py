@@ -78,10 +78,7 @@ class RandomScaleCropFlip:
 def _draw_span(
   length: int, size: int, factor: float, rng: Rng
 ) -> tuple[slice, int]:
-  """Draws what a window of `size` shows along an axis of `length`, scaled.
-
-  Returns the span of the image, and how many pixels of the window it becomes.
-  """
+  """Draws a span of an axis, and the pixels of the window that it becomes."""
   scaled = max(1, round(length * factor))
   shown = min(scaled, size)
   start = int(rng.integers(scaled - shown, endpoint=True))
