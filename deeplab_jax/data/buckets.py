@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+Array = np.ndarray
 Size = tuple[int, int]  # height, width
 FILLER = -1
 _NEVER = np.iinfo(np.int64).max
@@ -43,8 +44,8 @@ def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
 
 
 def _merge_neighbors(
-  sizes: np.ndarray, images: np.ndarray, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
+  sizes: Array, images: Array, limit: int
+) -> tuple[Array, Array]:
   """Merges the sizes [N, 2] of `images` [N] that lie in one cell of a grid.
 
   It is the finest with few enough cells. The largest height and width are kept.
@@ -59,9 +60,7 @@ def _merge_neighbors(
   return largest, np.bincount(of_each, images).astype(np.int64)
 
 
-def _merge_pairs(
-  sizes: np.ndarray, images: np.ndarray, limit: int
-) -> np.ndarray:
+def _merge_pairs(sizes: Array, images: Array, limit: int) -> Array:
   """Merges the pair that adds the least padding until `limit` are left."""
   added = _added(sizes[:, None], images[:, None], sizes, images)
   np.fill_diagonal(added, _NEVER)
@@ -81,9 +80,7 @@ def _merge_pairs(
   return sizes
 
 
-def _added(
-  sizes: np.ndarray, images: np.ndarray, others: np.ndarray, more: np.ndarray
-) -> np.ndarray:
+def _added(sizes: Array, images: Array, others: Array, more: Array) -> Array:
   """Area of padding that merging sizes of so many images adds."""
   merged = np.maximum(sizes, others).prod(-1) * (images + more)
   return merged - sizes.prod(-1) * images - others.prod(-1) * more

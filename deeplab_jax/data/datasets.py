@@ -31,10 +31,7 @@ class DatasetInfo:
     object.__setattr__(self, 'void_value', void)
     object.__setattr__(self, 'palette', palette)
     if palette.shape != (count, 3):
-      raise ValueError(
-        f'palette must have shape ({count}, 3), one color per class, got '
-        f'{palette.shape}'
-      )
+      raise ValueError(f'palette must be [{count}, 3], got {palette.shape}')
     if not count <= self.ignore_label <= 255:
       raise ValueError(
         f'ignore_label {self.ignore_label} is one of the classes, 0 to '
@@ -118,8 +115,8 @@ class Tally:
 def voc_palette(num: int) -> np.ndarray:
   """Returns the first `num` (at most 256) colors of PASCAL VOC, uint8 [num, 3].
 
-  The bits of the index go to red, green and blue in turn, the lowest bits to
-  the highest places, as in `VOClabelcolormap.m` of the VOC devkit.
+  As in `VOClabelcolormap.m` of the devkit, the bits of the index go to red,
+  green and blue in turn, the lowest to the highest places.
   """
   index = np.arange(num, dtype=np.uint8)
   palette = np.zeros((num, 3), np.uint8)

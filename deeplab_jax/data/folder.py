@@ -16,16 +16,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import (
-  datasets,
-  folder_files,
-  images,
-  label_files,
-  labels,
-  records,
-)
+from deeplab_jax.data import folder_files, labels, records
+from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.folder_files import Item
 from deeplab_jax.data.image_files import turn
+from deeplab_jax.data.images import Picture, open_picture
+from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -51,9 +47,7 @@ def load(
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   if not directory:
-    raise UserError(
-      "config.data.dir is empty; the data set 'folder' needs its directory"
-    )
+    raise UserError("config.data.dir is empty; data set 'folder' needs it")
   root = folder_files.find_root(directory)
   lines = folder_files.read_classes(root)
   meaning = labels.Meaning(lines, ignore_label, label_map)
@@ -120,7 +114,7 @@ class FolderSegmentation(records.RecordsBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     config, meaning = self.builder_config, self.builder_config.meaning
     self.info.metadata['directory'] = config.directory
-    tally = datasets.Tally(len(meaning.classes), meaning.stored_ignore_label)
+    tally = Tally(len(meaning.classes), meaning.stored_ignore_label)
     return {config.split: (tally, self._generate_examples())}
 
   def _generate_examples(self) -> Iterator[records.Sample]:
@@ -142,14 +136,13 @@ class FolderSegmentation(records.RecordsBuilder):
 def read_pair(
   item: Item, meaning: labels.Meaning
 ) -> tuple[bytes, np.ndarray, list[list[Any]]]:
-  """Reads both files of an id, and checks them against each other.
+  """Reads both files of an id; raises `UserError` if they cannot be used.
 
   Returns the image's bytes to store, the label values uint8 [H, W], and the
-  colors of the palette, see `Meaning.used_colors`. Raises `UserError` if one of
-  the files cannot be used, or they do not fit.
+  colors of the palette, see `Meaning.used_colors`.
   """
-  picture = images.open_picture(item.image)
-  file = label_files.open_label(item.label)
+  picture = open_picture(item.image)
+  file = open_label(item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
   records.check_values(
     item,
@@ -163,10 +156,7 @@ def read_pair(
 
 
 def fit_label(
-  item: Item,
-  picture: images.Picture,
-  file: label_files.LabelFile,
-  values: np.ndarray,
+  item: Item, picture: Picture, file: LabelFile, values: np.ndarray
 ) -> np.ndarray:
   """Returns the label values [H, W] with the same side up as the picture.
 
@@ -189,14 +179,12 @@ def fit_label(
   return values
 
 
-def _make_info(
-  config: FolderConfig, palettes: labels.Palettes
-) -> datasets.DatasetInfo:
+def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   meaning = config.meaning
   values, void = meaning.file_values(), meaning.ignore_label
   palette = meaning.colors
   if palette is None:
-    palette = datasets.voc_palette(256)[list(meaning.values)]
+    palette = voc_palette(256)[list(meaning.values)]
     first = _first_palette(config.directory)
     for index, value in enumerate(values):
       if value in palettes:
@@ -204,7 +192,7 @@ def _make_info(
       elif value < len(first):
         palette[index] = first[value]
   free = (v for v in range(255, -1, -1) if v not in values)
-  return datasets.DatasetInfo(
+  return DatasetInfo(
     name=pathlib.Path(config.directory).name,
     classes=meaning.classes,
     palette=palette,
@@ -218,9 +206,9 @@ def _first_palette(root: str) -> np.ndarray:
   """Returns the colors of the first palette label, uint8 [N, 3]."""
   # Of the whole folder, so that all splits have the same colors.
   for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
-    if path.suffix.lower() in label_files.LABEL_SUFFIXES:
+    if path.suffix.lower() in LABEL_SUFFIXES:
       try:
-        palette = label_files.open_label(path).palette
+        palette = open_label(path).palette
       except UserError:
         continue  # the check of the records reports it
       if palette is not None:

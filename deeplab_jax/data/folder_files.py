@@ -36,10 +36,7 @@ class Item(NamedTuple):
 
 
 def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the folder as an absolute path.
-
-  Raises `UserError` naming it, or the part of a VOC devkit that it lacks.
-  """
+  """Returns the absolute path; raises `UserError` if a part is missing."""
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise UserError(
@@ -49,9 +46,8 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
     if not (root / part).is_dir():
       raise UserError(
-        f'{root / part}: no such folder{near_file(root / part)}; a dataset '
-        'folder needs JPEGImages, SegmentationClass, ImageSets/Segmentation '
-        'and classes.txt'
+        f'{root / part}: no such folder{near_file(root / part)}; needed are '
+        'JPEGImages, SegmentationClass, ImageSets/Segmentation and classes.txt'
       )
   return root
 
@@ -60,18 +56,12 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   try:
     text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f'{path}: no readable text ({error}); save it as UTF-8'
-    ) from error
+    raise UserError(f'{path}: no text ({error}); save it as UTF-8') from error
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
 
 
 def read_classes(root: pathlib.Path) -> list[str]:
-  """Returns the lines of `classes.txt` in a folder.
-
-  Raises `UserError` if the file is missing, or a line is blank, repeated or has
-  a wrong color.
-  """
+  """Returns the lines of `classes.txt`; raises `UserError` if one is wrong."""
   path = root / 'classes.txt'
   if not path.is_file():
     raise UserError(
@@ -95,10 +85,7 @@ def list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
 
 
 def read_list(root: pathlib.Path, split: str) -> list[str]:
-  """Returns the ids of a split of a folder.
-
-  Raises `UserError` if there is no such list, or it is empty or repeats an id.
-  """
+  """Returns the ids of a split; raises `UserError` if none, or one repeats."""
   path = list_path(root, split)
   files = {
     _normal(file.stem): file

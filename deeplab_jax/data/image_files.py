@@ -53,8 +53,7 @@ class Unusable(Exception):
 def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
   """Opens an image; `data` is the contents of the file, if they are at hand.
 
-  Raises `UserError`, naming the file, if it is missing or damaged, even where
-  that shows in the body only, or if the body raises `Unusable`.
+  Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
   try:
     with (
@@ -109,9 +108,7 @@ def _any_size() -> Iterator[None]:
 def _unidentified(path: Path, data: bytes) -> UserError:
   """Returns the error that says why Pillow opens no image in `data`."""
   if not data:
-    return UnreadableError(
-      f'{path}: the file is empty; replace it or take it out'
-    )
+    return UnreadableError(f'{path}: the file is empty; replace or remove it')
   kind, values = _tiff_kind(data), None
   if kind:
     with contextlib.suppress(cv2.error):
@@ -180,11 +177,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def load(image: Image.Image) -> tuple[int, int]:
-  """Loads the pixels; returns the EXIF orientation, and what is left of it.
-
-  Pillow turns a TIFF while it loads, and forgets the tag.
-  """
-  if image.format == 'TIFF':
+  """Loads the pixels; returns the EXIF orientation, and what is left of it."""
+  if image.format == 'TIFF':  # which Pillow turns while it loads
     found = orientation(image)
     image.load()
     return found, 1

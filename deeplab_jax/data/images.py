@@ -68,8 +68,11 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
       pixels = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
     else:
       pixels = _to_rgb(image)
-      if ';16' in raw and form in ('PNG', 'TIFF'):
-        _refuse_dark(pixels, data)
+      dark = pixels.max(initial=0) < _DARK >> 8
+      if dark and ';16' in raw and form in ('PNG', 'TIFF'):
+        deep = image_files.decode(data, cv2.IMREAD_UNCHANGED)
+        top = _DARK - 1 if deep is None else int(deep[..., :3].max(initial=0))
+        _refuse_dark(top)
   return Picture(image_files.turn(pixels, to_turn), orientation, data)
 
 
@@ -99,8 +102,7 @@ def _refuse_pages(image: Image.Image) -> None:
     image.seek(0)
     if alike:
       raise Unusable(
-        f'{image.n_frames} pages of {width}x{height}; store a single RGB or '
-        'gray image'
+        f'{image.n_frames} pages of {width}x{height}; store one image'
       )
 
 
@@ -119,7 +121,7 @@ def _deep_gray(image: Image.Image, raw: str) -> np.ndarray:
   if raw == 'I;12':
     return (values >> 4).astype(np.uint8)
   if not scaled:
-    _refuse_top(values.max(initial=0))
+    _refuse_dark(values.max(initial=0))
   gray = (values >> 8).astype(np.uint8)
   clear = image.info.get('transparency')
   if isinstance(clear, int):
@@ -127,15 +129,8 @@ def _deep_gray(image: Image.Image, raw: str) -> np.ndarray:
   return gray
 
 
-def _refuse_dark(pixels: np.ndarray, data: bytes) -> None:
+def _refuse_dark(top: int) -> None:
   """Refuses 16 bits a channel of which the upper two are not used."""
-  if pixels.max(initial=0) < _DARK >> 8:
-    deep = image_files.decode(data, cv2.IMREAD_UNCHANGED)
-    top = _DARK - 1 if deep is None else int(deep[..., :3].max(initial=0))
-    _refuse_top(top)
-
-
-def _refuse_top(top: int) -> None:
   if 0 < top < _DARK:
     raise Unusable(
       f'16 bits a channel, but no value above {top}, so it probably holds 14 '
@@ -155,8 +150,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if half > _HALF_TRANSPARENT or not alpha.any():
       kind = f'{half:.0%} of its pixels are half' if half else 'all of it is'
       raise Unusable(
-        f'{kind} transparent, so nothing says which picture is meant; store it '
-        'without alpha'
+        f'{kind} transparent, so the picture is unclear; store it without alpha'
       )
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)

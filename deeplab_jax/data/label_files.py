@@ -13,7 +13,6 @@ from deeplab_jax.runtime.errors import UserError
 LABEL_SUFFIXES = (
   *('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm', '.tga'),
 )
-
 # Pillow's names of the formats that keep every pixel, and of the TIFF
 # compressions that do not.
 _LOSSLESS = ('PNG', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA')
@@ -59,8 +58,7 @@ def open_label(path: Path, data: bytes | None = None) -> LabelFile:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
       raise Unusable(
-        f'a label of {frames} frames or pages; store only the one that belongs '
-        'to the image'
+        f'a label of {frames} frames or pages; store only that of the image'
       )
     image_files.refuse_extra_channels(image)
     _refuse_scaled(image)
@@ -116,8 +114,7 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
   if mode in ('LA', 'RGBA'):
     if (pixels[..., -1] != 255).any():
       raise Unusable(
-        f'a label of mode {mode} with transparent pixels; store it without '
-        'alpha'
+        f'a label of mode {mode} with transparent pixels; remove the alpha'
       )
     mode = mode[:-1]
     pixels = pixels[..., 0] if mode == 'L' else pixels[..., :3]
@@ -128,19 +125,14 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
     )
   top, bottom = pixels.max(initial=0), pixels.min(initial=0)
   if top > 255 or bottom < 0:
-    raise Unusable(
-      f'label value {top if top > 255 else bottom} is not in 0..255; store '
-      'class indices'
-    )
+    value = top if top > 255 else bottom
+    raise Unusable(f'label value {value} is no class index, 0 to 255')
   scale = _GRAY_SCALE.get(raw[:3], 1) if mode == 'L' else 1
   return pixels.astype(np.uint8) // np.uint8(scale)
 
 
 def read_mat_label(path: Path, data: bytes) -> np.ndarray:
-  """Reads the class mask in the `data` of a MATLAB file of SBD, uint8 [H, W].
-
-  Raises `UserError` if the file is damaged or holds no `GTcls.Segmentation`.
-  """
+  """Reads the mask in a MATLAB file of SBD, `GTcls.Segmentation`, [H, W]."""
   import scipy.io  # imported here, as few need it
 
   try:

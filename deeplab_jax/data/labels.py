@@ -2,9 +2,8 @@
 
 A label file holds gray values, palette indices or colors. Each stands for a
 label value: the number of a line of classes.txt, counted from 0, or the ignore
-label. A label value that is not void stands for a class. Lines that are void
-are left out, so classes are 0..C-1 without a gap. Classes are what is stored
-and trained on.
+label. Label values that are not void stand for the classes, 0..C-1 without a
+gap, which are stored and trained on.
 """
 
 import re
@@ -76,22 +75,17 @@ class Meaning:
   Attributes:
     lines: the names in classes.txt, by label value.
     line_colors: uint8 [len(lines), 3], or None where the lines have none.
-    classes: the names without those of void; `values` are their label values.
+    classes: the names without those of void; `values` are their label values,
+      and `colors`, uint8 [C, 3] or None, their colors.
     void_values: the label values of void; `ignore_label` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
     label_map: the label values of those file values that mean another one.
   """
 
   def __init__(
-    self,
-    lines: Sequence[str],
-    ignore_label: int = 255,
-    label_map: str | None = '',
+    self, lines: Sequence[str], ignore_label: int = 255, label_map: str = ''
   ) -> None:
-    """Takes the lines of classes.txt, none if they are not known.
-
-    Raises `UserError` if the parts contradict each other.
-    """
+    """Takes the lines of classes.txt; raises `UserError` if parts disagree."""
     self.lines, self.line_colors = parse_classes(lines)
     count = len(self.lines)
     self.ignore_label = ignore_label
@@ -101,8 +95,10 @@ class Meaning:
       self.void_values.update(named)
     self.values = tuple(v for v in range(count) if v not in self.void_values)
     self.classes = tuple(self.lines[value] for value in self.values)
+    colors = self.line_colors
+    self.colors = None if colors is None else colors[list(self.values)]
     self.stored_ignore_label = 255 if ignore_label < count else ignore_label
-    self.label_map = parse_label_map(label_map or '', ignore_label)
+    self.label_map = parse_label_map(label_map, ignore_label)
     for value, target in self.label_map.items():
       if self.lines and target >= count and target != ignore_label:
         raise UserError(
@@ -119,12 +115,6 @@ class Meaning:
     self._stored = np.full(256, self.stored_ignore_label, np.uint8)
     self._stored[list(self.values)] = np.arange(len(self.values))
 
-  @property
-  def colors(self) -> np.ndarray | None:
-    """The color of each class in classes.txt, uint8 [C, 3], or None."""
-    colors = self.line_colors
-    return None if colors is None else colors[list(self.values)]
-
   def file_values(self) -> tuple[int, ...]:
     """Returns a value that stands for each class in the files, all different.
 
@@ -133,18 +123,14 @@ class Meaning:
     chosen: list[int | None] = []
     for value in self.values:
       named = [v for v, target in self.label_map.items() if target == value]
-      if not named and self._table[value] == value:
-        named = [value]
-      chosen.append(named[0] if named else None)
+      own = value if self._table[value] == value else None
+      chosen.append(named[0] if named else own)
     taken = {*chosen, *self.label_map, self.ignore_label}
     free = (v for v in range(256) if v not in taken)
     return tuple(next(free) if v is None else v for v in chosen)
 
   def label_values(self, file: LabelFile) -> np.ndarray:
-    """Returns the label values uint8 [H, W] that a file holds.
-
-    Raises `UserError` if it holds colors that belong to no class.
-    """
+    """Returns label values uint8 [H, W]; refuses the color of no class."""
     pixels = file.pixels
     if self.line_colors is None or (file.palette is None and pixels.ndim == 2):
       indices = file.indices()
@@ -193,9 +179,8 @@ class Meaning:
       if counts[void] and color in names:
         raise UserError(
           f'{file.path}: index {void} is void, config.data.ignore_label, but '
-          f'has the color of the class {names[color]!r}, {_words(color)}; give '
-          'that index another color, or leave the colors out of classes.txt to '
-          'read indices'
+          f'has the color of class {names[color]!r}, {_words(color)}; give it '
+          'another color, or remove the colors in classes.txt to read indices'
         )
       counts[void] = 0
     used = np.flatnonzero(counts)
@@ -229,19 +214,15 @@ class Palettes(dict[int, list[Any]]):
   """The rows [index, red, green, blue, path] that showed each index first."""
 
   def add(self, rows: Iterable[list[Any]]) -> None:
-    """Adds the colors of indices in use.
-
-    Raises `UserError`, naming two files, if an index has several colors.
-    """
+    """Adds indices in use; raises `UserError` if one has several colors."""
     for row in rows:
       index, *color, path = row
       _, *other, first = self.setdefault(index, row)
       if color != other:
         raise UserError(
-          f'{path}: index {index} has the color {_words(color)}, but in '
-          f'{first} {_words(other)}, so indices of one class differ; store '
-          'gray PNGs of class indices, or give each class its color in '
-          'classes.txt, as in "name 255 0 0"'
+          f'{path}: index {index} has the color {_words(color)}, but in {first}'
+          f' {_words(other)}, so indices of one class differ; store gray PNGs, '
+          'or give each class its color in classes.txt, as in "name 255 0 0"'
         )
 
 

@@ -121,9 +121,7 @@ def load_dataset(
       f'config.data.name: no data set {name!r}; known: {", ".join(LOADERS)}'
     )
   if not 0 <= ignore_label <= 255:
-    raise UserError(
-      f'config.data.ignore_label must be 0 to 255, got {ignore_label}'
-    )
+    raise UserError(f'config.data.ignore_label={ignore_label} is not in 0..255')
   if on_bad_image not in ('stop', 'skip'):
     raise UserError(
       f"config.data.on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}"

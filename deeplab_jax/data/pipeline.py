@@ -73,7 +73,7 @@ def make_train_iterator(
         batch[name][place] = picture
     return batch
 
-  return _iterate(load, start_step, sys.maxsize, threads, workers)
+  return _iterate(load, range(start_step, sys.maxsize), threads, workers)
 
 
 @functools.lru_cache(maxsize=4)
@@ -122,24 +122,19 @@ def make_eval_iterator(
       if height > size[0] or width > size[1]:
         name = source[index]['name'].decode()
         raise ValueError(
-          f'record {name!r} is {height} high and {width} wide, larger than '
-          f'size={size}'
+          f'record {name!r}: {height} high, {width} wide, above size={size}'
         )
       batch['image'][row, :height, :width] = image
       batch['label'][row, :height, :width] = label
     return batch
 
-  return _iterate(load, 0, len(plan), threads)
+  return _iterate(load, range(len(plan)), threads)
 
 
 def _iterate(
-  load: Callable[[int], Batch],
-  start: int,
-  stop: int,
-  threads: int,
-  workers: int = 0,
+  load: Callable[[int], Batch], steps: range, threads: int, workers: int = 0
 ) -> Iterator[Batch]:
-  """Yields `load` of start, start + 1, ..., computed in the background."""
+  """Yields `load` of each step, computed in the background."""
   # grain's shuffle, random_map and batch would change the stream of a seed, and
   # so resumed runs, and copy images again; its batch_and_pad knows one size.
   if min(threads, workers) < 0:
@@ -150,18 +145,14 @@ def _iterate(
   # More would rather wait for the interpreter than work.
   threads = threads or min(cores() // max(workers, 1) or 1, 16)
   # The buffer counts batches here; grain's own 500 would fill the memory.
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=threads + 1
-  )
-  dataset = grain.MapDataset.range(start, stop).map(load)
+  options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 1)
+  dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
   dataset = dataset.to_iter_dataset(options)
   if workers:
     if not flags.FLAGS.is_parsed():  # outside absl.app; grain reads its flags
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=2
-      ),
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
       worker_init_fn=_start_worker,
     )
   return iter(dataset)
@@ -180,8 +171,7 @@ def load_example(
   except (ValueError, cv2.error) as error:
     raise UserError(
       f'record {record["name"].decode()!r} of the prepared data set is damaged '
-      f'({" ".join(str(error).split())}); remove the prepared folder, it will '
-      'be made again'
+      f'({" ".join(str(error).split())}); remove the folder to prepare it again'
     ) from error
   for transform in transforms:
     image, label = transform(image, label, rng)
@@ -191,8 +181,7 @@ def load_example(
 def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
   if batch_size < 1 or batch_size % hosts:
     raise ValueError(
-      f'batch_size must be a positive multiple of hosts={hosts}, got '
-      f'{batch_size}'
+      f'batch_size {batch_size} is no positive multiple of hosts={hosts}'
     )
   if not 0 <= host < hosts:
     raise ValueError(f'host must be 0 to {hosts - 1}, got {host}')

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -102,8 +102,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   ) -> None:
     self.info.metadata.update(names={}, splits={})
     generators = self._split_generators(dl_manager)
-    # Its folder is the temporary one, which TFDS renames at the end.
-    written = self._info()
+    written = self._info()  # of the temporary folder, which TFDS renames
     writer = tfds.core.SequentialWriter(
       written, max_examples_per_shard=_SHARD, file_format='array_record'
     )
@@ -144,26 +143,17 @@ def require_ignore_label(info: DatasetInfo, given: int) -> None:
     )
 
 
-# One listed image: `name` is its id, `image` and `label` name its files.
-Item = TypeVar('Item')
-Read = TypeVar('Read')
-
-
 def readable(
-  items: Sequence[Item],
-  read: Callable[[Item], Read],
-  *,
-  origin: object,
-  on_bad_image: str,
-) -> Iterator[tuple[Item, Read]]:
+  items: Sequence[Any], read: Callable, *, origin: object, on_bad_image: str
+) -> Iterator[tuple[Any, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  `read` is called on all cores. If it raises `UnreadableError`, `on_bad_image`
-  says whether to 'skip' the item, or to 'stop' with a `UserError`, as is done
-  if all are skipped. `origin` is where they are listed.
+  Items have a `name`, and are listed at `origin`. `read` is called on all
+  cores. An `UnreadableError` stops with a `UserError`, or with
+  `on_bad_image='skip'` skips the item; if all are skipped, it stops as well.
   """
 
-  def attempt(item: Item) -> Read | UnreadableError:
+  def attempt(item: Any) -> Any:
     try:
       return read(item)
     except UnreadableError as error:
@@ -174,21 +164,15 @@ def readable(
     if not isinstance(value, UnreadableError):
       yield item, value
     elif on_bad_image == 'stop':
-      raise UserError(
-        f"{value}, or set config.data.on_bad_image='skip'"
-      ) from value
+      raise UserError(f"{value}, or set config.data.on_bad_image='skip'")
     else:
       skipped += 1
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
   if skipped == len(items):
-    raise UserError(
-      f'{origin}: every listed image is unreadable; see the warnings above'
-    )
+    raise UserError(f'{origin}: every image is unreadable; see the warnings')
 
 
-def in_threads(
-  items: Iterable[Item], function: Callable[[Item], Read]
-) -> Iterator[Read]:
+def in_threads(items: Iterable[Any], function: Callable) -> Iterator[Any]:
   """Yields the function's results in order, computed on all cores."""
   items = iter(items)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -203,28 +187,22 @@ def check_size(
   if image_size != label_size:
     raise UserError(
       f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
-      f'{item.image} is {image_size[1]}x{image_size[0]}; make them the same '
-      'size'
+      f'{item.image} is {image_size[1]}x{image_size[0]}; make the sizes equal'
     )
 
 
 def check_values(
-  item: Any,
-  label: np.ndarray,
-  num_classes: int,
-  ignore_label: int,
-  *,
-  remedy: str,
+  item: Any, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
 ) -> None:
   """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
   counts = np.bincount(label.ravel(), minlength=256)
-  counts[:num_classes] = 0
+  counts[:classes] = 0
   counts[ignore_label] = 0
   if counts.any():
     value = int(counts.argmax())
     raise UserError(
       f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
-      f'one of the {num_classes} classes nor the ignore label {ignore_label}; '
+      f'one of the {classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'
     )
 
@@ -245,9 +223,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def prepared(
-  builder_class: type[RecordsBuilder],
-  prepared_dir: str | None,
-  config: SourceConfig,
+  builder_class: type[RecordsBuilder], prepared_dir: str, config: SourceConfig
 ) -> RecordsBuilder:
   """Returns the builder of `config`, with its records on disk.
 

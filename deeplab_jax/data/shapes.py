@@ -1,9 +1,8 @@
 """The embedded data set: scenes of textured shapes, drawn when first needed.
 
-Shapes are vivid and the ground is dull, each class has a usual hue from which
-its members vary, and textures are drawn for all alike: a network that sees form
-and color learns the classes in a minute. Shapes overlap, and the frame cuts
-some of them.
+Shapes are vivid on a dull ground, each class varies about a hue of its own, and
+textures are the same for all: a network that sees form and color learns them in
+a minute. Shapes overlap, and the frame cuts some of them.
 """
 
 import colorsys
@@ -15,7 +14,10 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import datasets, images, records
+from deeplab_jax.data import datasets, records
+from deeplab_jax.data.images import encode_image
+
+Array, Rng, Size = np.ndarray, np.random.Generator, tuple[int, int]
 
 _INFO = datasets.DATASETS['shapes']
 _HUES = _INFO.num_classes - 1
@@ -33,10 +35,8 @@ class ShapesConfig(records.SourceConfig):
   seed: int = 0
 
   def __post_init__(self) -> None:
-    self.name = (
-      f'{self.height}x{self.width}_train{self.train}_val{self.val}'
-      f'_seed{self.seed}'
-    )
+    scenes = f'train{self.train}_val{self.val}_seed{self.seed}'
+    self.name = f'{self.height}x{self.width}_{scenes}'
 
 
 class ShapesSegmentation(records.RecordsBuilder):
@@ -61,9 +61,7 @@ class ShapesSegmentation(records.RecordsBuilder):
       rng = np.random.default_rng((config.seed, stream, index))
       image, label = generate_scene(rng, (config.height, config.width))
       name = f'{split}_{index:05d}'
-      return records.Sample(
-        name, f'{name}.png', images.encode_image(image), label
-      )
+      return records.Sample(name, f'{name}.png', encode_image(image), label)
 
     return records.in_threads(range(getattr(config, split)), draw)
 
@@ -75,9 +73,7 @@ def load(*, prepared_dir: str, ignore_label: int) -> records.Builders:
   return dict.fromkeys(builder.info.splits, builder)
 
 
-def generate_scene(
-  rng: np.random.Generator, size: tuple[int, int] = (144, 192)
-) -> tuple[np.ndarray, np.ndarray]:
+def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
   """Draws two to four overlapping shapes on a textured ground.
 
   `size` is (height, width), at least 32 each. A pure function of the
@@ -93,7 +89,7 @@ def generate_scene(
   tint = rng.uniform(-12, 12, 3)
   image = _texture(rng, size, gray + tint, rng.uniform(-50, 50))
   label = np.zeros(size, np.uint8)
-  placed: list[tuple[np.ndarray, np.ndarray]] = []
+  placed: list[tuple[Array, Array]] = []
   for _ in range(rng.integers(2, 5)):
     shape = rng.integers(1, _INFO.num_classes)
     cover = _place(rng, size, _INFO.classes[shape], placed)
@@ -116,11 +112,8 @@ def generate_scene(
 
 
 def _place(
-  rng: np.random.Generator,
-  size: tuple[int, int],
-  shape: str,
-  placed: list[tuple[np.ndarray, np.ndarray]],
-) -> np.ndarray | None:
+  rng: Rng, size: Size, shape: str, placed: list[tuple[Array, Array]]
+) -> Array | None:
   """Finds a place for a shape that leaves most of every shape visible.
 
   `placed` holds the pixels of each earlier shape and those of them that are
@@ -139,9 +132,7 @@ def _place(
   return None
 
 
-def _draw(
-  rng: np.random.Generator, size: tuple[int, int], shape: str
-) -> tuple[np.ndarray, float]:
+def _draw(rng: Rng, size: Size, shape: str) -> tuple[Array, float]:
   """Draws one shape of random size, place and angle.
 
   Returns the share of each pixel covered, float32 [H, W], and the area in
@@ -163,11 +154,8 @@ def _draw(
   return cover.astype(np.float32) / 255, area
 
 
-def _outline(shape: str, angle: float) -> np.ndarray:
-  """Returns the corners (x, y) of a shape of radius 1, float64 [N, 2].
-
-  It stands upright where `angle`, in radians, is 0.
-  """
+def _outline(shape: str, angle: float) -> Array:
+  """Returns the corners (x, y), [N, 2], of a shape of radius 1, turned."""
   corners = {'disc': 64, 'ring': 64, 'square': 4, 'triangle': 3, 'star': 10}
   count = corners[shape]
   start = angle - np.pi / (4 if shape == 'square' else 2)
@@ -178,23 +166,15 @@ def _outline(shape: str, angle: float) -> np.ndarray:
   return points
 
 
-def _vivid_color(rng: np.random.Generator, shape: int) -> np.ndarray:
+def _vivid_color(rng: Rng, shape: int) -> Array:
   """Returns an RGB near the usual hue of the class, float64 [3]."""
   hue = (shape / _HUES + rng.normal(0, 0.03)) % 1
   value = rng.uniform(170, 255)
   return np.multiply(colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1), 1), value)
 
 
-def _texture(
-  rng: np.random.Generator,
-  size: tuple[int, int],
-  color: np.ndarray,
-  change: float | np.ndarray,
-) -> np.ndarray:
-  """Returns a pattern of `color` and `color + change`, float32 [H, W, 3].
-
-  Stripes, checks, blobs, a slope or grain: a mask in 0..1 blends the two.
-  """
+def _texture(rng: Rng, size: Size, color: Array, other: float | Array) -> Array:
+  """Returns a pattern of `color` and `color + other`, float32 [H, W, 3]."""
   height, width = size
   y, x = np.mgrid[:height, :width].astype(np.float32)
   angle = rng.uniform(0, 2 * np.pi)
@@ -202,7 +182,7 @@ def _texture(
   across = np.cos(angle) * y - np.sin(angle) * x
   period = rng.uniform(4, 10)
   kind = rng.integers(5)
-  if kind == 0:
+  if kind == 0:  # stripes, checks, blobs, a slope or grain
     mask = np.sin(2 * np.pi * along / period) > 0
   elif kind == 1:
     wave = 2 * np.pi / period
@@ -215,4 +195,4 @@ def _texture(
   else:
     mask = rng.random(size, np.float32)
   mask = np.asarray(mask, np.float32)[..., None]
-  return np.clip(color + mask * change, 0, 255).astype(np.float32)
+  return np.clip(color + mask * other, 0, 255).astype(np.float32)

@@ -1,7 +1,6 @@
-"""All that is wrong with a folder, found before it is prepared.
+"""All that is wrong with a folder, or allowed but rarely meant.
 
-Preparing stops at the first problem. A survey reads the same files, and reports
-every problem, and what is allowed but rarely meant.
+Preparing stops at the first problem; a survey reads the same files before.
 """
 
 import collections
@@ -86,12 +85,10 @@ class Survey:
 class _Notes(collections.defaultdict[str, list[str]]):
   """The examples of each kind of problem."""
 
-  def catch(
-    self, title: str, function: Callable[..., Any], *arguments: Any
-  ) -> Any:
+  def catch(self, title: str, function: Callable[..., Any], *args: Any) -> Any:
     """Returns the function's result; notes its `UserError` and returns None."""
     try:
-      return function(*arguments)
+      return function(*args)
     except UserError as error:
       damaged = isinstance(error, UnreadableError)
       self[_UNREADABLE if damaged else title].append(str(error))
@@ -123,7 +120,7 @@ def survey_folder(
   root = folder_files.find_root(directory)
   notes = _Notes(list)
   lines = notes.catch(_CLASSES, folder_files.read_classes, root)
-  meaning = labels.Meaning(lines or (), ignore_label, label_map)
+  meaning = labels.Meaning(lines or (), ignore_label, label_map or '')
   listed = _read_lists(root, splits, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
@@ -182,10 +179,7 @@ def _propose(
 def _read_lists(
   root: pathlib.Path, splits: Sequence[str], notes: _Notes
 ) -> dict[str, dict[str, Item | None]]:
-  """Returns the files by id of every list that can be used, in order.
-
-  They are None for an id without its files.
-  """
+  """Returns, for every list that can be used, its ids and their files."""
   lists = {}
   for split in splits:
     names = notes.catch(_LIST, folder_files.read_list, root, split)
@@ -212,11 +206,7 @@ def _read_lists(
 def _read(
   item: Item, meaning: labels.Meaning
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
-  """Reads both files of an id.
-
-  Returns the pixels of each label value, int64 [256], all 0 if a file cannot be
-  used, the colors for `Palettes.add`, and the problems.
-  """
+  """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
   picture = notes.catch(_NO_PICTURES, open_picture, item.image)
   file = notes.catch(_NO_INDICES, open_label, item.label)
@@ -287,10 +277,7 @@ def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
 def check_tallies(
   info: DatasetInfo, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
-  """Returns what is suspect about the splits of a data set, as a survey does.
-
-  Raises `UserError` if nothing can be learned from the split `trained`.
-  """
+  """Returns what is suspect; raises `UserError` if nothing can be learned."""
   found = label_findings(
     {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()},
     info.classes,

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-Pair = tuple[np.ndarray, np.ndarray]
-Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], Pair]
+Array, Rng = np.ndarray, np.random.Generator
+Pair = tuple[Array, Array]
+Transform = Callable[[Array, Array, Rng], Pair]
 
 # The mean of ImageNet's pixels, RGB: the padding of a crop.
 MEAN_COLOR = (124, 117, 104)
@@ -40,19 +41,14 @@ class RandomScaleCropFlip:
     low, high = self.scale if len(self.scale) == 2 else (0, 0)
     if not 0 < low <= high < 2**31:
       raise ValueError(
-        'scale must be (smallest, largest), above 0 and at most 2^31 - 1, got '
-        f'{self.scale}'
+        f'scale must be (smallest, largest) above 0, below 2^31: {self.scale}'
       )
     if not 0 <= self.flip <= 1:
       raise ValueError(f'flip must be a probability, 0 to 1, got {self.flip}')
     if not 0 <= self.ignore_label <= 255:
-      raise ValueError(
-        f'ignore_label must be 0 to 255, got {self.ignore_label}'
-      )
+      raise ValueError(f'ignore_label {self.ignore_label} is not in 0..255')
 
-  def __call__(
-    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> Pair:
+  def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
     """Returns image [*size, 3] and label [*size]."""
     factor = rng.uniform(*self.scale)
     rows, height = _draw_span(label.shape[0], self.size[0], factor, rng)
@@ -80,12 +76,9 @@ class RandomScaleCropFlip:
 
 
 def _draw_span(
-  length: int, size: int, factor: float, rng: np.random.Generator
+  length: int, size: int, factor: float, rng: Rng
 ) -> tuple[slice, int]:
-  """Draws what a window of `size` shows along an axis of `length`, scaled.
-
-  Returns the span of the image, and how many pixels of the window it becomes.
-  """
+  """Draws a span of an axis, and the pixels of the window that it becomes."""
   scaled = max(1, round(length * factor))
   shown = min(scaled, size)
   start = int(rng.integers(scaled - shown, endpoint=True))
@@ -111,9 +104,7 @@ class CenterCrop:
   def __post_init__(self) -> None:
     _check_size(self.size)
 
-  def __call__(
-    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> Pair:
+  def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
     """Returns image [*size, 3] and label [*size]; draws nothing from `rng`."""
     pairs = tuple(zip(self.size, label.shape, strict=True))
     factor = max(wanted / has for wanted, has in pairs)
@@ -146,9 +137,7 @@ class ColorJitter:
         f'saturation, hue), the hue up to 0.5, got {self.strengths}'
       )
 
-  def __call__(
-    self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-  ) -> Pair:
+  def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
     """Returns the changed image and the same label."""
     brightness, contrast, saturation, hue = self.strengths
     if brightness:
@@ -169,11 +158,11 @@ class ColorJitter:
     return image, label
 
 
-def _factor(strength: float, rng: np.random.Generator) -> float:
+def _factor(strength: float, rng: Rng) -> float:
   return rng.uniform(max(0.0, 1 - strength), 1 + strength)
 
 
-def _blend_table(factor: float, other: float) -> np.ndarray:
+def _blend_table(factor: float, other: float) -> Array:
   """Returns `factor * value + (1 - factor) * other` of 0..255, uint8 [256]."""
   table = factor * np.arange(256) + (1 - factor) * other
   return np.clip(np.rint(table), 0, 255).astype(np.uint8)

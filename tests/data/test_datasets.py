@@ -35,7 +35,7 @@ def test_known_data_sets_have_their_class_counts():
 
 
 def test_palette_of_another_length_is_refused():
-  with pytest.raises(ValueError, match=r'\(2, 3\).*\(3, 3\)'):
+  with pytest.raises(ValueError, match=r'\[2, 3\].*\(3, 3\)'):
     datasets.DatasetInfo('x', ('a', 'b'), np.zeros((3, 3), np.uint8))
 
 

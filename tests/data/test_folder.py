@@ -151,7 +151,10 @@ def _log():
 
 
 _SCRIPT = """
-import os, sys
+import os, sys, types
+package = types.ModuleType('deeplab_jax')  # without the network, it starts fast
+package.__path__ = [sys.argv[4]]
+sys.modules['deeplab_jax'] = package
 from absl import logging
 from deeplab_jax.data import folder, load
 logging.set_verbosity('info')
@@ -171,8 +174,10 @@ print(len(calls))
 
 def _start(source, prepared, kill_at=0):
   return subprocess.Popen(
-    [sys.executable, '-c', _SCRIPT, str(source), str(prepared), str(kill_at)],
-    env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+    [
+      *(sys.executable, '-c', _SCRIPT, str(source), str(prepared)),
+      *(str(kill_at), str(_ROOT / 'deeplab_jax')),
+    ],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -314,7 +314,7 @@ def _window(size=(5, 5), **settings):
     (lambda: transforms.ColorJitter((0, 0, 0, 0.6)), r'up to 0.5.* 0.6\)'),
     (lambda: transforms.ColorJitter((0.1, 0.1)), r'four.*\(0.1, 0.1\)'),
     (lambda: _window(scale=(1,)), r'\(1,\)'),
-    (lambda: _window(scale=(1, 2**31)), 'at most'),
+    (lambda: _window(scale=(1, 2**31)), r'below 2\^31'),
     (lambda: _window(size=(5, 5, 3)), r'\(5, 5, 3\)'),
     (lambda: transforms.CenterCrop((5,)), r'\(5,\)'),
   ],
