@@ -41,6 +41,7 @@ _ROWS = (  # pattern of a name, unit and format
 def _options() -> flags.FlagValues:
   """The options of this program; others have options of the same names."""
   options = flags.FlagValues()
+  define: Any
   text, switch = flags.DEFINE_string, flags.DEFINE_bool
   count = functools.partial(flags.DEFINE_integer, lower_bound=1)
   pairs = functools.partial(flags.DEFINE_integer, lower_bound=5)

@@ -88,7 +88,7 @@ def _added(sizes: Array, images: Array, others: Array, more: Array) -> Array:
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
   """Returns for each size the smallest of `merge_sizes` that holds it."""
-  counts = collections.Counter(map(tuple, sizes))
+  counts = collections.Counter((height, width) for height, width in sizes)
   buckets = merge_sizes(counts, limit)
   if len(buckets) == len(counts):  # none was merged
     return list(sizes)
@@ -98,7 +98,7 @@ def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
     # By area: the first that fits is the cheapest.
     first = np.argmax((height <= heights) & (width <= widths))
     chosen[height, width] = buckets[first]
-  return [chosen[tuple(size)] for size in sizes]
+  return [chosen[height, width] for height, width in sizes]
 
 
 def plan_batches(

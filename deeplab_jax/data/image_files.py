@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, features
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
@@ -50,7 +51,9 @@ class Unusable(Exception):
 
 
 @contextlib.contextmanager
-def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+def opened(
+  path: Path, data: bytes | None = None
+) -> Iterator[ImageFile.ImageFile]:
   """Opens an image; `data` is the contents of the file, if they are at hand.
 
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
@@ -143,11 +146,11 @@ def _tiff_kind(data: bytes) -> str:
 
 def refuse_extra_channels(image: Image.Image) -> None:
   """Refuses a TIFF with channels that are neither color nor alpha."""
-  if image.format == 'TIFF':
+  if isinstance(image, TiffImageFile):
     tags = image.tag_v2
     # Many writers leave out the tag that calls a fourth channel alpha.
     samples, extra = tags.get(277, 1), tags.get(338, (2,))
-    known = _TIFF_COLORS.get(tags.get(262), 1)
+    known = _TIFF_COLORS.get(tags.get(262, 1), 1)
     known += any(kind in (1, 2, 999) for kind in extra)
     if samples > known:
       raise Unusable(
@@ -161,7 +164,7 @@ def decode(data: bytes, flags: int) -> np.ndarray | None:
   return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
 
 
-def raw_mode(image: Image.Image) -> str:
+def raw_mode(image: ImageFile.ImageFile) -> str:
   """Pillow's name for the pixels in the file; '' once they are loaded."""
   args = image.tile[0][3] if image.tile else ''
   raw = args[0] if isinstance(args, tuple) and args else args
@@ -172,7 +175,7 @@ def orientation(image: Image.Image) -> int:
   """The EXIF orientation, 1 to 8, in what was read of the file so far."""
   with contextlib.suppress(*_BROKEN):  # broken EXIF hides no picture
     found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    return found if found in range(1, 9) else 1
+    return int(found or 0) if found in range(1, 9) else 1
   return 1
 
 

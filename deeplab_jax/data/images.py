@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES, Path, Unusable
@@ -31,11 +32,11 @@ class Picture:
     """Returns a JPEG or PNG, the file if possible, that has these pixels."""
     if self.data.startswith((b'\xff\xd8', b'\x89PNG')):
       found = image_files.decode(self.data, cv2.IMREAD_COLOR_RGB)
-      alike = found is not None and found.shape == self.pixels.shape
       # Decoders may round differently by one. OpenCV ignores transparency,
       # which is a larger difference.
-      if alike and cv2.absdiff(found, self.pixels).max(initial=0) <= 1:
-        return self.data
+      if found is not None and found.shape == self.pixels.shape:
+        if cv2.absdiff(found, self.pixels).max(initial=0) <= 1:
+          return self.data
     return encode_image(self.pixels)
 
 
@@ -59,8 +60,8 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
     data = pathlib.Path(path).read_bytes() if data is None else data
     _refuse_pages(image)
     image_files.refuse_extra_channels(image)
-    raw, form = image_files.raw_mode(image), image.format
-    white_is_zero = form == 'TIFF' and image.tag_v2.get(262) == 0
+    raw, tags = image_files.raw_mode(image), getattr(image, 'tag_v2', {})
+    white_is_zero = tags.get(262) == 0
     orientation, to_turn = image_files.load(image)
     if image.mode.startswith('I') or image.mode == 'F':
       gray = _deep_gray(image, raw)
@@ -69,7 +70,7 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
     else:
       pixels = _to_rgb(image)
       dark = pixels.max(initial=0) < _DARK >> 8
-      if dark and ';16' in raw and form in ('PNG', 'TIFF'):
+      if dark and ';16' in raw and image.format in ('PNG', 'TIFF'):
         deep = image_files.decode(data, cv2.IMREAD_UNCHANGED)
         top = _DARK - 1 if deep is None else int(deep[..., :3].max(initial=0))
         _refuse_dark(top)
@@ -94,7 +95,7 @@ def storable_image(
 
 def _refuse_pages(image: Image.Image) -> None:
   """Refuses a TIFF whose second page is as large: which one is the image?"""
-  if image.format == 'TIFF' and image.n_frames > 1:
+  if isinstance(image, TiffImageFile) and image.n_frames > 1:
     width, height = size = image.size
     image.seek(1)
     # Bits of the tag mark a smaller version and a mask.

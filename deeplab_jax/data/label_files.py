@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
@@ -66,7 +67,7 @@ def open_label(path: Path, data: bytes | None = None) -> LabelFile:
     orientation, to_turn = image_files.load(image)
     pixels = _label_pixels(image, raw)
     if image.mode == 'P':
-      palette = np.uint8(image.getpalette('RGB')).reshape(-1, 3)
+      palette = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
       if image.format == 'GIF':
         _refuse_renumbered(pixels, palette)
   pixels = image_files.turn(pixels, to_turn)
@@ -85,11 +86,12 @@ def _refuse_lossy(image: Image.Image) -> None:
   )
 
 
-def _refuse_scaled(image: Image.Image) -> None:
+def _refuse_scaled(image: ImageFile) -> None:
   """Refuses a PGM of another maximum than 255, which Pillow scales to it."""
   args = image.tile[0][3] if image.tile else ''
-  scaled = isinstance(args, tuple) and args[-1] != 255
-  if image.format == 'PPM' and image.mode != 'F' and scaled:
+  if image.format != 'PPM' or image.mode == 'F' or not isinstance(args, tuple):
+    return
+  if args[-1] != 255:
     raise Unusable(
       f'the largest gray value that its header names is {args[-1]}, so values '
       'are shares of it and no indices; write 255 there, or a PNG'

@@ -17,7 +17,9 @@ import tensorflow_datasets as tfds
 from deeplab_jax.data import datasets, records
 from deeplab_jax.data.images import encode_image
 
-Array, Rng, Size = np.ndarray, np.random.Generator, tuple[int, int]
+Array = np.ndarray
+Rng = np.random.Generator
+Size = tuple[int, int]
 
 _INFO = datasets.DATASETS['shapes']
 _HUES = _INFO.num_classes - 1
@@ -91,7 +93,7 @@ def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
   label = np.zeros(size, np.uint8)
   placed: list[tuple[Array, Array]] = []
   for _ in range(rng.integers(2, 5)):
-    shape = rng.integers(1, _INFO.num_classes)
+    shape = int(rng.integers(1, _INFO.num_classes))
     cover = _place(rng, size, _INFO.classes[shape], placed)
     if cover is None:
       continue

@@ -177,15 +177,14 @@ def find_files(
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)
     for member in filter(tarfile.TarInfo.isfile, tar):
-      path = pathlib.PurePosixPath(member.name)
+      name = pathlib.PurePosixPath(member.name)
       for part, pattern in _PARTS[source].items():
-        if path.match(pattern) and (part, path.stem) not in skip:
+        if name.match(pattern) and (part, name.stem) not in skip:
           offset, size = member.offset_data, member.size
           contents = functools.partial(_read_part, place, offset, size)
-          if compressed:
-            contents = functools.partial(bytes, tar.extractfile(member).read())
-          location = f'{place}/{member.name}'
-          found[part, path.stem] = File(location, size, contents)
+          if compressed and (file := tar.extractfile(member)):
+            contents = functools.partial(bytes, file.read())
+          found[part, name.stem] = File(f'{place}/{name}', size, contents)
     # tarfile takes a damaged header for the end, which is a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

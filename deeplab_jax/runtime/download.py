@@ -157,10 +157,9 @@ def _receive(url: str, part: Path, size: int | None) -> None:
     if response.status != 206:
       start = 0  # The server does not know ranges and sends all again.
     length = int(response.headers.get('Content-Length') or 0)
-    total = length and start + length
-    if size is not None and total not in (0, size):
+    total = start + length if length else size
+    if size is not None and total != size:
       raise URLError(f'has {total} bytes, expected {size}')
-    total = size or total or None
     part.touch()
     quiet = not sys.stderr.isatty()
     options = {'unit': 'B', 'unit_scale': True, 'disable': quiet}

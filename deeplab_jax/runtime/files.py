@@ -60,7 +60,7 @@ def reading_archive(path: Path) -> Iterator[None]:
   try:
     yield
   except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-    if getattr(error, 'errno', None):
+    if isinstance(error, OSError) and error.errno:
       raise UserError(f'{error.filename or path}: {error.strerror}') from error
     reason = str(error).partition(':\n')[0] or type(error).__name__
     raise UserError(

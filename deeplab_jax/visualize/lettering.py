@@ -10,6 +10,7 @@ import re
 import unicodedata
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from PIL import ImageDraw, ImageFont
 
@@ -113,7 +114,7 @@ def _open(
   path: Path | None, size: int, layout: ImageFont.Layout | None = None
 ) -> ImageFont.FreeTypeFont:
   if path is _PLAIN:
-    font = ImageFont.load_default(size)
+    font: Any = ImageFont.load_default(size)
     return font if layout is None else font.font_variant(layout_engine=layout)
   font = ImageFont.truetype(str(path), size, layout_engine=layout)
   font.set_variation_by_axes([_REGULAR])

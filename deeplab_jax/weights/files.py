@@ -24,9 +24,9 @@ def unpacked(path: Path) -> Iterator[Path]:
   Any file of a TensorFlow checkpoint of version 2 stands for the checkpoint.
   Raises `UserError` unless an archive is safe and holds one checkpoint.
   """
-  found = re.fullmatch(r'(.+)\.(index|meta|data-\d+-of-\d+)', path.name)
-  if found and path.with_name(f'{found[1]}.index').is_file():
-    path = path.with_name(found[1])
+  part = re.fullmatch(r'(.+)\.(index|meta|data-\d+-of-\d+)', path.name)
+  if part and path.with_name(f'{part[1]}.index').is_file():
+    path = path.with_name(part[1])
   head = _ends(path)[0] if path.is_file() else b''
   if not (head.startswith(b'\x1f\x8b') or head[257:262] == b'ustar'):
     yield path
