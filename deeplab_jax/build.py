@@ -5,17 +5,16 @@ Folders take plain arguments; this file reads `config` and calls them.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import flat, get_config
 from deeplab_jax.data.load import Dataset, load_dataset
-from deeplab_jax.data.pipeline import make_train_iterator
+from deeplab_jax.data.pipeline import Batches, make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
@@ -114,7 +113,7 @@ def make_train_step(
 
 def make_iterator(
   config: ConfigDict, dataset: Dataset, start_step: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
   """This host's share of the training batches, from `start_step` on."""
   return make_train_iterator(
     dataset.source(config.data.train_split),

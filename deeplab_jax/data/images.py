@@ -34,9 +34,12 @@ class Picture:
       found = image_files.decode(self.data, cv2.IMREAD_COLOR_RGB)
       # Decoders may round differently by one. OpenCV ignores transparency,
       # which is a larger difference.
-      if found is not None and found.shape == self.pixels.shape:
-        if cv2.absdiff(found, self.pixels).max(initial=0) <= 1:
-          return self.data
+      if (
+        found is not None
+        and found.shape == self.pixels.shape
+        and cv2.absdiff(found, self.pixels).max(initial=0) <= 1
+      ):
+        return self.data
     return encode_image(self.pixels)
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -25,6 +25,7 @@ from deeplab_jax.runtime.errors import UserError
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
+Batches = grain.DatasetIterator[Batch]  # `close()` ends the background work
 
 
 def make_train_iterator(
@@ -38,13 +39,13 @@ def make_train_iterator(
   hosts: int = 1,
   threads: int = 0,
   workers: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
   """Yields shuffled, transformed batches without end, from `start_step` on.
 
   A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w],
   where B is `batch_size`. Step `s` is a pure function of `seed` and `s`, and
   the hosts' batches of a step together are the batch of a single host. The last
-  transform must give all images one size. `close()` ends the background work.
+  transform must give all images one size.
 
   `threads` load in each of `workers` processes; 0 threads are one per core, at
   most 16, and 0 workers load in this process. Workers are spawned: the program
@@ -91,7 +92,7 @@ def make_eval_iterator(
   host: int = 0,
   hosts: int = 1,
   threads: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
   """Yields the batches of a plan, all images padded to the size of their batch.
 
   A batch is image uint8 [B / hosts, *size, 3], label uint8 [B / hosts, *size],
