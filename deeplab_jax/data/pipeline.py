@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import grain
@@ -25,7 +25,8 @@ from deeplab_jax.runtime.errors import UserError
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
-Batches = grain.DatasetIterator[Batch]  # `close()` ends the background work
+# `close()` ends the background work.
+Batches: TypeAlias = 'grain.DatasetIterator[Batch]'
 
 
 def make_train_iterator(
@@ -134,7 +135,7 @@ def make_eval_iterator(
 
 def _iterate(
   load: Callable[[int], Batch], steps: range, threads: int, workers: int = 0
-) -> Iterator[Batch]:
+) -> Batches:
   """Yields `load` of each step, computed in the background."""
   # grain's shuffle, random_map and batch would change the stream of a seed, and
   # so resumed runs, and copy images again; its batch_and_pad knows one size.

@@ -247,7 +247,7 @@ def label_findings(
     elif not present:
       notes[_ABSENT].append(f'all {len(classes)} in {split}')
     else:
-      absent = np.flatnonzero(np.equal(pixels, 0))
+      absent = np.flatnonzero(np.equal(pixels, 0)).tolist()
       notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
     if split == trained and present == 1:
       index = int(np.argmax(pixels))
