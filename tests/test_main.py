@@ -573,9 +573,11 @@ def test_workdir_alone_is_enough_to_evaluate_and_predict(
   assert len(output.splitlines()) == 4
   for index in range(3):
     name = f'val_{index}'
-    result = Image.open(workdir / 'predictions' / f'{name}.png')
-    source = Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg')
-    assert result.size == source.size
+    with (
+      Image.open(workdir / 'predictions' / f'{name}.png') as result,
+      Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg') as source,
+    ):
+      assert result.size == source.size
 
 
 def test_prepare_needs_no_workdir(trained, command):
@@ -584,7 +586,8 @@ def test_prepare_needs_no_workdir(trained, command):
   assert status == 0 and 'class weights by median frequency' in output
   *_, page = output.splitlines()
   assert page.startswith(trained.settings['data.prepared_dir'])
-  assert Image.open(page).format == 'PNG'
+  with Image.open(page) as image:
+    assert image.format == 'PNG'
 
 
 def test_prepare_ends_a_report_of_errors_with_one_line(
