@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
   if mode == 'prepare':
     prepare.prepare(config, workdir)
     return
-  host.prepare()
+  host.configure()
   if not _DEBUG.value:
     host.hide_alarms()
   host.cache_programs(workdir / 'compilation_cache')
