@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -31,7 +32,7 @@ def command(capsys):
   def run(*arguments):
     argv = ['main', *map(str, arguments)]
     status = 0
-    with flagsaver.flagsaver():
+    with flagsaver.flagsaver(), mock.patch.dict(os.environ):
       flags.FLAGS.unparse_flags()
       try:
         console.log_to_stderr()
