@@ -44,7 +44,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       ' name a split: --config.data.eval_split=val'
     )
   dataset = build.open_dataset(config, split)
-  _warn_of_trained(dataset, config.data.train_split, split)
+  check_splits(dataset, config.data.train_split, split)
   if not saves:
     check_labels(dataset, split)
   network = checkpoints.open_network(
@@ -67,15 +67,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   )
   result = {**scores.metrics, 'step': network.step}
   if first:
-    path = (
-      workdir
-      / 'eval'
-      / result_name(
-        evaluator.description,
-        trained_stride=network.trained_stride,
-        step=None if config.eval.step == 'best' else network.step,
-      )
-    )
+    step = None if config.eval.step == 'best' else network.step
+    name = result_name(evaluator.description, network.trained_stride, step)
+    path = workdir / 'eval' / name
     path.parent.mkdir(exist_ok=True)
     # All files before the first line, which nobody may be there to read.
     lines = _save_archive(path, scores) if saves else []
@@ -91,15 +85,13 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
   path, info = Path(f'{path}.tar.gz'), scores.evaluator.info
   if path.exists():
     log.warning('%s: earlier predictions are replaced', path)
-  maps = ((i, info.in_file_values(scores.prediction(i))) for i in scores.packed)
-  write_archive(
-    path,
-    (
-      (scores.evaluator.name(i), visualize.indexed_png(*map_))
-      for i, map_ in maps
-    ),
-    'VOC2012' if info.name.lower().startswith('voc2012') else info.name,
-  )
+
+  def png(index: int) -> bytes:
+    return visualize.indexed_png(*info.in_file_values(scores.prediction(index)))
+
+  pngs = ((scores.evaluator.name(i), png(i)) for i in scores.packed)
+  is_voc = info.name.lower().startswith('voc2012')
+  write_archive(path, pngs, 'VOC2012' if is_voc else info.name)
   return [f'{len(scores.packed)} predictions in {path}']
 
 
@@ -137,7 +129,7 @@ def extremes(mious: dict[int, float], count: int) -> dict[str, list[int]]:
 
 
 def result_name(
-  description: dict[str, Any], *, trained_stride: int, step: int | None = None
+  description: dict[str, Any], trained_stride: int, step: int | None = None
 ) -> str:
   """Names an evaluation by its split, protocol and what is not the default.
 
@@ -162,15 +154,11 @@ def result_name(
 
 def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
   """Tells of an earlier evaluation that may not be repeatable any more."""
-  try:
-    before = json.loads(path.read_text())
-  except FileNotFoundError:
+  if not path.exists():
     return
-  except ValueError:
-    before = {}
-  # As it reads when it is written and read.
-  if before != json.loads(json.dumps(result)):
-    step = before.get('step', '?')
+  before = json.loads(path.read_text())
+  if before != json.loads(json.dumps(result)):  # both as they are read
+    step = before['step']
     log.warning('%s: another evaluation, of step %s, is replaced', path, step)
 
 
@@ -188,50 +176,42 @@ def check_labels(dataset: Dataset, split: str) -> None:
 
 
 def check_data(dataset: Dataset, trained: str, scored: str) -> None:
-  """Refuses labels that teach nothing, and scores of images trained on.
-
-  Scoring a whole split that is trained on is only warned of.
-  """
+  """Refuses to train on labels that teach nothing, and to score them."""
   tallies = {s: dataset.tally(s) for s in (trained, scored) if s}
   for finding in check_tallies(dataset.info, tallies, trained):
     log.warning('%s', finding.line)
-  if not scored:
+  if scored:
+    check_labels(dataset, scored)
+    check_splits(dataset, trained, scored, refuse=True)
+
+
+def check_splits(
+  dataset: Dataset, trained: str, scored: str, *, refuse: bool = False
+) -> None:
+  """Warns of images that are trained on and scored, or refuses them.
+
+  The same split in both places is meant, and only warned of.
+  """
+  if trained not in dataset.builders:
     return
-  check_labels(dataset, scored)
   shared = dataset.shared_names(trained, scored)
-  if trained == scored:
-    log.warning(
-      'config.data.eval_split=%s is what is trained on: the score says nothing'
-      ' about other images',
-      scored,
-    )
-  elif shared:
+  if refuse and shared and trained != scored:
     raise UserError(
       f'config.data.train_split={trained} and config.data.eval_split={scored}'
       f' share {len(shared)} images ({shared[0]}, ...), which makes the score'
       ' worthless; take splits that share none, or train without evaluation:'
       " config.data.eval_split=''"
     )
-
-
-def _warn_of_trained(dataset: Dataset, trained: str, scored: str) -> None:
-  """Tells of images trained on, where the data set holds both splits."""
-  if trained in dataset.builders:
-    shared = dataset.shared_names(trained, scored)
-    if shared:
-      log.warning(
-        '%d images of config.data.eval_split=%s are in config.data.train_split'
-        '=%s as well: the score says little about other images',
-        len(shared),
-        scored,
-        trained,
-      )
+  if shared:
+    log.warning(
+      '%d images of config.data.eval_split=%s are in config.data.train_split=%s'
+      ' as well: the score says little about other images',
+      *(len(shared), scored, trained),
+    )
 
 
 def print_report(result: dict[str, Any]) -> None:
-  """Prints the metrics as a table, on the first process alone."""
-  if not distributed.is_first_process():
-    return
+  """Prints the metrics as a table."""
   print(f'step {result["step"]}, {result["images"]} images')
   keys = 'split', 'protocol', 'output_stride', 'crop_size', 'scales', 'flip'
   # An older version did not note them all.

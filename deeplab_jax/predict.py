@@ -30,15 +30,12 @@ def predict(
   """Segments images with a checkpoint of `workdir`.
 
   For each image of `inputs` (files, folders or globs) it writes `NAME.png`, the
-  classes as a palette PNG of the image's own size, and `NAME_overlay.png`, the
-  classes over the image with a legend, and prints the share of each class.
-
-  Returns:
-    The palette PNGs, in the order of the images.
+  classes as a palette PNG of the image's own size, which it returns, and
+  `NAME_overlay.png`, the classes over the image with a legend. It prints the
+  share of each class.
 
   Raises:
-    UserError: without a checkpoint; and at the end, if an image could not be
-      read, after all others are done.
+    UserError: without a checkpoint; at the end, for images it could not read.
   """
   paths = images.list_images(inputs)
   network = checkpoints.open_network(
@@ -58,8 +55,7 @@ def predict(
     place = f'config.predict.output_dir={folder}'
     raise UserError(f'{place}: {error.strerror}') from error
   targets = _targets(paths, folder)
-  earlier = sum(target.exists() for target in targets.values())
-  if earlier:
+  if earlier := sum(target.exists() for target in targets.values()):
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   limit = config.eval.buckets if model.pads_freely else None
   unread = list(paths)
@@ -67,8 +63,7 @@ def predict(
     _write(targets[path], path, image, label, info)
     unread.remove(path)
   done = len(paths) - len(unread)
-  if done:
-    print(f'{done} images segmented by step {network.step}, in {folder}')
+  print(f'{done} images segmented by step {network.step}, in {folder}')
   if unread:
     raise UserError(
       f'{len(unread)} of {len(paths)} images could not be read, first'
@@ -103,7 +98,7 @@ def _segment(
   The images are padded to at most `limit` sizes, which their heads tell before
   the pixels are read. Those that cannot be read are named and left out.
   """
-  predict_step = pmap_predict_step(model=model)
+  predict_step = pmap_predict_step(model)
   sizes = {p: size for p in paths if (size := _read(images.read_size, p))}
   padded = buckets.bucket_of_each(list(sizes.values()), limit)
   room = dict(zip(sizes.values(), padded, strict=True))
@@ -143,16 +138,13 @@ def _write(
   label: np.ndarray,
   info: DatasetInfo,
 ) -> None:
+  void = info.ignore_label
   visualize.save_indexed_png(target, *info.in_file_values(label))
-  visualize.save_png(
-    target.with_name(f'{target.stem}_overlay.png'),
-    visualize.overlay(
-      image, label, info.palette, info.classes, ignore_label=info.ignore_label
-    ),
+  picture = visualize.overlay(
+    image, label, info.palette, info.classes, ignore_label=void
   )
-  shares = visualize.class_shares(label, info.num_classes, info.ignore_label)
+  visualize.save_png(target.with_name(f'{target.stem}_overlay.png'), picture)
+  shares = visualize.class_shares(label, info.num_classes, void)
   order = np.argsort(-shares, kind='stable')
-  text = ', '.join(
-    f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0
-  )
-  print(f'{path}: {text}', flush=True)
+  text = [f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0]
+  print(f'{path}: {", ".join(text)}', flush=True)

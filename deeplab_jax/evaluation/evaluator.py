@@ -8,12 +8,12 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 
 from deeplab_jax.data.buckets import FILLER, plan_batches
@@ -43,14 +43,14 @@ def eval_step(
       [b, 2] (height and width before padding) and `index` int32 [b].
     scores: see `Protocol.scores`.
     num_classes: C.
-    ignore_label: the label of pixels that do not count.
-    axis_name: see `training.steps.train_step`.
+    ignore_label: the label of void.
+    axis_name: of the mapped device axis, None without one.
 
   Returns:
     `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
     `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
-  prediction = _likeliest(scores(variables, batch['image'], batch['size']))
+  prediction = predict_step(variables, batch, scores=scores)
   count = functools.partial(
     metrics.confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
   )
@@ -65,16 +65,11 @@ def eval_step(
 
 
 def predict_step(
-  variables: dict[str, Any], batch: dict[str, jax.Array], *, model: nn.Module
+  variables: Any, batch: dict[str, jax.Array], *, scores: Callable[..., Any]
 ) -> jax.Array:
   """Predicts classes uint8 [b, H, W] of `image`, padded from `size` [b, 2]."""
-  return _likeliest(
-    model.apply(variables, batch['image'], train=False, sizes=batch['size'])
-  )
-
-
-def _likeliest(scores: jax.Array) -> jax.Array:
-  return jnp.argmax(scores, -1).astype(jnp.uint8)
+  found = scores(variables, batch['image'], batch['size'])
+  return jnp.argmax(found, -1).astype(jnp.uint8)
 
 
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
@@ -83,9 +78,9 @@ def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
   return jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
 
 
-def pmap_predict_step(model: nn.Module) -> Callable[..., Any]:
+def pmap_predict_step(model: Any) -> Callable[..., Any]:
   """Maps `predict_step` over the local devices, in the batch and the result."""
-  step = functools.partial(predict_step, model=model)
+  step = functools.partial(predict_step, scores=Protocol().scores(model))
   return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
 
@@ -120,11 +115,10 @@ class Evaluator:
   """Scores a split by a protocol; batches are planned and compiled once.
 
   Attributes:
-    info: what the labels mean, a `DatasetInfo`.
-    protocol: how to look at images.
+    info: what the labels mean.
+    protocol: how it looks at images.
     description: of the split and the protocol, JSON values.
-    view_size: (height, width) of the largest images or windows that the network
-      sees at scale 1.
+    view_size: (height, width) of the largest images or windows at scale 1.
   """
 
   def __init__(
@@ -138,17 +132,11 @@ class Evaluator:
     buckets: int,
     threads: int,
   ) -> None:
-    """Plans the batches.
+    """Plans the batches of a split of a `data.load.Dataset`.
 
-    Args:
-      model: a `DeepLabV3`.
-      dataset: a `data.load.Dataset` with the split.
-      split: the name of the split.
-      protocol: how to look at images.
-      batch_size: over all devices; rounded up to a multiple of their number.
-      buckets: how many sizes batches may have, each compiled; unlimited where
-        padding would move the logits (`DeepLabV3.pads_freely`).
-      threads: how many load images.
+    `batch_size` is that of all devices, rounded up to a multiple of their
+    number. Batches have at most `buckets` sizes, each compiled; any number if
+    padding would move the logits (`DeepLabV3.pads_freely`).
     """
     self.info, self.protocol = dataset.info, protocol
     self.description = {'split': split, **protocol.describe(model)}
@@ -176,9 +164,8 @@ class Evaluator:
   def run(self, variables: dict[str, Any], keep: int) -> Scores:
     """Scores every image of all hosts once, on every host.
 
-    Args:
-      variables: of the model, replicated over the devices.
-      keep: how many predictions to keep, those of the first records.
+    The variables must be replicated over the devices. It keeps the predictions
+    of the first `keep` records.
     """
     iterator = make_eval_iterator(
       self._source,
@@ -241,16 +228,12 @@ def write_archive(
   PASCAL VOC's server takes it; comp6 is the competition for training on any
   data. Equal results, each a name and a palette PNG (mode P), make equal bytes.
   """
-  with (
-    replacing(path) as temporary,
-    open(temporary, 'wb') as file,
-    # A name or a time in the header would make two archives differ.
-    gzip.GzipFile('', 'wb', fileobj=file, mtime=0) as packed,
-    tarfile.open(fileobj=packed, mode='w') as archive,
-  ):
+  folder = f'results/{dataset}/Segmentation/comp6_test_cls'
+  tar = io.BytesIO()
+  with tarfile.open(fileobj=tar, mode='w') as archive:
     for name, png in results:
-      entry = tarfile.TarInfo(
-        f'results/{dataset}/Segmentation/comp6_test_cls/{name}.png'
-      )
+      entry = tarfile.TarInfo(f'{folder}/{name}.png')
       entry.size = len(png)
       archive.addfile(entry, io.BytesIO(png))
+  with replacing(path) as temporary:
+    Path(temporary).write_bytes(gzip.compress(tar.getvalue(), mtime=0))

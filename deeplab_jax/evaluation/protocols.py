@@ -59,16 +59,12 @@ class Protocol:
 
   def describe(self, model: Any) -> dict[str, Any]:
     """Returns what tells this evaluation from others, as JSON values."""
-    settings = {
+    used = {key: getattr(self, key) for key in ('scales', 'flip', *self.uses)}
+    return {
       'protocol': self.name,
       'output_stride': model.backbone.output_stride,
-      'scales': list(map(float, self.scales)),
-      'flip': self.flip,
-      'crop_size': list(self.crop_size),
-      'overlap': self.overlap,
+      **{k: list(v) if isinstance(v, tuple) else v for k, v in used.items()},
     }
-    unused = {'crop_size', 'overlap'} - set(self.uses)
-    return {k: v for k, v in settings.items() if k not in unused}
 
 
 class CenterCrop(Protocol):
@@ -87,16 +83,13 @@ class SlidingWindow(Protocol):
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Averages the probabilities of the windows."""
-    look = functools.partial(
-      probabilities, model, scales=self.scales, flip=self.flip
-    )
-    return lambda variables, images, sizes: sliding_window(
-      functools.partial(look, variables),
-      images,
-      sizes,
-      window=self.crop_size,
-      overlap=self.overlap,
-    )
+    settings = {'scales': self.scales, 'flip': self.flip}
+
+    def scores(variables: Any, images: Any, sizes: Any) -> jax.Array:
+      view = functools.partial(probabilities, model, variables, **settings)
+      return sliding_window(view, images, sizes, self.crop_size, self.overlap)
+
+    return scores
 
 
 # To add a protocol: a subclass with a name of its own.
@@ -126,16 +119,14 @@ def probabilities(
     images: [B, H, W, 3], padded at the bottom and the right.
     sizes: int [B, 2], height and width without padding.
     scales: factors on the size.
-    flip: also look at the images mirrored left to right; the padding stays.
+    flip: also look at the images mirrored left to right.
 
   Returns:
     float32 [B, H, W, C].
   """
   size = images.shape[1:3]
 
-  def look(
-    scale: float, total: jax.Array, mirrored: jax.Array
-  ) -> tuple[jax.Array, None]:
+  def look(scale: float, total: Any, mirrored: Any) -> tuple[Any, None]:
     view, own = _mirror(images, mirrored), sizes
     if scale != 1:
       scaled = tuple(int(_scaled(n, scale)) for n in size)
@@ -165,30 +156,19 @@ def sliding_window(
   view: Callable[[jax.Array, jax.Array], jax.Array],
   images: jax.Array,
   sizes: jax.Array,
-  *,
   window: Size,
   overlap: float,
 ) -> jax.Array:
   """Averages what overlapping windows of images show.
 
   Windows stand on a grid. At the far edges they shift back into the image; an
-  image that is smaller than a window is padded to its size.
-
-  Args:
-    view: maps windows [B, *window, 3] and the sizes [B, 2] of their unpadded
-      part to probabilities [B, *window, C].
-    images: [B, H, W, 3], padded at the bottom and the right.
-    sizes: int [B, 2], height and width without padding.
-    window: height and width.
-    overlap: see `Protocol`.
-
-  Returns:
-    float32 [B, H, W, C]; 0 in padding that no window reached.
+  image that is smaller than a window is padded to its size. `view` maps windows
+  and the sizes of their unpadded part to probabilities, as `probabilities` maps
+  images. Padding that no window reached gets 0.
   """
   height, width = images.shape[1:3]
   bottom, right = max(0, window[0] - height), max(0, window[1] - width)
-  padding = ((0, 0), (0, bottom), (0, right), (0, 0))
-  images = jnp.pad(images, padding, mode='edge')
+  images = jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), 'edge')
   room = np.subtract(images.shape[1:3], window)
   stride = np.array([max(1, round(n * (1 - overlap))) for n in window])
   steps = [math.ceil(r / s) + 1 for r, s in zip(room, stride, strict=True)]
@@ -223,18 +203,13 @@ def _mirror(maps: jax.Array, widths: jax.Array) -> jax.Array:
 
 def _cut(maps: jax.Array, corners: jax.Array, window: Size) -> jax.Array:
   """[B, H, W, C] -> [B, *window, C], from corners [B, 2] on."""
-  return jax.vmap(
-    lambda map_, corner: lax.dynamic_slice(
-      map_, (*corner, 0), (*window, map_.shape[-1])
-    )
-  )(maps, corners)
+  size = (*window, maps.shape[-1])
+  cut = jax.vmap(lambda m, corner: lax.dynamic_slice(m, (*corner, 0), size))
+  return cut(maps, corners)
 
 
 def _add(maps: jax.Array, parts: jax.Array, corners: jax.Array) -> jax.Array:
   """Adds parts [B, h, w, C] to maps [B, H, W, C], from corners [B, 2] on."""
   sums = _cut(maps, corners, parts.shape[1:3]) + parts
-  return jax.vmap(
-    lambda map_, part, corner: lax.dynamic_update_slice(
-      map_, part, (*corner, 0)
-    )
-  )(maps, sums, corners)
+  put = jax.vmap(lambda m, sum_, c: lax.dynamic_update_slice(m, sum_, (*c, 0)))
+  return put(maps, sums, corners)

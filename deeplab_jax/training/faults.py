@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
@@ -49,7 +50,7 @@ class StopSignal:
     self.__exit__()
 
 
-class CheckedMetrics:
+class CheckedMetrics(AbstractContextManager):
   """The metrics of steps, which are checked when they are fetched.
 
   It warns of the first batch without a valid pixel, and at the end of the
@@ -91,9 +92,6 @@ class CheckedMetrics:
           )
     self._pending.clear()
     return values
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     if self._empty_batches > 1:

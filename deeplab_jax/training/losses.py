@@ -38,8 +38,8 @@ def softmax_cross_entropy(
 
   Args:
     logits: [..., C] float.
-    labels: [...] integer, a class in 0..C-1 or `ignore_label` for void.
-    ignore_label: the label of pixels without a class.
+    labels: [...] integer, a class in 0..C-1 or `ignore_label`.
+    ignore_label: the label of void.
     label_smoothing: share of the target that is spread evenly over all classes:
       Szegedy et al., "Rethinking the Inception Architecture" (2016), section 7.
 
@@ -49,11 +49,11 @@ def softmax_cross_entropy(
   Raises:
     ValueError: if the labels are not one for each pixel of the logits.
   """
-  if logits.shape[:-1] != labels.shape:
-    raise ValueError(
-      f'labels must be {list(logits.shape[:-1])}, one for each pixel of the'
-      f' logits {list(logits.shape)}, got {list(labels.shape)}'
-    )
+  shape, found = list(logits.shape), list(labels.shape)
+  rule = (
+    f'labels must be {shape[:-1]}, one for each pixel of the logits {shape}'
+  )
+  require(found == shape[:-1], rule, found)
   logits = logits.astype(jnp.float32)
   # Not optax: its integer form has a scatter for its gradient, and its one-hot
   # form took 1.5 times the time and memory of this comparison on a CPU.
@@ -103,15 +103,10 @@ def hardest_pixels(
 
   Returns:
     bool [B, H, W], within `counted`; ties with the last pixel are kept too.
-
-  Raises:
-    ValueError: if the two are not [B, H, W] of one shape.
   """
-  if losses.ndim != 3 or losses.shape != counted.shape:
-    raise ValueError(
-      'losses and counted must be [B, H, W] of one shape, got'
-      f' {list(losses.shape)} and {list(counted.shape)}'
-    )
+  shapes = [list(losses.shape), list(counted.shape)]
+  rule = 'losses and counted must be [B, H, W] of one shape'
+  require(losses.ndim == 3 and shapes[0] == shapes[1], rule, shapes)
   losses = lax.stop_gradient(losses)
   kept = jnp.clip(jnp.round(share * counted.sum((1, 2))).astype(jnp.int32), 1)
   candidates = jnp.where(counted, losses, -jnp.inf).reshape(len(losses), -1)
@@ -127,11 +122,8 @@ def median_frequency_weights(
   Eigen & Fergus, "Predicting Depth, Surface Normals and Semantic Labels"
   (2015), section 6.2.1: the frequency of a class is its share of the pixels of
   the images that show it; its weight is the median frequency divided by it. A
-  class without pixels has the weight 0 and no part in the median.
-
-  Args:
-    class_pixels: [C], pixels of each class in a split.
-    class_image_pixels: [C], pixels of the images that show each class.
+  class without pixels has the weight 0 and no part in the median. Both arguments
+  are [C]: the pixels of each class, and all pixels of the images that show it.
   """
   weights, present = np.zeros(len(class_pixels)), class_pixels > 0
   if present.any():

@@ -22,10 +22,8 @@ def poly_schedule(
   """Returns `learning_rate * (1 - step / steps) ** power`, after a warm-up.
 
   Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
-  rises linearly from 0 and meets the curve after `warmup_steps` steps.
-
-  Raises:
-    ValueError: for a value that makes no such schedule.
+  rises linearly from 0 and meets the curve after `warmup_steps` steps. A value
+  that makes no such schedule raises `ValueError`.
   """
   require(learning_rate > 0, 'learning_rate must be above 0', learning_rate)
   require(power >= 0, 'power must be at least 0', power)

@@ -85,10 +85,9 @@ def train_step(
     ignore_label: the label of pixels that have no part in the loss.
     freeze_bn: normalize by the running statistics and do not update them.
     loss: a function like those in `losses.LOSSES`.
-    label_smoothing: see `losses.softmax_cross_entropy`.
+    label_smoothing: the argument of `loss`.
     class_weights: see `losses.pixel_weights`.
-    hardest: share of each image's pixels of a weight above 0 that have a part
-      in the loss, see `losses.hardest_pixels`.
+    hardest: the share for `losses.hardest_pixels`; 1 takes all.
     axis_name: of the mapped device axis, None without one.
 
   Returns:
@@ -114,13 +113,10 @@ def train_step(
     mean = (weights * each).sum() / jnp.where(total > 0, total, 1)
     return mean, (updated['batch_stats'], (weights > 0).sum())
 
-  (mean, (batch_stats, valid)), gradients = jax.value_and_grad(
-    loss_of, has_aux=True
-  )(state.params)
-  mean, gradients = _across(lax.psum, (mean, gradients), axis_name)
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
-  )
+  gradient = jax.value_and_grad(loss_of, has_aux=True)
+  (mean, (batch_stats, valid)), grads = gradient(state.params)
+  mean, grads = _across(lax.psum, (mean, grads), axis_name)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
@@ -129,7 +125,7 @@ def train_step(
   )
   return state, {
     'loss': mean,
-    'grad_norm': optax.global_norm(gradients),
+    'grad_norm': optax.global_norm(grads),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
 
@@ -148,10 +144,7 @@ def pmap_train_step(**settings: Any) -> Callable[..., Any]:
 
   The state has no device axis; the batch and the metrics have one.
   """
+  step, axes = functools.partial(train_step, **settings), (None, 0)
   return jax.pmap(
-    functools.partial(train_step, **settings),
-    axis_name=AXIS_NAME,
-    in_axes=(None, 0),
-    out_axes=(None, 0),
-    donate_argnums=0,
+    step, AXIS_NAME, in_axes=axes, out_axes=axes, donate_argnums=0
   )

@@ -7,8 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.files import replacing
 
 
-class Writer:
+class Writer(AbstractContextManager):
   """Writes the scalars, images and text of a run into its workdir.
 
   TensorBoard finds all of it in `workdir/tensorboard`. Scalars also go to
@@ -74,16 +75,13 @@ class Writer:
       block = '\n'.join('    ' + line for line in text.splitlines())
       self._events.add_text(name, block, int(step))
 
-  def __enter__(self) -> Self:
-    return self
-
   def __exit__(self, *_: object) -> None:
     if self._enabled:
       self._lines.close()
       self._events.close()
 
 
-class Progress:
+class Progress(AbstractContextManager):
   """Shows how far training is: a bar on a terminal, plain lines elsewhere.
 
   As in `step 120/800  loss 0.8123  lr 0.0061  54.1 images/s  01:32 left`.
@@ -98,16 +96,14 @@ class Progress:
     Without a `stream` it writes to standard error.
     """
     self._total, self._enabled = total, distributed.is_first_process()
-    self._stream = sys.stderr if stream is None else stream
+    self._stream = stream = stream or sys.stderr
     self.start_clock(initial)
     # The terminal of a container may report no rows, where tqdm shows nothing.
-    is_screen = self._stream.isatty() and min(
-      os.get_terminal_size(self._stream.fileno())
-    )
+    is_screen = stream.isatty() and min(os.get_terminal_size(stream.fileno()))
     self._bar = tqdm(
       total=total,
       initial=initial,
-      file=self._stream,
+      file=stream,
       disable=not (self._enabled and is_screen),
       dynamic_ncols=True,
       bar_format='{percentage:3.0f}%|{bar}| {desc}',
@@ -146,9 +142,6 @@ class Progress:
     """Prints a message on a line of its own, above the bar if there is one."""
     if self._enabled:
       tqdm.write(message, file=self._stream)
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     self._bar.close()
