@@ -122,7 +122,7 @@ def median_frequency_weights(
   Eigen & Fergus, "Predicting Depth, Surface Normals and Semantic Labels"
   (2015), section 6.2.1: the frequency of a class is its share of the pixels of
   the images that show it; its weight is the median frequency divided by it. A
-  class without pixels has the weight 0 and no part in the median. Both arguments
+  class without pixels has the weight 0 and no part in the median. The arguments
   are [C]: the pixels of each class, and all pixels of the images that show it.
   """
   weights, present = np.zeros(len(class_pixels)), class_pixels > 0
