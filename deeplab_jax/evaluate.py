@@ -85,15 +85,13 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
   path, info = Path(f'{path}.tar.gz'), scores.evaluator.info
   if path.exists():
     log.warning('%s: earlier predictions are replaced', path)
-  maps = ((i, info.in_file_values(scores.prediction(i))) for i in scores.packed)
-  write_archive(
-    path,
-    (
-      (scores.evaluator.name(i), visualize.indexed_png(*map_))
-      for i, map_ in maps
-    ),
-    'VOC2012' if info.name.lower().startswith('voc2012') else info.name,
-  )
+
+  def png(index: int) -> bytes:
+    return visualize.indexed_png(*info.in_file_values(scores.prediction(index)))
+
+  pngs = ((scores.evaluator.name(i), png(i)) for i in scores.packed)
+  is_voc = info.name.lower().startswith('voc2012')
+  write_archive(path, pngs, 'VOC2012' if is_voc else info.name)
   return [f'{len(scores.packed)} predictions in {path}']
 
 
@@ -213,9 +211,7 @@ def check_splits(
 
 
 def print_report(result: dict[str, Any]) -> None:
-  """Prints the metrics as a table, on the first process alone."""
-  if not distributed.is_first_process():
-    return
+  """Prints the metrics as a table."""
   print(f'step {result["step"]}, {result["images"]} images')
   keys = 'split', 'protocol', 'output_stride', 'crop_size', 'scales', 'flip'
   # An older version did not note them all.

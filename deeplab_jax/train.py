@@ -211,7 +211,8 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     result = evaluate.evaluate(config, workdir)
   else:
     result = {**metrics, 'step': step}
-    evaluate.print_report(result)
+    if first:
+      evaluate.print_report(result)
   if first:
     write_json(workdir / 'eval.json', result)
   return result
