@@ -42,6 +42,7 @@ class _AsGiven(flags.ArgumentParser):
     return argument
 
 
+_member: Any
 for _member in (str, Callable, tuple, list):
   _Open.register(_member)
 config_flags.register_flag_parser_for_type(_Open, _AsGiven())
@@ -140,7 +141,7 @@ def get_config() -> ConfigDict:
 
 _STEP = re.compile(r'best|latest|[0-9]+')
 # What values must be, in words and as a test, where no constructor knows it.
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+_RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'at least 0', lambda x: x >= 0),

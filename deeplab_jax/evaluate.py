@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.data.survey import check_tallies
+from deeplab_jax.data.survey import Finding, check_tallies
 from deeplab_jax.evaluation.evaluator import Scores, write_archive
 from deeplab_jax.evaluation.metrics import format_table
 from deeplab_jax.evaluation.protocols import Protocol
@@ -175,14 +175,16 @@ def check_labels(dataset: Dataset, split: str) -> None:
     )
 
 
-def check_data(dataset: Dataset, trained: str, scored: str) -> None:
-  """Refuses to train on labels that teach nothing, and to score them."""
+def check_data(
+  dataset: Dataset, trained: str, scored: str
+) -> tuple[Finding, ...]:
+  """Refuses labels that teach nothing; returns what is only suspect."""
   tallies = {s: dataset.tally(s) for s in (trained, scored) if s}
-  for finding in check_tallies(dataset.info, tallies, trained):
-    log.warning('%s', finding.line)
+  suspect = check_tallies(dataset.info, tallies, trained)
   if scored:
     check_labels(dataset, scored)
     check_splits(dataset, trained, scored, refuse=True)
+  return suspect
 
 
 def check_splits(

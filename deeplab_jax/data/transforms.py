@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-Array, Rng = np.ndarray, np.random.Generator
+Array = np.ndarray
+Rng = np.random.Generator
 Pair = tuple[Array, Array]
 Transform = Callable[[Array, Array, Rng], Pair]
 
