@@ -180,9 +180,8 @@ class Meaning:
       if counts[void] and value in self.values:
         raise UserError(
           f'{file.path}: index {void} is void, config.data.ignore_label, but '
-          f'has the color of class {self.lines[value]!r}, {_words(color)}; '
-          'give it another color, or remove the colors in classes.txt to read '
-          'indices'
+          f'has the color of class {self.lines[value]!r}, {_words(color)}; give'
+          ' it another one, or remove the colors in classes.txt to read indices'
         )
       counts[void] = 0
     used = np.flatnonzero(counts)

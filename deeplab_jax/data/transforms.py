@@ -90,7 +90,7 @@ def _draw_span(
 
 def _check_size(size: Sequence[int]) -> None:
   if len(size) != 2 or min(size) < 1:
-    raise ValueError(f'crop size must be (height, width) from 1, got {size}')
+    raise ValueError(f'crop_size must be (height, width) from 1, got {size}')
 
 
 @dataclasses.dataclass(frozen=True)
