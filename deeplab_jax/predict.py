@@ -103,7 +103,9 @@ def _segment(
   padded = buckets.bucket_of_each(list(sizes.values()), limit)
   room = dict(zip(sizes.values(), padded, strict=True))
   loaded = ((p, _read(images.read_image, p)) for p in sizes)
-  pairs = (pair for pair in loaded if pair[1] is not None)
+  pairs: Iterator[tuple[Path, np.ndarray]] = (
+    (path, image) for path, image in loaded if image is not None
+  )
   devices = jax.local_device_count()
   # Images in a row that are padded to one size go to the devices together. A
   # file may say after its pixels that its image is to be turned, hence `get`.

@@ -18,6 +18,7 @@ from jax import lax
 
 from deeplab_jax.data.buckets import FILLER, plan_batches
 from deeplab_jax.data.pipeline import load_example, make_eval_iterator
+from deeplab_jax.data.transforms import Transform
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
@@ -102,12 +103,10 @@ class Scores(NamedTuple):
     """Image, label and prediction of records, a row each; None for none."""
     if not indices:
       return None
-    info = self.evaluator.info
+    info, predictions = self.evaluator.info, map(self.prediction, indices)
+    images, labels = zip(*map(self.evaluator.example, indices), strict=True)
     return visualize.panel(
-      *zip(*map(self.evaluator.example, indices), strict=True),
-      [self.prediction(i) for i in indices],
-      info.palette,
-      info.ignore_label,
+      images, labels, list(predictions), info.palette, info.ignore_label
     )
 
 
@@ -141,7 +140,8 @@ class Evaluator:
     self.info, self.protocol = dataset.info, protocol
     self.description = {'split': split, **protocol.describe(model)}
     self._source, self._threads = dataset.source(split), threads
-    self._sizes, self._transforms = dataset.sizes(split), ()
+    self._sizes = dataset.sizes(split)
+    self._transforms: tuple[Transform, ...] = ()
     if protocol.transform:
       self._sizes = [protocol.crop_size] * len(self._sizes)
       self._transforms = (protocol.transform(protocol.crop_size),)
@@ -176,9 +176,11 @@ class Evaluator:
       hosts=jax.process_count(),
       threads=self._threads,
     )
-    confusion, of_images, packed = 0, {}, {}
+    confusion = np.zeros((self.info.num_classes,) * 2, np.int64)
+    of_images: dict[int, dict[str, float]] = {}
+    packed: dict[int, tuple[tuple[int, int], bytes]] = {}
 
-    def count(results: dict[str, jax.Array]) -> None:
+    def count(results: Any) -> None:
       nonlocal confusion
       results = jax.device_get(results)
       confusion += results['confusion'].sum(0, np.int64)
@@ -200,7 +202,8 @@ class Evaluator:
         pending = results
       count(pending)
     # In the order of the records, whatever the batches were.
-    of_images, packed = (dict(sorted(d.items())) for d in (of_images, packed))
+    of_images = dict(sorted(of_images.items()))
+    packed = dict(sorted(packed.items()))
     found = {
       **metrics.compute_metrics(confusion, self.info.classes),
       **metrics.average(list(of_images.values())),

@@ -83,10 +83,11 @@ class SlidingWindow(Protocol):
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Averages the probabilities of the windows."""
-    settings = {'scales': self.scales, 'flip': self.flip}
 
     def scores(variables: Any, images: Any, sizes: Any) -> jax.Array:
-      view = functools.partial(probabilities, model, variables, **settings)
+      view = functools.partial(
+        probabilities, model, variables, scales=self.scales, flip=self.flip
+      )
       return sliding_window(view, images, sizes, self.crop_size, self.overlap)
 
     return scores
@@ -172,7 +173,7 @@ def sliding_window(
   room = np.subtract(images.shape[1:3], window)
   stride = np.array([max(1, round(n * (1 - overlap))) for n in window])
   steps = [math.ceil(r / s) + 1 for r, s in zip(room, stride, strict=True)]
-  grid = np.stack(np.indices(steps), -1).reshape(-1, 2)
+  grid = np.indices(steps).reshape(2, -1).T
   last = jnp.maximum(sizes - jnp.asarray(window), 0)
   own = jnp.minimum(sizes, jnp.asarray(window))
 
@@ -201,7 +202,9 @@ def _mirror(maps: jax.Array, widths: jax.Array) -> jax.Array:
   return jnp.take_along_axis(maps, source[:, None, :, None], axis=2)
 
 
-def _cut(maps: jax.Array, corners: jax.Array, window: Size) -> jax.Array:
+def _cut(
+  maps: jax.Array, corners: jax.Array, window: Sequence[int]
+) -> jax.Array:
   """[B, H, W, C] -> [B, *window, C], from corners [B, 2] on."""
   size = (*window, maps.shape[-1])
   cut = jax.vmap(lambda m, corner: lax.dynamic_slice(m, (*corner, 0), size))
