@@ -124,8 +124,9 @@ def _build(run: _Run, load: Callable[..., Any]) -> tuple[Any, ...]:
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
   state = load(steps.create_state(model, optimizer, config.seed))
   count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
-  name = config.model.backbone
-  log.info('%s, %.1f million parameters, step %d', name, count, state.step)
+  what = f'{config.model.backbone}, {count:.1f} million parameters'
+  begin = f'continuing from step {state.step}' if state.step else 'step 0'
+  log.info('%s, %s', what, begin)
   return distributed.replicate(state), train_step, schedule, evaluator
 
 
@@ -223,10 +224,9 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _settings_before(workdir: Path) -> dict[str, Any]:
   """What the workdir was last trained with, by key; empty if not known."""
-  try:
+  with contextlib.suppress(UserError, OSError):
     return flat(from_json(workdir / 'config.json'))
-  except (UserError, OSError):
-    return {}
+  return {}
 
 
 def _check(config: ConfigDict, before: dict[str, Any]) -> None:
