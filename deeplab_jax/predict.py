@@ -103,14 +103,12 @@ def _segment(
   padded = buckets.bucket_of_each(list(sizes.values()), limit)
   room = dict(zip(sizes.values(), padded, strict=True))
   loaded = ((p, _read(images.read_image, p)) for p in sizes)
-  pairs: Iterator[tuple[Path, np.ndarray]] = (
-    (path, image) for path, image in loaded if image is not None
-  )
+  pairs = (pair for pair in loaded if pair[1] is not None)
   devices = jax.local_device_count()
   # Images in a row that are padded to one size go to the devices together. A
-  # file may say after its pixels that its image is to be turned, hence `get`.
+  # file may say after its pixels that its image is to be turned, hence `or`.
   for (height, width), row in itertools.groupby(
-    pairs, lambda pair: room.get(pair[1].shape[:2], pair[1].shape[:2])
+    pairs, lambda pair: room.get(size := pair[1].shape[:2]) or size
   ):
     while group := list(itertools.islice(row, devices)):
       batch = {

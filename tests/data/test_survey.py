@@ -239,7 +239,7 @@ def test_void_in_the_class_range_is_no_class(voc_folder):
 def test_void_alone_in_the_class_range_is_told_of_the_other_setting(voc_folder):
   for path in (voc_folder / 'SegmentationClass').iterdir():
     write_label(
-      voc_folder, path.stem, lambda label: np.minimum(label, 1, label)
+      voc_folder, path.stem, lambda label: np.minimum(label, 1, out=label)
     )
   (voc_folder / 'classes.txt').write_text('ground\nbox\n')
   found = findings(voc_folder, ignore_label=0)
