@@ -17,10 +17,8 @@ def initialize() -> None:
 
   JAX finds the address and its own index in the environment of Slurm, Open MPI
   or a TPU pod. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID give them. A single machine joins nothing.
-
-  Raises:
-    UserError: if one of the last two variables is missing or not a number.
+  JAX_PROCESS_ID give them. A single machine joins nothing. Raises `UserError`
+  if one of the last two variables is missing or not a number.
   """
   if jax.distributed.is_initialized():
     return

@@ -44,19 +44,14 @@ def download(
 ) -> Path:
   """Returns the path of a file from the web; downloads it if needed.
 
-  The file gets its name only when its digest is right. A broken connection
-  leaves `NAME.part`, from which the next address or the next run goes on. The
-  environment names the proxies (`https_proxy`, `no_proxy`).
+  The addresses are tried in order; the first gives the file its name, but only
+  when its digest is right ('md5:' or 'sha256:' and hexadecimal digits). A
+  broken connection leaves `NAME.part`, from which the next address or the next
+  run goes on. The environment names the proxies (`https_proxy`, `no_proxy`).
 
-  Args:
-    urls: addresses of the same file, tried in order; the first gives the name.
-    digest: 'md5:' or 'sha256:' and hexadecimal digits.
-    size: in bytes, if known.
-    directory: where the file is kept; None for `cache_dir()`.
-    advice: what to do if no address gives the file.
-
-  Raises:
-    UserError: if no address gives the file, or the disk is full or fails.
+  `size` is in bytes, if known. `directory` is `cache_dir()` by default. Raises
+  `UserError`, with `advice`, if no address gives the file, or if the disk
+  fails.
   """
   folder = Path(directory or cache_dir())
   path = folder / urls[0].rpartition('/')[2]
