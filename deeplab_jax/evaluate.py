@@ -32,10 +32,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   first images), NAME_confusion.png, NAME_worst.png and NAME_best.png. NAME
   tells the split, the protocol and what is not the default, as
   `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
-  archive NAME.tar.gz, and for a split without labels nothing else.
-
-  Raises:
-    UserError: if the checkpoint or the data cannot be used.
+  archive NAME.tar.gz, and for a split without labels nothing else. Raises
+  `UserError` if the checkpoint or the data cannot be used.
   """
   split, saves = config.data.eval_split, config.eval.save_predictions
   if not split:

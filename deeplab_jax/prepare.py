@@ -32,10 +32,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   A folder is surveyed first, and what is wrong with it is printed. The folder
   `prepare`, in the workdir or else beside the prepared records, receives
   `prepare.txt` (what is printed), `prepare.json` (what is returned) and a page
-  of samples of each split, `SPLIT.png`.
-
-  Raises:
-    UserError: if the data cannot be prepared, or a file not be written.
+  of samples of each split, `SPLIT.png`. Raises `UserError` if the data cannot
+  be prepared, or a file not be written.
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done

@@ -79,11 +79,9 @@ def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
   """Draws two to four overlapping shapes on a textured ground.
 
   `size` is (height, width), at least 32 each. A pure function of the
-  generator's state.
-
-  Returns:
-    image uint8 RGB [H, W, 3], and label uint8 [H, W]: 0 for the ground, 1 to
-    5 in the order of `DATASETS['shapes'].classes`, 255 on the outlines.
+  generator's state. Returns image uint8 RGB [H, W, 3], and label uint8 [H, W]:
+  0 for the ground, 1 to 5 in the order of `DATASETS['shapes'].classes`, 255 on
+  the outlines.
   """
   if min(size) < 32:
     raise ValueError(f'size must be at least 32 by 32, got {size}')

@@ -70,9 +70,7 @@ def load(
 
   `list` is a text file of one id a line, with or without folder and suffix;
   only the first word of a line counts. `holdout` is the share to hold out.
-
-  Raises:
-    UserError: if something is missing or cannot be used.
+  Raises `UserError` if something is missing or cannot be used.
   """
   records.require_ignore_label(_INFO, ignore_label)
   config = VocConfig(variant=variant, on_bad_image=on_bad_image)

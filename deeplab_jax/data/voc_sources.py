@@ -108,8 +108,7 @@ Files = dict[tuple[str, str], File]  # by part and id
 def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
   """Finds 'voc' and 'test' in a folder, and if `more` 'aug' and 'sbd'.
 
-  Raises:
-    UserError: if the folder or VOC is missing.
+  Raises `UserError` if the folder or VOC is missing.
   """
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
@@ -163,9 +162,7 @@ def find_files(
   """Finds the files of a source in a folder or a tar archive.
 
   Those of a compressed archive are kept in memory, except what is to `skip`.
-
-  Raises:
-    UserError: if the archive is truncated or damaged.
+  Raises `UserError` if the archive is truncated or damaged.
   """
   found: Files = {}
   if place.is_dir():

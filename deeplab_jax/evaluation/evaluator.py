@@ -47,9 +47,8 @@ def eval_step(
     ignore_label: the label of void.
     axis_name: of the mapped device axis, None without one.
 
-  Returns:
-    `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
-    `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
+  Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
+  `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
   prediction = predict_step(variables, batch, scores=scores)
   count = functools.partial(

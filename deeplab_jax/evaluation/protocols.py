@@ -122,8 +122,7 @@ def probabilities(
     scales: factors on the size.
     flip: also look at the images mirrored left to right.
 
-  Returns:
-    float32 [B, H, W, C].
+  Returns float32 [B, H, W, C].
   """
   size = images.shape[1:3]
 

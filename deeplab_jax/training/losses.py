@@ -43,11 +43,8 @@ def softmax_cross_entropy(
     label_smoothing: share of the target that is spread evenly over all classes:
       Szegedy et al., "Rethinking the Inception Architecture" (2016), section 7.
 
-  Returns:
-    float32 [...], in nats.
-
-  Raises:
-    ValueError: if the labels are not one for each pixel of the logits.
+  Returns float32 [...], in nats. Raises `ValueError` if the labels are not one
+  for each pixel of the logits.
   """
   shape, found = list(logits.shape), list(labels.shape)
   rule = (
@@ -101,8 +98,8 @@ def hardest_pixels(
     counted: [B, H, W] bool, the pixels to choose from.
     share: of each image's counted pixels, in (0, 1]; at least one is kept.
 
-  Returns:
-    bool [B, H, W], within `counted`; ties with the last pixel are kept too.
+  Returns bool [B, H, W], within `counted`; ties with the last pixel are kept
+  too.
   """
   shapes = [list(losses.shape), list(counted.shape)]
   rule = 'losses and counted must be [B, H, W] of one shape'

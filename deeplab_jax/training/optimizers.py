@@ -53,8 +53,7 @@ def make_optimizer(
     head_multiplier: factor on the learning rate outside the backbone.
     clip_norm: gradients of a larger global norm are scaled to it; None: never.
 
-  Raises:
-    ValueError: for an unknown name or an impossible value.
+  Raises `ValueError` for an unknown name or an impossible value.
   """
   core, rule = choose('optimizer', name, OPTIMIZERS), 'must be at least 0'
   require(0 <= momentum < 1, 'momentum must be in [0, 1)', momentum)
