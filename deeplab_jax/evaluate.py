@@ -98,8 +98,13 @@ def _save_metrics(
 ) -> list[str]:
   """Writes PATH.json and the pictures; returns the report about them."""
   name, classes = scores.evaluator.name, scores.evaluator.info.classes
-  _warn_of_replaced(Path(f'{path}.json'), result)
-  write_json(f'{path}.json', result)
+  file = Path(f'{path}.json')
+  before = json.loads(file.read_text()) if file.exists() else None
+  if before and before != json.loads(json.dumps(result)):  # both as read
+    log.warning(
+      '%s: another evaluation, of step %s, is replaced', file, before['step']
+    )
+  write_json(file, result)
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),
@@ -148,16 +153,6 @@ def result_name(
   if step is not None:
     parts.append(f'step{step}')
   return '_'.join(parts)
-
-
-def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
-  """Tells of an earlier evaluation that may not be repeatable any more."""
-  if not path.exists():
-    return
-  before = json.loads(path.read_text())
-  if before != json.loads(json.dumps(result)):  # both as they are read
-    step = before['step']
-    log.warning('%s: another evaluation, of step %s, is replaced', path, step)
 
 
 def _has_labels(dataset: Dataset, split: str) -> bool:

@@ -144,8 +144,8 @@ def _forward(
 
 def _batch(config: ConfigDict, classes: int) -> dict[str, np.ndarray]:
   """Random images and labels, as many as a batch of training."""
-  rng = np.random.default_rng(config.seed)
-  shape = config.train.batch_size, *config.data.crop_size
+  rng, data = np.random.default_rng(config.seed), config.data
+  shape = config.train.batch_size, *data.crop_size
   image = rng.integers(0, 256, (*shape, 3), np.uint8)
   return {'image': image, 'label': rng.integers(0, classes, shape, np.uint8)}
 

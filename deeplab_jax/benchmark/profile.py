@@ -34,13 +34,10 @@ def profile(
 ) -> list[LayerTime]:
   """Times the layers of a compiled function, the most expensive first.
 
+  `call` runs the function and returns its results. `hlo` is the text of the
+  program, `jax.jit(...).lower(...).compile().as_text()`, which tells from which
+  layer an operation comes. The time of one call is the mean over `calls`.
   Operations may overlap: the sum may exceed the time of the call.
-
-  Args:
-    call: runs the function and returns its results.
-    hlo: text of the program, `jax.jit(...).lower(...).compile().as_text()`. It
-      tells from which layer an operation comes.
-    calls: number of calls to average over.
   """
   layers = operation_layers(hlo)
   seconds: dict[tuple[str, bool], float] = collections.defaultdict(float)

@@ -100,12 +100,9 @@ def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
     image += cover[..., None] * (texture - image)
     inside = (cover >= 0.5).astype(np.uint8)
     label[inside > 0] = shape
-    outline = cv2.morphologyEx(
-      inside,
-      cv2.MORPH_GRADIENT,
-      np.ones((3, 3), np.uint8),
-      borderType=cv2.BORDER_REPLICATE,
-    )
+    square, border = np.ones((3, 3), np.uint8), cv2.BORDER_REPLICATE
+    gradient = cv2.MORPH_GRADIENT
+    outline = cv2.morphologyEx(inside, gradient, square, borderType=border)
     label[outline > 0] = _INFO.ignore_label
   image += rng.normal(0, 4, (*size, 1))
   return np.clip(np.rint(image), 0, 255).astype(np.uint8), label

@@ -229,8 +229,7 @@ def hold_out(ids: Sequence[str], share: float) -> tuple[list[str], list[str]]:
 
   The latter are those with the lowest SHA-256, whatever the order of the ids.
   """
-  if not 0 <= share < 1:
-    raise ValueError(f'must be in [0, 1), got {share}')
+  errors.require(0 <= share < 1, 'must be in [0, 1)', share)
   ranked = sorted(ids, key=lambda x: hashlib.sha256(x.encode()).hexdigest())
   held = set(ranked[: round(share * len(ids))])
   if len(held) == len(ids):

@@ -22,10 +22,7 @@ _NAMES = {
 
 
 def confusion_matrix(
-  labels: jax.Array,
-  predictions: jax.Array,
-  num_classes: int,
-  ignore_label: int,
+  labels: jax.Array, predictions: jax.Array, num_classes: int, ignore_label: int
 ) -> jax.Array:
   """Counts the pixels of each pair of true and predicted class, int32 [C, C].
 
@@ -71,11 +68,8 @@ def compute_metrics(
   `mean_accuracy` and `miou` are the means over the classes that have a value.
   A class that is predicted but occurs in no label has the IoU 0 and counts.
 
-  Args:
-    confusion: int [C, C], rows truth, columns prediction.
-    classes: the C class names, all different.
-
-  Raises `ValueError` if the matrix is not [C, C] integers or a name occurs
+  The rows of `confusion`, int [C, C], are the truth, its columns the
+  prediction. Raises `ValueError` if it is no such matrix, or a name occurs
   twice.
   """
   confusion, count = np.asarray(confusion), len(classes)
