@@ -18,6 +18,8 @@ from deeplab_jax.predict import _write, predict
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope='module', autouse=True)
 def programs():

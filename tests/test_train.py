@@ -30,6 +30,8 @@ from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
 from deeplab_jax.weights.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.compiles
+
 METRICS = {
   'miou',
   'pixel_accuracy',
