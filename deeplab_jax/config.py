@@ -42,6 +42,7 @@ class _AsGiven(flags.ArgumentParser):
     return argument
 
 
+_member: Any
 for _member in (str, Callable, tuple, list):
   _Open.register(_member)
 config_flags.register_flag_parser_for_type(_Open, _AsGiven())
@@ -140,7 +141,7 @@ def get_config() -> ConfigDict:
 
 _STEP = re.compile(r'best|latest|[0-9]+')
 # What values must be, in words and as a test, where no constructor knows it.
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+_RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
@@ -199,7 +200,7 @@ def _read(key: str, value: Any, kind: Any, default: Any) -> Any:
     kind = str
     if '.' in str(value):
       raise UserError(
-        f'{key}={value} is a function of a recipe; name that: --config=RECIPE'
+        f'{key}={value} is a function of a recipe, which --config=RECIPE names'
       )
   for element in value if isinstance(value, tuple) else (value,):
     fits = kind in (object, _Open) or type(element) is kind
@@ -305,8 +306,7 @@ def from_json(path: Path) -> ConfigDict:
     check_types(config)
   except (ValueError, LookupError, TypeError, AssertionError) as error:
     raise UserError(
-      f'{path} is not a configuration of this version: {_one_line(error)};'
-      ' remove it, or pass --config'
+      f'{path} cannot be used: {_one_line(error)}; pass --config, or remove it'
     ) from error
   return config
 
@@ -339,5 +339,6 @@ def from_recipe(recipe: str | Path) -> ConfigDict:
 
 
 def _one_line(error: Exception) -> str:
-  text = f'{type(error).__name__}: {error}'
+  kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+  text = f'{kind}{error}'
   return textwrap.shorten(text, 200, placeholder=' ...')

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.data.survey import check_tallies
+from deeplab_jax.data.survey import Finding, check_tallies
 from deeplab_jax.evaluation.evaluator import Scores, write_archive
 from deeplab_jax.evaluation.metrics import format_table
 from deeplab_jax.evaluation.protocols import Protocol
@@ -85,15 +85,13 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
   path, info = Path(f'{path}.tar.gz'), scores.evaluator.info
   if path.exists():
     log.warning('%s: earlier predictions are replaced', path)
-  maps = ((i, info.in_file_values(scores.prediction(i))) for i in scores.packed)
-  write_archive(
-    path,
-    (
-      (scores.evaluator.name(i), visualize.indexed_png(*map_))
-      for i, map_ in maps
-    ),
-    'VOC2012' if info.name.lower().startswith('voc2012') else info.name,
-  )
+
+  def png(index: int) -> bytes:
+    return visualize.indexed_png(*info.in_file_values(scores.prediction(index)))
+
+  pngs = ((scores.evaluator.name(i), png(i)) for i in scores.packed)
+  is_voc = info.name.lower().startswith('voc2012')
+  write_archive(path, pngs, 'VOC2012' if is_voc else info.name)
   return [f'{len(scores.packed)} predictions in {path}']
 
 
@@ -177,14 +175,16 @@ def check_labels(dataset: Dataset, split: str) -> None:
     )
 
 
-def check_data(dataset: Dataset, trained: str, scored: str) -> None:
-  """Refuses to train on labels that teach nothing, and to score them."""
+def check_data(
+  dataset: Dataset, trained: str, scored: str
+) -> tuple[Finding, ...]:
+  """Refuses labels that teach nothing; returns what is only suspect."""
   tallies = {s: dataset.tally(s) for s in (trained, scored) if s}
-  for finding in check_tallies(dataset.info, tallies, trained):
-    log.warning('%s', finding.line)
+  suspect = check_tallies(dataset.info, tallies, trained)
   if scored:
     check_labels(dataset, scored)
     check_splits(dataset, trained, scored, refuse=True)
+  return suspect
 
 
 def check_splits(
@@ -213,9 +213,7 @@ def check_splits(
 
 
 def print_report(result: dict[str, Any]) -> None:
-  """Prints the metrics as a table, on the first process alone."""
-  if not distributed.is_first_process():
-    return
+  """Prints the metrics as a table."""
   print(f'step {result["step"]}, {result["images"]} images')
   keys = 'split', 'protocol', 'output_stride', 'crop_size', 'scales', 'flip'
   # An older version did not note them all.

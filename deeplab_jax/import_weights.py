@@ -1,6 +1,7 @@
 """Imports weights into a workdir, to evaluate, predict or train on."""
 
 import copy
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -130,7 +131,7 @@ def initialize(
   if distributed.is_first_process():
     preset = ' or '.join(pretrained.presets)
     log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
-  return state.replace(**variables)
+  return dataclasses.replace(state, **variables)
 
 
 def _dataset_info(

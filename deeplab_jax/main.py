@@ -40,13 +40,13 @@ def main(argv: list[str]) -> None:
   else:
     config, chosen = settings.get_config(), False
   inputs = _apply(argv, config)
-  if workdir is None and mode != 'prepare':
-    raise UserError('--workdir=DIR is missing: the folder of the run')
   if inputs and mode != 'predict':
     raise UserError(f'{inputs[0]}: not an option; --mode={mode} has no inputs')
   if mode == 'prepare':
     prepare.prepare(config, workdir)
     return
+  if workdir is None:
+    raise UserError('--workdir=DIR is missing: the folder of the run')
   host.configure()
   if not _DEBUG.value:
     host.hide_alarms()

@@ -55,8 +55,7 @@ def predict(
     place = f'config.predict.output_dir={folder}'
     raise UserError(f'{place}: {error.strerror}') from error
   targets = _targets(paths, folder)
-  earlier = sum(target.exists() for target in targets.values())
-  if earlier:
+  if earlier := sum(target.exists() for target in targets.values()):
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   limit = config.eval.buckets if model.pads_freely else None
   unread = list(paths)
@@ -99,7 +98,7 @@ def _segment(
   The images are padded to at most `limit` sizes, which their heads tell before
   the pixels are read. Those that cannot be read are named and left out.
   """
-  predict_step = pmap_predict_step(model=model)
+  predict_step = pmap_predict_step(model)
   sizes = {p: size for p in paths if (size := _read(images.read_size, p))}
   padded = buckets.bucket_of_each(list(sizes.values()), limit)
   room = dict(zip(sizes.values(), padded, strict=True))
@@ -147,7 +146,5 @@ def _write(
   visualize.save_png(target.with_name(f'{target.stem}_overlay.png'), picture)
   shares = visualize.class_shares(label, info.num_classes, void)
   order = np.argsort(-shares, kind='stable')
-  text = ', '.join(
-    f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0
-  )
-  print(f'{path}: {text}', flush=True)
+  text = [f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0]
+  print(f'{path}: {", ".join(text)}', flush=True)

@@ -39,7 +39,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done
-  data, text = config.data, []
+  data = config.data
+  text: list[str] = []
 
   def show(*parts: object) -> None:
     text.extend(f'{part}\n' for part in parts)
@@ -58,10 +59,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     findings = _compare(info, tallies, published, data.train_split)
     _show_findings(name, findings, show)
   trained = tallies[data.train_split]
-  weights = median_frequency_weights(
-    trained.class_pixels, trained.class_image_pixels
-  )
-  weights = [f'{weight:.4g}' for weight in weights]
+  counts = trained.class_pixels, trained.class_image_pixels
+  weights = [f'{weight:.4g}' for weight in median_frequency_weights(*counts)]
   show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
   labeled = [(s, t) for s, t in tallies.items() if t.class_pixels.any()]
   for start in range(0, len(labeled), 2):  # that fit side by side on a screen

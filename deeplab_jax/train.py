@@ -46,15 +46,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   it returns the `step` of the latest checkpoint.
 
   Raises:
-    UserError: if the configuration, the data or the workdir cannot be used, or
-      the loss is no longer finite.
+    UserError: if settings, data or workdir do not fit, or the loss diverges.
     Preempted: if a signal stopped the run, after a checkpoint.
   """
   before = _settings_before(workdir)
   _check(config, before)
   splits = config.data.train_split, config.data.eval_split
   dataset = build.open_dataset(config, *splits)
-  evaluate.check_data(dataset, *splits)
+  suspect = evaluate.check_data(dataset, *splits)
   with checkpoints.Checkpoints(workdir) as saved:
     saved.remove_interrupted()
     config, load = _start(config, saved)
@@ -73,6 +72,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if (latest or 0) < last:
       if changes:
         log.info('changed: %s', changes)
+      for finding in suspect:  # now that nothing else is refused
+        log.warning('%s', finding.line)
       # Noted from here on: JAX crashes when it is interrupted in compiling.
       with StopSignal() as stop:
         _train(run, load, stop)
@@ -211,7 +212,8 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     result = evaluate.evaluate(config, workdir)
   else:
     result = {**metrics, 'step': step}
-    evaluate.print_report(result)
+    if first:
+      evaluate.print_report(result)
   if first:
     write_json(workdir / 'eval.json', result)
   return result

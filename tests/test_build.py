@@ -35,6 +35,8 @@ from deeplab_jax.runtime.errors import UserError
     ('data.scale', (1.0,)),
     ('data.scale', (0.5, 1e30)),
     ('data.flip', 1.5),
+    ('data.color_jitter', (0.1, 0.1, 0.1)),
+    ('data.color_jitter', (0.0, 0.0, 0.0, 0.6)),
     ('data.ignore_label', 256),
     ('eval.protocol', 'crop'),
     ('eval.crop_size', (513,)),
@@ -72,27 +74,12 @@ def test_value_that_no_constructor_takes_is_named_with_its_key(key, value):
   assert str(error.value).endswith(f', got {value!r}')
 
 
-@pytest.mark.parametrize(
-  'key, value, words',
-  [
-    (
-      'data.color_jitter',
-      (0.1, 0.1, 0.1),
-      'must be brightness, contrast, saturation and hue, got (0.1, 0.1, 0.1)',
-    ),
-    (
-      'data.color_jitter',
-      (0.0, 0.0, 0.0, 0.6),
-      'hue must be 0 to 0.5 turns, got 0.6',
-    ),
-    ('optimizer.name', 'lion', "optimizer must be sgd or adam, got 'lion'"),
-  ],
-)
-def test_value_of_several_or_a_name_is_named_too(key, value, words):
+def test_name_of_no_optimizer_is_answered_with_those_there_are():
   with pytest.raises(UserError) as error:
-    build.check(make_config({key: value}))
-  assert str(error.value).startswith(f'config.{key.partition(".")[0]}')
-  assert str(error.value).endswith(words)
+    build.check(make_config({'optimizer.name': 'lion'}))
+  assert str(error.value) == (
+    "config.optimizer: optimizer must be sgd or adam, got 'lion'"
+  )
 
 
 def test_a_setting_that_is_not_set_is_left_to_the_preset():

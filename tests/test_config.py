@@ -279,10 +279,11 @@ def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   with pytest.raises(UserError) as error:
     default_config.from_json(tmp_path / 'config.json')
-  assert (
-    'config.optimizer.name=lion.optimizer is a function of a recipe; name that:'
-    ' --config=RECIPE'
-  ) in str(error.value)
+  assert str(error.value) == (
+    f'{tmp_path}/config.json cannot be used: config.optimizer.name='
+    'lion.optimizer is a function of a recipe, which --config=RECIPE names;'
+    ' pass --config, or remove it'
+  )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -33,7 +34,7 @@ def command(capsys):
   def run(*arguments):
     argv = ['main', *map(str, arguments)]
     status = 0
-    with flagsaver.flagsaver():
+    with flagsaver.flagsaver(), mock.patch.dict(os.environ):
       flags.FLAGS.unparse_flags()
       try:
         console.log_to_stderr()
@@ -557,6 +558,75 @@ def test_recipe_comes_before_the_workdirs_settings_wherever_it_stands(
   assert config.to_dict() == expected.to_dict()
 
 
+FUNCTIONS = """
+import optax
+from deeplab_jax import config as default
+from deeplab_jax.data import folder
+from deeplab_jax.evaluation.protocols import PROTOCOLS
+from deeplab_jax.models.resnet import BACKBONES
+from deeplab_jax.training.losses import softmax_cross_entropy
+
+def backbone(**settings):
+  print('my backbone')
+  return BACKBONES['resnet18'](**settings)
+
+def data(*, directory, prepared_dir, splits, ignore_label, words):
+  print(words)
+  return folder.load(
+    directory=directory,
+    prepared_dir=prepared_dir,
+    splits=splits,
+    ignore_label=ignore_label,
+    label_map='',
+    on_bad_image='stop',
+  )
+
+def loss(*arguments):
+  print('my loss')
+  return softmax_cross_entropy(*arguments)
+
+def optimizer(momentum):
+  print('my optimizer')
+  return optax.scale_by_lion()
+
+def protocol(**settings):
+  print('my protocol')
+  return PROTOCOLS['whole'](**settings)
+
+def get_config():
+  config = default.get_config()
+  config.model.backbone, config.data.name = backbone, data
+  config.loss.name, config.optimizer.name = loss, optimizer
+  config.eval.protocol = protocol
+  config.data.options.words = 'my data'
+  return config
+"""
+
+
+def test_a_recipe_may_pass_functions_and_is_named_again(
+  trained, command, tmp_path
+):
+  (tmp_path / 'mine.py').write_text(FUNCTIONS)
+  names = 'model.backbone', 'data.name', 'optimizer.name'
+  settings = {k: v for k, v in trained.settings.items() if k not in names}
+  settings |= {'train.steps': 1, 'optimizer.warmup_steps': 0}
+  recipe = f'--config={tmp_path}/mine.py', f'--workdir={tmp_path}/w'
+  status, output, _ = command(*recipe, *as_options(settings))
+  assert status == 0
+  for what in ('backbone', 'data', 'loss', 'optimizer', 'protocol'):
+    assert f'my {what}\n' in output
+  saved = json.loads((tmp_path / 'w' / 'config.json').read_text())
+  assert saved['model']['backbone'] == 'mine.backbone'
+  assert saved['eval']['protocol'] == 'mine.protocol'
+  status, _, errors = command(recipe[1], '--mode=eval')
+  assert status == 1 and 'which --config=RECIPE names' in errors
+  more = *recipe, '--mode=eval', *as_options(settings)
+  assert command(*more)[0] == 0
+  lion = '--config.optimizer.name=mine.optimizer'
+  status, _, errors = command(*recipe, *as_options(settings), lion)
+  assert status == 1 and 'mine.optimizer is a function of a recipe' in errors
+
+
 def test_workdir_alone_is_enough_to_evaluate_and_predict(
   trained, command, tmp_path
 ):
@@ -575,9 +645,11 @@ def test_workdir_alone_is_enough_to_evaluate_and_predict(
   assert len(output.splitlines()) == 4
   for index in range(3):
     name = f'val_{index}'
-    result = Image.open(workdir / 'predictions' / f'{name}.png')
-    source = Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg')
-    assert result.size == source.size
+    with (
+      Image.open(workdir / 'predictions' / f'{name}.png') as result,
+      Image.open(trained.folder / 'JPEGImages' / f'{name}.jpg') as source,
+    ):
+      assert result.size == source.size
 
 
 def test_prepare_needs_no_workdir(trained, command):
@@ -586,7 +658,8 @@ def test_prepare_needs_no_workdir(trained, command):
   assert status == 0 and 'class weights by median frequency' in output
   *_, page = output.splitlines()
   assert page.startswith(trained.settings['data.prepared_dir'])
-  assert Image.open(page).format == 'PNG'
+  with Image.open(page) as image:
+    assert image.format == 'PNG'
 
 
 def test_prepare_ends_a_report_of_errors_with_one_line(

@@ -26,6 +26,11 @@ def settings(voc_folder, tmp_path):
   }
 
 
+def image_size(path):
+  with Image.open(path) as image:
+    return image.size
+
+
 def rows(text):
   """Lines as lists of words."""
   return [line.split() for line in text.splitlines()]
@@ -38,7 +43,7 @@ def test_table_holds_what_was_counted_by_hand(settings, tmp_path, capsys):
   sizes = {}
   for split in ('train', 'val'):
     paths = (root / 'JPEGImages').glob(f'{split}_*')
-    sizes[split] = [Image.open(path).size for path in paths]
+    sizes[split] = [image_size(path) for path in paths]
   # every label has two boxes of 15x20, and a void row at the top
   pixels = {
     split: [sum(w * (h - 1) for w, h in found), 300 * len(found)]

@@ -98,9 +98,9 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   forward = flops.count_flops(model, data.crop_size, config.train.batch_size)
   backward = flops.backward(forward) if training else {}
   done = flops.total([*forward.values(), *backward.values()])
-  for name, count in ('', done.padded), ('_on_map', done.on_map):
-    result[f'flops{name}'] = count
-    result[f'utilization{name}'] = count / result['seconds'] / rate
+  for name, number in ('', done.padded), ('_on_map', done.on_map):
+    result[f'flops{name}'] = number
+    result[f'utilization{name}'] = number / result['seconds'] / rate
   if not options.peer:
     layers = profile.profile(call, step.lower(*arguments).compile().as_text())
     if config.model.rematerialization == 'block':

@@ -32,7 +32,8 @@ def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
 
   with compilations() as compiled:
     first = once()
-    seconds, end = [], time.perf_counter() + (0 if repeat else 3)
+    end = time.perf_counter() + (0 if repeat else 3)
+    seconds = [once()]
     while len(seconds) < (repeat or 3) or time.perf_counter() < end:
       seconds.append(once())
   unit = 1 if sys.platform == 'darwin' else 1024
@@ -53,11 +54,11 @@ def timed(call: Callable[[], Any], repeat: int | None) -> dict[str, Any]:
 @contextlib.contextmanager
 def compilations() -> Iterator[list[float]]:
   """Collects the seconds of each compilation within its body."""
-  seconds = []
+  seconds: list[float] = []
 
-  def listen(event: str, duration: float, **_: Any) -> None:
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
     if 'backend_compile' in event:
-      seconds.append(duration)
+      seconds.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
@@ -115,7 +116,7 @@ def first_step_seconds(command: Sequence[str]) -> float:
     start_new_session=True,
   ) as process:
     try:
-      for line in process.stderr:
+      for line in process.stderr or ():
         if line.startswith('step '):
           return time.perf_counter() - start
     finally:

@@ -18,16 +18,15 @@ class DatasetInfo:
   classes: tuple[str, ...]  # by the value in stored labels
   palette: np.ndarray  # uint8 [C, 3], an RGB color for each class
   ignore_label: int = 255  # stored for void pixels, which no metric counts
-  values: tuple[int, ...] | None = None  # in the label files; None for 0..C-1
-  void_value: int | None = None  # in the label files; None for `ignore_label`
+  values: tuple[int, ...] = ()  # in the label files; empty for 0..C-1
+  void_value: int = -1  # in the label files; -1 for `ignore_label`
 
   def __post_init__(self) -> None:
     count = len(self.classes)
-    values = range(count) if self.values is None else self.values
-    void = self.ignore_label if self.void_value is None else self.void_value
+    void = self.ignore_label if self.void_value < 0 else self.void_value
     palette = np.asarray(self.palette, np.uint8)
     object.__setattr__(self, 'classes', tuple(self.classes))
-    object.__setattr__(self, 'values', tuple(values))
+    object.__setattr__(self, 'values', tuple(self.values or range(count)))
     object.__setattr__(self, 'void_value', void)
     object.__setattr__(self, 'palette', palette)
     if palette.shape != (count, 3):

@@ -29,11 +29,11 @@ from deeplab_jax.runtime.errors import UserError
 class FolderConfig(records.SourceConfig):
   """What to prepare: the images of one split, and what their labels mean."""
 
-  directory: str = ''
-  split: str = ''
-  meaning: labels.Meaning | None = dataclasses.field(default=None, repr=False)
-  items: tuple[Item, ...] = dataclasses.field(default=(), repr=False)
-  on_bad_image: str = 'stop'
+  directory: str
+  split: str
+  meaning: labels.Meaning = dataclasses.field(repr=False)
+  items: tuple[Item, ...] = dataclasses.field(repr=False)
+  on_bad_image: str
 
 
 def load(
@@ -76,18 +76,18 @@ def _make_config(
     first = next(iter(missing.values()))
     if len(missing) == 1:
       raise first
-    names = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
+    some = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
     raise UserError(
       f'{listed}: {len(missing)} listed ids without exactly one image and a '
-      f'label ({names}), the first: {first}'
+      f'label ({some}), the first: {first}'
     )
   items = tuple(found.values())
   folder_files.refuse_repeats(listed, [item.name for item in items])
   rows = []
   for item in items:
-    rows.append([item.name, item.image.name, item.label.name])
-    for stat in (item.image.stat(), item.label.stat()):
-      rows[-1] += [stat.st_size, stat.st_mtime_ns]
+    stats = item.image.stat(), item.label.stat()
+    state = [n for s in stats for n in (s.st_size, s.st_mtime_ns)]
+    rows.append([item.name, item.image.name, item.label.name, *state])
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())

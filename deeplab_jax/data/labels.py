@@ -32,20 +32,20 @@ def parse_classes(
   found = [_COLOR.fullmatch(line) for line in lines]
   if not any(found):
     return tuple(lines), None
-  if None in found:
-    raise ValueError(
-      f'{lines[found.index(None)]!r} has no color, and others have one; end '
-      'every line or none with R G B'
-    )
-  names = tuple(match[1] for match in found)
-  colors = [tuple(map(int, match.groups()[1:])) for match in found]
-  for name, color in zip(names, colors, strict=True):
+  names: dict[tuple[int, ...], str] = {}
+  for line, match in zip(lines, found, strict=True):
+    if not match:
+      raise ValueError(
+        f'{line!r} has no color, and others have one; end every line or none '
+        'with R G B'
+      )
+    name, color = match[1], tuple(map(int, match.groups()[1:]))
     if max(color) > 255:
       raise ValueError(f'the color of {name!r}, {color}, is not in 0..255')
-    other = names[colors.index(color)]
-    if other != name:
-      raise ValueError(f'{other!r} and {name!r} have one color, {color}')
-  return names, np.array(colors, np.uint8)
+    if color in names:
+      raise ValueError(f'{names[color]!r} and {name!r} have one color, {color}')
+    names[color] = name
+  return tuple(names.values()), np.array(list(names), np.uint8)
 
 
 def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
@@ -97,6 +97,8 @@ class Meaning:
     self.classes = tuple(self.lines[value] for value in self.values)
     colors = self.line_colors
     self.colors = None if colors is None else colors[list(self.values)]
+    listed = () if colors is None else map(tuple, colors.tolist())
+    self._value_of = {color: value for value, color in enumerate(listed)}
     self.stored_ignore_label = 255 if ignore_label < count else ignore_label
     self.label_map = parse_label_map(label_map, ignore_label)
     for value, target in self.label_map.items():
@@ -131,8 +133,8 @@ class Meaning:
 
   def label_values(self, file: LabelFile) -> np.ndarray:
     """Returns label values uint8 [H, W]; refuses the color of no class."""
-    pixels = file.pixels
-    if self.line_colors is None or (file.palette is None and pixels.ndim == 2):
+    pixels, palette = file.pixels, file.palette
+    if self.line_colors is None or (palette is None and pixels.ndim == 2):
       indices = file.indices()
       return self._table[indices] if self.label_map else indices
     if self.label_map:
@@ -140,8 +142,8 @@ class Meaning:
         f'{file.path}: {_LABEL_MAP} maps values, but this label is read by the '
         'colors in classes.txt; leave one of the two out'
       )
-    if pixels.ndim == 2:
-      return self._of_palette(file)
+    if palette is not None:
+      return self._of_palette(file, palette)
     codes, places, counts = np.unique(
       pixels @ np.array([1 << 16, 1 << 8, 1]),
       return_inverse=True,
@@ -169,18 +171,17 @@ class Meaning:
       if self._table[index] != self.ignore_label
     ]
 
-  def _of_palette(self, file: LabelFile) -> np.ndarray:
+  def _of_palette(self, file: LabelFile, palette: np.ndarray) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
     counts, void = _counts(file.pixels), self.ignore_label
-    palette = file.palette
     if void >= len(self.lines):
-      names = dict(zip(map(tuple, self.colors), self.classes, strict=True))
-      color = tuple(palette[void]) if void < len(palette) else None
-      if counts[void] and color in names:
+      color = tuple(palette[void : void + 1].ravel().tolist())
+      value = self._value_of.get(color)
+      if counts[void] and value in self.values:
         raise UserError(
           f'{file.path}: index {void} is void, config.data.ignore_label, but '
-          f'has the color of class {names[color]!r}, {_words(color)}; give it '
-          'another color, or remove the colors in classes.txt to read indices'
+          f'has the color of class {self.lines[value]!r}, {_words(color)}; give '
+          'it another one, or remove the colors in classes.txt to read indices'
         )
       counts[void] = 0
     used = np.flatnonzero(counts)
@@ -197,9 +198,7 @@ class Meaning:
     self, colors: np.ndarray, counts: np.ndarray, path: Any
   ) -> np.ndarray:
     """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
-    lines = map(tuple, self.line_colors.tolist())
-    known = {color: value for value, color in enumerate(lines)}
-    values = [known.get(tuple(color), -1) for color in colors.tolist()]
+    values = [self._value_of.get(tuple(c), -1) for c in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))
       raise UserError(

@@ -26,7 +26,7 @@ class Records(Sequence[dict[str, Any]]):
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return map(self.__getitem__, range(len(self)))
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: Any) -> Any:
     # TFDS's own parser takes several times as long: it makes arrays of all.
     example = tf_example_pb2.Example.FromString(self._serialized[index])
     return {

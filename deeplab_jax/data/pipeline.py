@@ -61,8 +61,8 @@ def make_train_iterator(
     # they show, in an order that is new in every epoch, and seeds its
     # transforms. They are loaded one after the other: an image uses the memory
     # of the one before it, still in the cache, and is copied once.
-    start, batch = step * batch_size, {}
-    rows = range(start + host, start + batch_size, hosts)
+    batch: Batch = {}
+    rows = range(step * batch_size + host, (step + 1) * batch_size, hosts)
     for place, row in enumerate(rows):
       epoch, index = divmod(row, len(source))
       record = source[_order(len(source), seed, epoch)[index]]
@@ -202,10 +202,10 @@ def _start_worker(worker: int, workers: int) -> None:
   # trains until its checkpoint is written.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process().pid
+  parent = multiprocessing.parent_process()
 
   def watch() -> None:
-    while os.getppid() == parent:
+    while parent and os.getppid() == parent.pid:
       time.sleep(1)
     os._exit(1)  # the parent was killed; nobody else would end this process
 

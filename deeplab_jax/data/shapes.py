@@ -17,7 +17,9 @@ import tensorflow_datasets as tfds
 from deeplab_jax.data import datasets, records
 from deeplab_jax.data.images import encode_image
 
-Array, Rng, Size = np.ndarray, np.random.Generator, tuple[int, int]
+Array = np.ndarray
+Rng = np.random.Generator
+Size = tuple[int, int]
 
 _INFO = datasets.DATASETS['shapes']
 _HUES = _INFO.num_classes - 1

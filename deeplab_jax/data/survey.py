@@ -135,7 +135,7 @@ def survey_folder(
   if lines:
     for value in np.flatnonzero(counts.any(0)).tolist():
       if value >= len(lines) and value != ignore_label:
-        (rows,) = counts[:, value].nonzero()
+        rows = counts[:, value].nonzero()[0].tolist()
         notes[_VALUES].append(
           f'{value}: {counts[:, value].sum():,} pixels in {len(rows):,} files, '
           f'first {items[rows[0]].label}'
@@ -236,7 +236,8 @@ def label_findings(
   `split_pixels` are, for every split, the pixels of each class, int [C], and
   those of void. The `values` of the classes are those in the label files.
   """
-  notes, found = _Notes(list), ()
+  notes = _Notes(list)
+  found: tuple[Finding, ...] = ()
   for split, (pixels, void) in split_pixels.items():
     present = np.count_nonzero(pixels)
     if not present and not void:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-Array, Rng = np.ndarray, np.random.Generator
+Array = np.ndarray
+Rng = np.random.Generator
 Pair = tuple[Array, Array]
 Transform = Callable[[Array, Array, Rng], Pair]
 
@@ -89,7 +90,7 @@ def _draw_span(
 
 def _check_size(size: Sequence[int]) -> None:
   if len(size) != 2 or min(size) < 1:
-    raise ValueError(f'crop size must be (height, width) from 1, got {size}')
+    raise ValueError(f'crop_size must be (height, width) from 1, got {size}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,8 @@ def load(
   """
   records.require_ignore_label(_INFO, ignore_label)
   config = VocConfig(variant=variant, on_bad_image=on_bad_image)
-  prefix, state = variant, [on_bad_image]
+  state: list[Any] = [on_bad_image]
+  prefix = variant
   if variant == 'list':
     ids = sources.read_list_file(list)
     with errors.naming('config.data.options.holdout'):
@@ -124,10 +125,10 @@ class Voc2012Segmentation(records.RecordsBuilder):
       _require_download_space(config, downloads)
     splits = _find_splits(config, downloads)
     for split, count in PUBLISHED[config.variant].items():
-      found = len(splits.get(split, range(count)))
-      if found != count:
+      images = len(splits.get(split, range(count)))
+      if images != count:
         message = '%s is not the published set: %s has %d images, not %d'
-        log.warning(message, config.variant, split, found, count)
+        log.warning(message, config.variant, split, images, count)
     found = (x for items in splits.values() for item in items for x in item[1:])
     needed = sum(file.size for file in found if file)
     folder = pathlib.Path(self.data_dir)
@@ -189,7 +190,7 @@ def _read(item: _Item) -> records.Sample:
 class _Ids(NamedTuple):
   """Ids, and where they are listed."""
 
-  names: list[str]
+  names: Sequence[str]
   origin: str
 
 
@@ -214,7 +215,7 @@ def _find_splits(
   items = {'train': [], 'val': _find_items(val, files)}  # without SBD's masks
   if config.variant == 'voc2012':
     _refuse_val(train, val)
-    trainval = _Ids(sorted(train.names + val.names), train.origin)
+    trainval = _Ids(sorted([*train.names, *val.names]), train.origin)
     items['trainval'] = _find_items(trainval, files)
     test = lists.get('test')
     if test and any(('image', name) in files for name in test.names):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 
 from deeplab_jax.data.buckets import FILLER, plan_batches
@@ -51,7 +50,7 @@ def eval_step(
     `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
     `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
-  prediction = _likeliest(scores(variables, batch['image'], batch['size']))
+  prediction = predict_step(variables, batch, scores=scores)
   count = functools.partial(
     metrics.confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
   )
@@ -66,16 +65,11 @@ def eval_step(
 
 
 def predict_step(
-  variables: dict[str, Any], batch: dict[str, jax.Array], *, model: nn.Module
+  variables: Any, batch: dict[str, jax.Array], *, scores: Callable[..., Any]
 ) -> jax.Array:
   """Predicts classes uint8 [b, H, W] of `image`, padded from `size` [b, 2]."""
-  return _likeliest(
-    model.apply(variables, batch['image'], train=False, sizes=batch['size'])
-  )
-
-
-def _likeliest(scores: jax.Array) -> jax.Array:
-  return jnp.argmax(scores, -1).astype(jnp.uint8)
+  found = scores(variables, batch['image'], batch['size'])
+  return jnp.argmax(found, -1).astype(jnp.uint8)
 
 
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
@@ -84,9 +78,9 @@ def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
   return jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
 
 
-def pmap_predict_step(model: nn.Module) -> Callable[..., Any]:
+def pmap_predict_step(model: Any) -> Callable[..., Any]:
   """Maps `predict_step` over the local devices, in the batch and the result."""
-  step = functools.partial(predict_step, model=model)
+  step = functools.partial(predict_step, scores=Protocol().scores(model))
   return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
 
@@ -234,16 +228,12 @@ def write_archive(
   PASCAL VOC's server takes it; comp6 is the competition for training on any
   data. Equal results, each a name and a palette PNG (mode P), make equal bytes.
   """
-  folder, archive = (
-    f'results/{dataset}/Segmentation/comp6_test_cls',
-    io.BytesIO(),
-  )
-  with tarfile.open(fileobj=archive, mode='w') as files:
+  folder = f'results/{dataset}/Segmentation/comp6_test_cls'
+  tar = io.BytesIO()
+  with tarfile.open(fileobj=tar, mode='w') as archive:
     for name, png in results:
       entry = tarfile.TarInfo(f'{folder}/{name}.png')
       entry.size = len(png)
-      files.addfile(entry, io.BytesIO(png))
-  with replacing(
-    path
-  ) as temporary:  # a time in the header would be a difference
-    Path(temporary).write_bytes(gzip.compress(archive.getvalue(), mtime=0))
+      archive.addfile(entry, io.BytesIO(png))
+  with replacing(path) as temporary:
+    Path(temporary).write_bytes(gzip.compress(tar.getvalue(), mtime=0))

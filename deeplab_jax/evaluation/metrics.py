@@ -1,8 +1,7 @@
 """The four metrics of semantic segmentation, from confusion matrices.
 
 A confusion matrix holds sums: matrices of batches and hosts are added, and
-divided only once, at the end. The averages over images that some repositories
-report instead have names of their own.
+divided once, at the end. Averages over images have names of their own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from deeplab_jax.runtime.errors import require
 
 _NAMES = {
   'miou': 'mIoU',
@@ -40,11 +41,9 @@ def confusion_matrix(
   Raises:
     ValueError: if labels and predictions, int [...], have different shapes.
   """
-  if jnp.shape(labels) != jnp.shape(predictions):
-    raise ValueError(
-      'labels and predictions must have one shape, got '
-      f'{jnp.shape(labels)} and {jnp.shape(predictions)}'
-    )
+  shapes = jnp.shape(labels), jnp.shape(predictions)
+  rule = 'labels and predictions must have one shape'
+  require(shapes[0] == shapes[1], rule, shapes)
   labels = jnp.ravel(labels).astype(jnp.int32)
   predictions = jnp.ravel(predictions).astype(jnp.int32)
   counted = labels != ignore_label
@@ -82,13 +81,10 @@ def compute_metrics(
     ValueError: if the matrix is not [C, C] integers or a name occurs twice.
   """
   confusion, count = np.asarray(confusion), len(classes)
-  if confusion.shape != (count, count) or confusion.dtype.kind not in 'iu':
-    raise ValueError(
-      f'confusion must hold integers [{count}, {count}], got '
-      f'{confusion.dtype} {list(confusion.shape)}'
-    )
-  if len(set(classes)) != count:
-    raise ValueError(f'class names must differ, got {list(classes)}')
+  fits = confusion.shape == (count, count) and confusion.dtype.kind in 'iu'
+  found = confusion.dtype.name, *confusion.shape
+  require(fits, f'confusion must hold integers [{count}, {count}]', found)
+  require(len(set(classes)) == count, 'class names must differ', classes)
   confusion = confusion.astype(np.int64)
   hits, truth = np.diagonal(confusion), confusion.sum(axis=1)
   with np.errstate(invalid='ignore'):  # 0 / 0 is NaN here, and None below
@@ -118,8 +114,8 @@ def image_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
     ValueError: if the matrices (rows truth) are not [N, C, C].
   """
   shape = np.shape(confusions)
-  if len(shape) != 3 or shape[1] != shape[2]:
-    raise ValueError(f'confusions must be [N, C, C], got {list(shape)}')
+  fits = len(shape) == 3 and shape[1] == shape[2]
+  require(fits, 'confusions must be [N, C, C]', list(shape))
   hits = np.diagonal(confusions, axis1=1, axis2=2).astype(np.float64)
   truth = confusions.sum(axis=2)
   union = truth + confusions.sum(axis=1) - hits

@@ -126,9 +126,7 @@ def probabilities(
   """
   size = images.shape[1:3]
 
-  def look(
-    scale: float, total: jax.Array, mirrored: jax.Array
-  ) -> tuple[jax.Array, None]:
+  def look(scale: float, total: Any, mirrored: Any) -> tuple[Any, None]:
     view, own = _mirror(images, mirrored), sizes
     if scale != 1:
       scaled = tuple(int(_scaled(n, scale)) for n in size)
@@ -205,18 +203,13 @@ def _mirror(maps: jax.Array, widths: jax.Array) -> jax.Array:
 
 def _cut(maps: jax.Array, corners: jax.Array, window: Size) -> jax.Array:
   """[B, H, W, C] -> [B, *window, C], from corners [B, 2] on."""
-  return jax.vmap(
-    lambda map_, corner: lax.dynamic_slice(
-      map_, (*corner, 0), (*window, map_.shape[-1])
-    )
-  )(maps, corners)
+  size = (*window, maps.shape[-1])
+  cut = jax.vmap(lambda m, corner: lax.dynamic_slice(m, (*corner, 0), size))
+  return cut(maps, corners)
 
 
 def _add(maps: jax.Array, parts: jax.Array, corners: jax.Array) -> jax.Array:
   """Adds parts [B, h, w, C] to maps [B, H, W, C], from corners [B, 2] on."""
   sums = _cut(maps, corners, parts.shape[1:3]) + parts
-  return jax.vmap(
-    lambda map_, part, corner: lax.dynamic_update_slice(
-      map_, part, (*corner, 0)
-    )
-  )(maps, sums, corners)
+  put = jax.vmap(lambda m, sum_, c: lax.dynamic_update_slice(m, sum_, (*c, 0)))
+  return put(maps, sums, corners)

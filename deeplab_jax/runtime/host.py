@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.utils
@@ -56,7 +57,7 @@ def hide_alarms() -> None:
     jaxlib.utils.absl_set_min_log_level(_LOG_FATAL)
 
 
-def limits() -> dict[str, int | None]:
+def limits() -> dict[str, Any]:
   """Returns the limits for `build.check_machine`; JAX starts its devices.
 
   `memory` is in bytes, of this machine and its accelerators. `threads` is the

@@ -38,8 +38,8 @@ def softmax_cross_entropy(
 
   Args:
     logits: [..., C] float.
-    labels: [...] integer, a class in 0..C-1 or `ignore_label` for void.
-    ignore_label: the label of pixels without a class.
+    labels: [...] integer, a class in 0..C-1 or `ignore_label`.
+    ignore_label: the label of void.
     label_smoothing: share of the target that is spread evenly over all classes:
       Szegedy et al., "Rethinking the Inception Architecture" (2016), section 7.
 
@@ -122,10 +122,8 @@ def median_frequency_weights(
   Eigen & Fergus, "Predicting Depth, Surface Normals and Semantic Labels"
   (2015), section 6.2.1: the frequency of a class is its share of the pixels of
   the images that show it; its weight is the median frequency divided by it. A
-  class without pixels has the weight 0 and no part in the median.
-
-  `class_pixels` [C] counts the pixels of each class, `class_image_pixels` [C]
-  all pixels of the images that show it.
+  class without pixels has the weight 0 and no part in the median. The arguments
+  are [C]: the pixels of each class, and all pixels of the images that show it.
   """
   weights, present = np.zeros(len(class_pixels)), class_pixels > 0
   if present.any():

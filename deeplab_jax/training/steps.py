@@ -113,13 +113,10 @@ def train_step(
     mean = (weights * each).sum() / jnp.where(total > 0, total, 1)
     return mean, (updated['batch_stats'], (weights > 0).sum())
 
-  (mean, (batch_stats, valid)), gradients = jax.value_and_grad(
-    loss_of, has_aux=True
-  )(state.params)
-  mean, gradients = _across(lax.psum, (mean, gradients), axis_name)
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
-  )
+  gradient = jax.value_and_grad(loss_of, has_aux=True)
+  (mean, (batch_stats, valid)), grads = gradient(state.params)
+  mean, grads = _across(lax.psum, (mean, grads), axis_name)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
@@ -128,7 +125,7 @@ def train_step(
   )
   return state, {
     'loss': mean,
-    'grad_norm': optax.tree.norm(gradients),
+    'grad_norm': optax.tree.norm(grads),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
 

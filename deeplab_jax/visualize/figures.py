@@ -218,10 +218,8 @@ def _tile(
   colors = labels.colorize(label, info.palette, info.ignore_label)
   scale = min(box[0] / label.shape[0], box[1] / label.shape[1])
   size = [max(1, round(length * scale)) for length in reversed(label.shape)]
-  for picture, left, resampling in (
-    (image, 0, Image.Resampling.LANCZOS),
-    (colors, size[0] + _GAP, Image.Resampling.NEAREST),
-  ):
-    picture = Image.fromarray(picture).resize(size, resampling)
-    tile.paste(picture, (left, _CAPTION))
+  shown = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+  tile.paste(shown, (0, _CAPTION))
+  shown = Image.fromarray(colors).resize(size, Image.Resampling.NEAREST)
+  tile.paste(shown, (size[0] + _GAP, _CAPTION))
   return np.asarray(tile)

@@ -703,13 +703,13 @@ def test_lists_of_a_folder_that_overlap_are_refused(tmp_path, prepared, caplog):
     'folder', directory=str(source), prepared_dir=str(prepared), splits=splits
   )
   with pytest.raises(errors.UserError, match=r'share 1 images \(train_5'):
-    train._check_splits(data, 'train', 'both')
-  train._check_splits(data, 'train', 'val')
-  train._check_splits(data, 'train', '')
-  evaluate._warn_of_trained(data, 'train', 'val')
+    evaluate.check_data(data, 'train', 'both')
+  evaluate.check_data(data, 'train', 'val')
+  evaluate.check_data(data, 'train', '')
+  evaluate.check_splits(data, 'train', 'val')
   assert not caplog.text
-  evaluate._warn_of_trained(data, 'train', 'both')
+  evaluate.check_splits(data, 'train', 'both')
   assert '1 images of config.data.eval_split=both' in caplog.text
   caplog.clear()
-  train._check_splits(data, 'train', 'train')
-  assert 'what is trained on' in caplog.text
+  evaluate.check_data(data, 'train', 'train')
+  assert '6 images of config.data.eval_split=train' in caplog.text

@@ -11,6 +11,7 @@ from miniature import CLASSES, global_batch, make, shard_mapped
 
 from deeplab_jax.evaluation import evaluator
 from deeplab_jax.evaluation.evaluator import write_archive
+from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 
 pytestmark = pytest.mark.compiles
@@ -97,7 +98,9 @@ def test_no_class_is_predicted_between_two_others(random_variables):
   logits = jax.jit(functools.partial(model.apply, train=False))(
     variables, images
   )
-  step = jax.jit(functools.partial(evaluator.predict_step, model=model))
+  step = jax.jit(
+    functools.partial(evaluator.predict_step, scores=Protocol().scores(model))
+  )
   bias[2] += np.median(logits[..., 0] - logits[..., 2])
   sizes = np.full((2, 2), (40, 50), np.int32)
   classes = step(variables, {'image': images, 'size': sizes})

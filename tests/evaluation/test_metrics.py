@@ -297,7 +297,7 @@ def test_unusable_confusions_are_refused(confusion, classes):
 
 
 def test_maps_of_different_shape_are_refused():
-  with pytest.raises(ValueError, match=r'\(2, 3\) and \(3, 2\)'):
+  with pytest.raises(ValueError, match=r'\(2, 3\), \(3, 2\)'):
     metrics.confusion_matrix(np.zeros((2, 3)), np.zeros((3, 2)), 2, IGNORE)
 
 

@@ -85,7 +85,7 @@ def test_labels_of_another_shape_are_refused(shape):
 @pytest.mark.parametrize('shapes', [((4, 5), (4, 5)), ((2, 4, 5), (1, 4, 5))])
 def test_hardest_pixels_of_other_shapes_are_refused(shapes):
   losses, counted = (jnp.zeros(shape) for shape in shapes)
-  words = re.escape(f'got {list(shapes[0])} and {list(shapes[1])}')
+  words = re.escape(f'got {list(map(list, shapes))}')
   with pytest.raises(ValueError, match=words):
     hardest_pixels(losses, counted > 0, 0.5)
 
