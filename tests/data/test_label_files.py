@@ -112,7 +112,8 @@ def test_lossless_labels_of_any_format_read_as_stored(tmp_path, form, options):
 def test_gif_that_numbers_gray_values_anew_is_refused(tmp_path):
   path = tmp_path / 'a.gif'
   Image.fromarray(np.array([[0, 5, 9]], np.uint8)).save(path)
-  assert np.array(Image.open(path)).tolist() == [[0, 1, 2]]  # the trap
+  with Image.open(path) as image:
+    assert np.array(image).tolist() == [[0, 1, 2]]  # the trap
   assert 'a GIF of gray values' in _refused(path)
 
 
