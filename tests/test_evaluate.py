@@ -30,6 +30,8 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.compiles
+
 
 def read_variables(workdir):
   with Checkpoints(workdir) as saved:

@@ -18,6 +18,8 @@ from deeplab_jax.weights import load
 from deeplab_jax.weights.checkpoints import Checkpoints
 from deeplab_jax.weights.mapping import flatten
 
+pytestmark = pytest.mark.compiles
+
 BASE = 4
 
 

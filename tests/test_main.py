@@ -22,6 +22,8 @@ from deeplab_jax import main
 from deeplab_jax.runtime import console
 from deeplab_jax.runtime.errors import Preempted, UserError
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture
 def command(capsys):

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.compiles
+
 OLD = Path(__file__).parent / 'old_workdir'
 LOSSES = {9: 1.9053019285202026, 10: 1.4167211055755615}
 

@@ -5,6 +5,8 @@ import pytest
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import flops
 
+pytestmark = pytest.mark.compiles
+
 
 def test_a_1x1_convolution_has_two_operations_a_weight_and_pixel():
   count = flops.conv_flops((2, 5, 7, 3), 11)

@@ -13,6 +13,8 @@ from deeplab_jax.runtime import host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
+pytestmark = pytest.mark.compiles
+
 # The programs of the run that other tests train, which are compiled once.
 _TINY = [
   *as_options({k: v for k, v in SETTINGS.items() if k != 'data.name'}),

@@ -2,10 +2,13 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import profile
 from deeplab_jax.benchmark.profile import operation_layers
+
+pytestmark = pytest.mark.compiles
 
 _HLO = """
 HloModule jit_f

@@ -13,6 +13,8 @@ import pytest
 from deeplab_jax.benchmark import timing
 from deeplab_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('alone')
+
 
 def test_later_compilations_are_counted():
   sizes = itertools.count(1)

@@ -468,8 +468,8 @@ def test_ids_that_lead_out_of_the_folder_are_refused(voc_folder, prepared, up):
 
 
 def test_an_id_with_a_suffix_says_which_of_two_images(voc_folder, prepared):
-  image = Image.open(voc_folder / 'JPEGImages' / 'val_0.jpg')
-  image.save(voc_folder / 'JPEGImages' / 'val_0.png')
+  with Image.open(voc_folder / 'JPEGImages' / 'val_0.jpg') as image:
+    image.save(voc_folder / 'JPEGImages' / 'val_0.png')
   path = voc_folder / 'ImageSets' / 'Segmentation' / 'val.txt'
   assert 'share the id' in _refused(voc_folder, prepared)
   path.write_text('val_0.png\n')

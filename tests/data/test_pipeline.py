@@ -76,6 +76,7 @@ def test_stream_is_the_same_for_any_number_of_threads(source):
   _same(_take(5, source, threads=4), expected)
 
 
+@pytest.mark.xdist_group('alone')
 def test_stream_is_the_same_for_any_number_of_workers(source):
   _same(_take(5, source, workers=2, threads=1), _take(5, source))
 
@@ -218,6 +219,7 @@ def test_record_larger_than_its_batch_is_named():
   )
   with pytest.raises(ValueError, match=r"'record_0'.*8 wide.*\(9, 7\)"):
     next(iterator)
+  iterator.close()
 
 
 @pytest.mark.parametrize('key', ['image', 'label'])
@@ -233,6 +235,7 @@ def test_damaged_record_is_named(key, threads):
   )
   with pytest.raises(errors.UserError, match=r"'record_1'.*damaged"):
     next(iterator)
+  iterator.close()
 
 
 def test_numbers_that_cannot_work_are_shown():
@@ -277,6 +280,7 @@ def _runs(pid):
   return state.split()[0] != 'Z'
 
 
+@pytest.mark.xdist_group('alone')
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads /proc')
 def test_worker_outlives_a_signal_but_not_its_parent(tmp_path):
   script = tmp_path / 'loads.py'

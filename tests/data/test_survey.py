@@ -256,9 +256,9 @@ def test_other_problems_are_filed_by_kind(voc_folder):
     image_path(voc_folder, 'train_0'), 'TIFF'
   )
   Image.new('L', (9, 7)).save(label_path(voc_folder, 'train_1'), 'JPEG')
-  indexed = Image.open(label_path(voc_folder, 'train_3'))
-  indexed.putpalette([10, 20, 30, 5, 5, 5, 0, 200, 0] + [7] * 759)
-  indexed.save(label_path(voc_folder, 'train_3'))
+  with Image.open(label_path(voc_folder, 'train_3')) as indexed:
+    indexed.putpalette([10, 20, 30, 5, 5, 5, 0, 200, 0] + [7] * 759)
+    indexed.save(label_path(voc_folder, 'train_3'))
   image_path(voc_folder, 'val_0').unlink()
   image_path(voc_folder, 'val_0').symlink_to('gone.jpg')
   found = findings(voc_folder, fatal=True)

@@ -14,6 +14,8 @@ from deeplab_jax.evaluation.evaluator import write_archive
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 
+pytestmark = pytest.mark.compiles
+
 RESULTS = [('2008_000006', b'one'), ('2008_000011', b'other')]
 
 

@@ -15,6 +15,8 @@ from deeplab_jax.evaluation import protocols
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 
+pytestmark = pytest.mark.compiles
+
 CLASSES = 4
 
 

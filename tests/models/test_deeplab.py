@@ -21,6 +21,8 @@ from deeplab_jax.models.resnet import (
 )
 from deeplab_jax.weights.mapping import flatten
 
+pytestmark = pytest.mark.compiles
+
 
 def test_parameter_count_of_the_paper_network(random_variables):
   params = random_variables(deeplab_v3('resnet50'))['params']

@@ -7,6 +7,8 @@ import pytest
 
 from deeplab_jax.models import layers
 
+pytestmark = pytest.mark.compiles
+
 
 def test_resampling_equals_hand_computed_cases():
   x = jnp.asarray([[0.0, 2.0, 6.0]]).reshape(1, 1, 3, 1)

@@ -14,6 +14,8 @@ from deeplab_jax.models.resnet import (
   unit_geometry,
 )
 
+pytestmark = pytest.mark.compiles
+
 
 # The bottleneck counts are those of timm's resnetv2_50 and resnetv2_101
 # (25,549,352 and 44,541,480) without their 1000-class layer of 2,049,000.

@@ -9,6 +9,8 @@ from miniature import xla_conv
 
 from deeplab_jax.ops import convolutions, winograd
 
+pytestmark = pytest.mark.compiles
+
 SIZES = ((5, 8), (12, 7))
 # Lines of 3 pixels, of 3 and 2, of 2, with one axis in tiles, and of 5 and 4.
 LINES = (((12, 12), 4), ((9, 11), 4), ((8, 7), 4), ((12, 13), 4), ((33, 28), 8))

@@ -7,6 +7,8 @@ import pytest
 
 from deeplab_jax.ops.linear import linear_call
 
+pytestmark = pytest.mark.compiles
+
 
 def plain(x, y):
   return jnp.sin(x @ y)

@@ -16,6 +16,8 @@ from miniature import needs_cpu, xla_conv
 from deeplab_jax import deeplab_v3, ops
 from deeplab_jax.ops import convolutions, winograd
 
+pytestmark = pytest.mark.compiles
+
 SIZES = ((5, 8), (9, 9), (12, 7))
 KINDS = (
   (1, 1, 1),

@@ -5,6 +5,8 @@ import pytest
 
 from deeplab_jax.ops.winograd import form_of, line, tiles
 
+pytestmark = pytest.mark.compiles
+
 
 def convolve(form, kernel, x):
   return form.output @ ((form.kernel @ kernel) * (form.input @ x))

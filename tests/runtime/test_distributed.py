@@ -18,6 +18,8 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.weights.checkpoints import Checkpoints
 
+pytestmark = [pytest.mark.compiles, pytest.mark.xdist_group('alone')]
+
 
 def test_shard_and_unshard_keep_the_order():
   batch = {'image': np.arange(24).reshape(8, 3)}

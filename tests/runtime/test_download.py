@@ -12,6 +12,8 @@ from deeplab_jax.runtime import download as module
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('alone')
+
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 

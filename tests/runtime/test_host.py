@@ -12,6 +12,8 @@ import pytest
 import deeplab_jax
 from deeplab_jax.runtime import host
 
+pytestmark = pytest.mark.compiles
+
 
 def run(*arguments, check=True, **environment):
   """Runs Python; None takes a variable out of the environment."""

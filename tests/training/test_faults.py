@@ -10,6 +10,8 @@ import pytest
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training.faults import CheckedMetrics, StopSignal
 
+pytestmark = pytest.mark.xdist_group('alone')
+
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_is_noted(number):

@@ -17,6 +17,8 @@ from deeplab_jax.training.losses import (
   softmax_cross_entropy,
 )
 
+pytestmark = pytest.mark.compiles
+
 
 def test_loss_of_each_pixel_equals_the_numpy_formula_and_void_is_zero():
   rng = np.random.default_rng(0)

@@ -16,6 +16,8 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer
 
+pytestmark = pytest.mark.compiles
+
 
 def initial_state(model, optimizer, variables):
   return steps.TrainState(

@@ -21,6 +21,8 @@ from deeplab_jax.weights.mapping import flatten, merge_variables
 from deeplab_jax.weights.tf_slim import map_tf_slim
 from deeplab_jax.weights.timm import map_timm
 
+pytestmark = pytest.mark.compiles
+
 GOLDEN = Path(__file__).parents[1] / 'golden'
 SIZES = ((97, 129), (96, 128))
 

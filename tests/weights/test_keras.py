@@ -12,6 +12,8 @@ import pytest
 
 from deeplab_jax import deeplab_v3, load_pretrained
 
+pytestmark = pytest.mark.compiles
+
 # Its own process: Keras chooses its backend when it is imported.
 PROGRAM = """
 import sys

@@ -26,6 +26,8 @@ from deeplab_jax.weights import keras, load
 from deeplab_jax.weights.load import open_pretrained
 from deeplab_jax.weights.mapping import flatten
 
+pytestmark = pytest.mark.compiles
+
 BASE = 4  # channels of the stem
 
 
