@@ -108,8 +108,7 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
     whole, rows = sum(layer.seconds for layer in layers), []
     for layer in layers[:_LAYERS]:
       rows.append({**layer._asdict(), 'share': layer.seconds / whole})
-      count = (backward if layer.backward else forward).get(layer.name)
-      if count:
+      if count := (backward if layer.backward else forward).get(layer.name):
         rows[-1]['flops_on_map_per_second'] = count.on_map / layer.seconds
     result['layers'] = rows
   return result

@@ -59,8 +59,7 @@ def operation_layers(hlo: str) -> dict[str, tuple[str, bool]]:
   reads: dict[str, list[str]] = {}
   for match in filter(None, map(_OPERATION.match, hlo.splitlines())):
     operation, rest = match.groups()
-    source = _SOURCE.search(rest)
-    if source:
+    if source := _SOURCE.search(rest):
       layers[operation] = _layer(source[1])
     reads[operation] = _OPERAND.findall(rest.partition(', metadata=')[0])
   for operation, operands in reversed(reads.items()):
@@ -100,7 +99,6 @@ def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:
       for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         seconds = devices if plane.name.startswith('/device:') else host
         for event in (event for line in plane.lines for event in line.events):
-          operation = dict(event.stats).get('hlo_op')
-          if operation:
+          if operation := dict(event.stats).get('hlo_op'):
             seconds[operation] += event.duration_ns / 1e9
   return devices or host  # a host with an accelerator only starts operations

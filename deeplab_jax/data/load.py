@@ -144,10 +144,7 @@ def load_dataset(
 
 
 def _taken(
-  loader: Callable[..., Builders],
-  name: Any,
-  arguments: Mapping[str, Any],
-  options: Mapping[str, Any],
+  loader: Any, name: Any, arguments: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns what a loader takes; refuses what is set and it does not take."""
   if callable(name):

@@ -263,8 +263,7 @@ def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
   text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
     return f'{text}ignore_label=255'
-  absent = np.flatnonzero(np.equal(pixels, 0)).tolist()
-  if absent:
+  if absent := np.flatnonzero(np.equal(pixels, 0)).tolist():
     return f'{text}label_map={void_value}:{values[absent[0]]}'
   text += f'label_map={void_value}:{max(values) + 1}'
   return f'{text} and give it a line in classes.txt'

@@ -294,8 +294,7 @@ def _find_items(
 
 
 def _refuse_val(train: _Ids, val: _Ids) -> None:
-  shared = sorted({*train.names}.intersection(val.names))
-  if shared:
+  if shared := sorted({*train.names}.intersection(val.names)):
     raise errors.UserError(
       f'{train.origin}: {len(shared)} of {len(train.names)} ids are images of '
       f'VOC val, which would make its score worthless: {_some(shared)}; take '

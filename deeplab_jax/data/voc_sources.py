@@ -210,8 +210,7 @@ def read_list_file(list_file: str) -> list[str]:
     raise errors.UserError(
       f'config.data.options.list={list_file}: cannot be read ({error.strerror})'
     ) from error
-  ids = parse_ids(data)
-  if not ids:
+  if not (ids := parse_ids(data)):
     raise errors.UserError(f'{list_file}: no id in it; list one a line')
   return ids
 

@@ -22,8 +22,7 @@ def initialize() -> None:
   """
   if jax.distributed.is_initialized():
     return
-  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
-  if address:
+  if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
     jax.distributed.initialize(
       address, _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
     )

@@ -54,8 +54,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
 
   def step_named(self, name: str) -> int:
     """Returns the step for 'best', 'latest' or a number, or `UserError`."""
-    steps = sorted(self._manager.all_steps())
-    if not steps:
+    if not (steps := sorted(self._manager.all_steps())):
       raise UserError(
         f'no checkpoint in {self._directory}; train there first, or give the'
         ' --workdir of a training run'
@@ -71,12 +70,9 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     return int(name)
 
   def remove_interrupted(self) -> None:
-    """Removes what a killed save left; only for the one process that saves.
-
-    Orbax could do this itself, but in a thread: a program that ends soon cuts
-    it off with a traceback, and an evaluation would remove a save that a
-    training run has just begun.
-    """
+    """Removes what a killed save left; only for the one process that saves."""
+    # Orbax could do this itself, but in a thread, which the end of a program
+    # cuts off, and an evaluation would remove a save that training has begun.
     if jax.process_count() == 1:
       for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(path, ignore_errors=True)

@@ -10,15 +10,10 @@ import numpy as np
 
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights import mapping
 from deeplab_jax.weights.files import kind_of, unpacked
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
-from deeplab_jax.weights.mapping import (
-  MergeReport,
-  NameMap,
-  backbone_of,
-  flatten,
-  merge_variables,
-)
+from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
 from deeplab_jax.weights.timm import hub_file, map_timm, read_timm
 
@@ -57,7 +52,7 @@ class Pretrained:
 
     See `load_pretrained` for the arguments and what is returned and raised.
     """
-    allow, leaves = tuple(allow), flatten(variables)
+    allow, leaves = tuple(allow), mapping.flatten(variables)
     ours, theirs = backbone_of(leaves), backbone_of(self.arrays)
     if theirs and ours != theirs:
       raise UserError(
@@ -83,7 +78,7 @@ class Pretrained:
       else:
         unknown.append(name)
     try:
-      return merge_variables(
+      return mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
       )
     except UserError as error:
@@ -122,7 +117,7 @@ def load_pretrained(
   Returns the variables as float32 numpy arrays where they were loaded, and a
   report. Raises `UserError` if the source cannot be read or does not fit.
   """
-  backbone = backbone_of(flatten(variables))
+  backbone = backbone_of(mapping.flatten(variables))
   pretrained = open_pretrained(source, backbone=backbone)
   pretrained.preset_for(preset)
   return pretrained.merge_into(variables, allow)
@@ -203,7 +198,7 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
-    arrays = flatten(saved.restore_variables(step))
+    arrays = mapping.flatten(saved.restore_variables(step))
   arrays = {path: np.asarray(array) for path, array in arrays.items()}
   settings = {
     key: tuple(value) if isinstance(value, list) else value
