@@ -42,12 +42,15 @@ class RandomScaleCropFlip:
     low, high = self.scale if len(self.scale) == 2 else (0, 0)
     if not 0 < low <= high < 2**31:
       raise ValueError(
-        f'scale must be (smallest, largest) above 0, below 2^31: {self.scale}'
+        'scale must be (smallest, largest) above 0 and below 2^31, got '
+        f'{self.scale}'
       )
     if not 0 <= self.flip <= 1:
       raise ValueError(f'flip must be a probability, 0 to 1, got {self.flip}')
     if not 0 <= self.ignore_label <= 255:
-      raise ValueError(f'ignore_label {self.ignore_label} is not in 0..255')
+      raise ValueError(
+        f'ignore_label must be 0 to 255, got {self.ignore_label}'
+      )
 
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
     """Returns image [*size, 3] and label [*size]."""
