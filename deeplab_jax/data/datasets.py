@@ -59,7 +59,7 @@ class DatasetInfo:
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
     lists = {'classes': list(self.classes), 'values': list(self.values)}
-    return vars(self) | lists | {'palette': self.palette.tolist()}
+    return {**vars(self), **lists, 'palette': self.palette.tolist()}
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> Self:

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import ssl
-import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -94,9 +93,7 @@ def require_space(
   folder: Path, needed: int, what: str, advice: str = 'make room there'
 ) -> None:
   """Raises `UserError` unless `needed` bytes are free for `what`."""
-  there = folder
-  while not there.exists():
-    there = there.parent
+  there = next(path for path in (folder, *folder.parents) if path.exists())
   free = shutil.disk_usage(there).free
   if free < needed:
     raise UserError(
@@ -156,8 +153,7 @@ def _receive(url: str, part: Path, size: int | None) -> None:
     if size is not None and total != size:
       raise URLError(f'has {total} bytes, expected {size}')
     part.touch()
-    quiet = not sys.stderr.isatty()
-    options = {'unit': 'B', 'unit_scale': True, 'disable': quiet}
+    options = {'unit': 'B', 'unit_scale': True, 'disable': None}  # if no screen
     bar = tqdm(desc=part.stem, total=total, initial=start, **options)
     with part.open('r+b') as file, bar:
       file.seek(start)
