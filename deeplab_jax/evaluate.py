@@ -32,10 +32,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   first images), NAME_confusion.png, NAME_worst.png and NAME_best.png. NAME
   tells the split, the protocol and what is not the default, as
   `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
-  archive NAME.tar.gz, and for a split without labels nothing else.
-
-  Raises:
-    UserError: if the checkpoint or the data cannot be used.
+  archive NAME.tar.gz, and for a split without labels nothing else. Raises
+  `UserError` if the checkpoint or the data cannot be used.
   """
   split, saves = config.data.eval_split, config.eval.save_predictions
   if not split:
@@ -100,8 +98,13 @@ def _save_metrics(
 ) -> list[str]:
   """Writes PATH.json and the pictures; returns the report about them."""
   name, classes = scores.evaluator.name, scores.evaluator.info.classes
-  _warn_of_replaced(Path(f'{path}.json'), result)
-  write_json(f'{path}.json', result)
+  file = Path(f'{path}.json')
+  before = json.loads(file.read_text()) if file.exists() else None
+  if before and before != json.loads(json.dumps(result)):  # both as read
+    log.warning(
+      '%s: another evaluation, of step %s, is replaced', file, before['step']
+    )
+  write_json(file, result)
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),
@@ -150,16 +153,6 @@ def result_name(
   if step is not None:
     parts.append(f'step{step}')
   return '_'.join(parts)
-
-
-def _warn_of_replaced(path: Path, result: dict[str, Any]) -> None:
-  """Tells of an earlier evaluation that may not be repeatable any more."""
-  if not path.exists():
-    return
-  before = json.loads(path.read_text())
-  if before != json.loads(json.dumps(result)):  # both as they are read
-    step = before['step']
-    log.warning('%s: another evaluation, of step %s, is replaced', path, step)
 
 
 def _has_labels(dataset: Dataset, split: str) -> bool:

@@ -33,10 +33,8 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
 
   It logs what was loaded, what keeps its initial value and what was not used.
   With `config.list` it prints where each array would go, and writes nothing.
-
-  Raises:
-    UserError: if the source cannot be read, does not fit the configuration, or
-      the workdir is in use.
+  Raises `UserError` if the source cannot be read, does not fit the
+  configuration, or the workdir is in use.
   """
   pretrained, config = open_source(config)
   if config.list:

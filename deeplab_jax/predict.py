@@ -32,10 +32,8 @@ def predict(
   For each image of `inputs` (files, folders or globs) it writes `NAME.png`, the
   classes as a palette PNG of the image's own size, which it returns, and
   `NAME_overlay.png`, the classes over the image with a legend. It prints the
-  share of each class.
-
-  Raises:
-    UserError: without a checkpoint; at the end, for images it could not read.
+  share of each class. Raises `UserError` without a checkpoint; at the end, for
+  images it could not read.
   """
   paths = images.list_images(inputs)
   network = checkpoints.open_network(

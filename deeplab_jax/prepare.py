@@ -32,10 +32,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   A folder is surveyed first, and what is wrong with it is printed. The folder
   `prepare`, in the workdir or else beside the prepared records, receives
   `prepare.txt` (what is printed), `prepare.json` (what is returned) and a page
-  of samples of each split, `SPLIT.png`.
-
-  Raises:
-    UserError: if the data cannot be prepared, or a file not be written.
+  of samples of each split, `SPLIT.png`. Raises `UserError` if the data cannot
+  be prepared, or a file not be written.
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done
@@ -46,11 +44,11 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     text.extend(f'{part}\n' for part in parts)
     print(*parts, sep='\n', flush=True)
 
-  splits = dict.fromkeys(
-    (data.train_split, data.eval_split or data.train_split)
+  splits = list(
+    dict.fromkeys(filter(None, (data.train_split, data.eval_split)))
   )
   surveyed = data.name == 'folder' and data.dir
-  findings = _survey(config, tuple(splits), show) if surveyed else ()
+  findings = _survey(config, splits, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
   info, published = dataset.info, _published(dataset)
   name = info.name if surveyed else data.name
@@ -121,22 +119,20 @@ def _show_findings(
   """Shows what was found, if anything; raises `UserError` if it is fatal."""
   if findings:
     show(*findings, '')
-  fatal = sum(finding.count for finding in findings if finding.fatal)
-  if fatal:
-    errors = '1 error' if fatal == 1 else f'{fatal:,} errors'
+  if fatal := sum(finding.count for finding in findings if finding.fatal):
+    errors = 'error' if fatal == 1 else 'errors'
     raise UserError(
-      f'{name}: cannot be used; correct the {errors} listed above'
+      f'{name}: cannot be used; correct the {fatal:,} {errors} listed above'
     )
 
 
 def _published(dataset: Dataset) -> dict[str, int]:
   """The number of images that each split is known to have elsewhere."""
-  counts = {
-    split: voc.PUBLISHED[builder.builder_config.variant].get(split)
-    for split, builder in dataset.builders.items()
-    if isinstance(builder.builder_config, voc.VocConfig)
-  }
-  return {split: count for split, count in counts.items() if count}
+  config = dataset.builders[next(iter(dataset.builders))].builder_config
+  if not isinstance(config, voc.VocConfig):
+    return {}
+  known = voc.PUBLISHED[config.variant]
+  return {split: known[split] for split in dataset.builders if split in known}
 
 
 def _compare(
@@ -151,9 +147,8 @@ def _compare(
     for split, tally in tallies.items()
     if split == trained or tally.class_pixels.any()
   }
-  found = label_findings(
-    pixels, info.classes, info.values, info.void_value, trained
-  )
+  values, void = info.values, info.void_value
+  found = label_findings(pixels, info.classes, values, void, trained)
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
     for split, count in published.items()
@@ -161,7 +156,7 @@ def _compare(
   )
   title = 'splits of another number of images than published'
   differing = Finding(title, len(other), other, fatal=False)
-  return (*found, differing) if other else tuple(found)
+  return (*found, differing) if other else found
 
 
 def _class_rows(info: DatasetInfo, tallies: _Tallies) -> list[list[str]]:
@@ -186,14 +181,9 @@ def _size_rows(
   tallies: _Tallies, published: Mapping[str, int]
 ) -> list[list[str]]:
   """The number of images of each split, and their sizes."""
-  rows = [
-    ['split'],
-    ['images'],
-    ['published images'],
-    ['smallest'],
-    ['largest'],
-  ]
-  rows += [['most common size'], ['images of that size'], ['sizes']]
+  of_sizes = 'smallest', 'largest', 'most common size', 'images of that size'
+  heads = 'split', 'images', 'published images', *of_sizes, 'sizes'
+  rows = [[head] for head in heads]
   for split, tally in tallies.items():
     by_area = sorted(tally.sizes, key=lambda size: (size[0] * size[1], size))
     common, count = tally.sizes.most_common(1)[0]

@@ -181,10 +181,9 @@ def _log(step: int, scores: Scores, writer: Writer, progress: Progress) -> None:
   numbers = summary(scores.metrics)
   writer.text(step, 'eval_table', format_table(scores.metrics))
   writer.scalars(step, {f'eval_{k}': v for k, v in numbers.items()})
-  if distributed.is_first_process():
-    picture = scores.picture(list(scores.packed))
-    if picture is not None:
-      writer.image(step, 'eval', picture)
+  shown = list(scores.packed) if distributed.is_first_process() else []
+  if (picture := scores.picture(shown)) is not None:
+    writer.image(step, 'eval', picture)
   line = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
   progress.write(f'step {step}: {line}')
 

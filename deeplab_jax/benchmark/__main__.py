@@ -101,8 +101,8 @@ def main(argv: Sequence[str]) -> None:
 def run(command: Sequence[str]) -> dict[str, Any]:
   """Runs a measurement; returns the JSON object of its last line.
 
-  Raises:
-    UserError: if it fails, with the last line of its stderr, or prints none.
+  Raises `UserError` if it fails, with the last line of its stderr, or prints
+  none.
   """
   done = subprocess.run(command, capture_output=True, text=True)
   said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
@@ -121,9 +121,8 @@ def compare(
 ) -> dict[str, Any]:
   """Runs two programs in turn, A B A B ..., so that drift affects both alike.
 
-  Returns:
-    `ratio`, our time over the peer's: its median, quartiles and extremes;
-    `ours` and `peer`, the first measurement of each; `pairs`, all seconds.
+  Returns `ratio`, our time over the peer's: its median, quartiles and extremes;
+  `ours` and `peer`, the first measurement of each; `pairs`, all seconds.
   """
   measured, times = [], []
   for number in range(1, pairs + 1):

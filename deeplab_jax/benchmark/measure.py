@@ -108,8 +108,7 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
     whole, rows = sum(layer.seconds for layer in layers), []
     for layer in layers[:_LAYERS]:
       rows.append({**layer._asdict(), 'share': layer.seconds / whole})
-      count = (backward if layer.backward else forward).get(layer.name)
-      if count:
+      if count := (backward if layer.backward else forward).get(layer.name):
         rows[-1]['flops_on_map_per_second'] = count.on_map / layer.seconds
     result['layers'] = rows
   return result
@@ -144,8 +143,8 @@ def _forward(
 
 def _batch(config: ConfigDict, classes: int) -> dict[str, np.ndarray]:
   """Random images and labels, as many as a batch of training."""
-  rng = np.random.default_rng(config.seed)
-  shape = config.train.batch_size, *config.data.crop_size
+  rng, data = np.random.default_rng(config.seed), config.data
+  shape = config.train.batch_size, *data.crop_size
   image = rng.integers(0, 256, (*shape, 3), np.uint8)
   return {'image': image, 'label': rng.integers(0, classes, shape, np.uint8)}
 

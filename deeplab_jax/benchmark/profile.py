@@ -34,13 +34,10 @@ def profile(
 ) -> list[LayerTime]:
   """Times the layers of a compiled function, the most expensive first.
 
+  `call` runs the function and returns its results. `hlo` is the text of the
+  program, `jax.jit(...).lower(...).compile().as_text()`, which tells from which
+  layer an operation comes. The time of one call is the mean over `calls`.
   Operations may overlap: the sum may exceed the time of the call.
-
-  Args:
-    call: runs the function and returns its results.
-    hlo: text of the program, `jax.jit(...).lower(...).compile().as_text()`. It
-      tells from which layer an operation comes.
-    calls: number of calls to average over.
   """
   layers = operation_layers(hlo)
   seconds: dict[tuple[str, bool], float] = collections.defaultdict(float)
@@ -62,8 +59,7 @@ def operation_layers(hlo: str) -> dict[str, tuple[str, bool]]:
   reads: dict[str, list[str]] = {}
   for match in filter(None, map(_OPERATION.match, hlo.splitlines())):
     operation, rest = match.groups()
-    source = _SOURCE.search(rest)
-    if source:
+    if source := _SOURCE.search(rest):
       layers[operation] = _layer(source[1])
     reads[operation] = _OPERAND.findall(rest.partition(', metadata=')[0])
   for operation, operands in reversed(reads.items()):
@@ -103,7 +99,6 @@ def _trace(call: Callable[[], Any], calls: int) -> dict[str, float]:
       for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         seconds = devices if plane.name.startswith('/device:') else host
         for event in (event for line in plane.lines for event in line.events):
-          operation = dict(event.stats).get('hlo_op')
-          if operation:
+          if operation := dict(event.stats).get('hlo_op'):
             seconds[operation] += event.duration_ns / 1e9
   return devices or host  # a host with an accelerator only starts operations

@@ -85,17 +85,9 @@ def cold_and_warm(options: Sequence[str]) -> dict[str, float]:
   subprocess.run([sys.executable, '-c', program], check=True)
   result = {'import_seconds': time.perf_counter() - start}
   with tempfile.TemporaryDirectory() as folder:
-    command = [
-      *(
-        sys.executable,
-        '-m',
-        'deeplab_jax.main',
-        f'--workdir={folder}/workdir',
-      ),
-      f'--config.data.prepared_dir={folder}/prepared',
-      '--config.train.log_every=1',
-      *options,
-    ]
+    command = [sys.executable, '-m', 'deeplab_jax.main']
+    command += [f'--workdir={folder}/workdir', '--config.train.log_every=1']
+    command += [f'--config.data.prepared_dir={folder}/prepared', *options]
     result['cold_seconds'] = first_step_seconds(command)
     result['warm_seconds'] = first_step_seconds(command)
   return result | {'seconds': result['warm_seconds']}

@@ -92,13 +92,12 @@ def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
   buckets = merge_sizes(counts, limit)
   if len(buckets) == len(counts):  # none was merged
     return list(sizes)
-  heights, widths = np.array(buckets, np.int64).T
-  chosen = {}
-  for height, width in counts:
-    # By area: the first that fits is the cheapest.
-    first = np.argmax((height <= heights) & (width <= widths))
-    chosen[height, width] = buckets[first]
-  return [chosen[height, width] for height, width in sizes]
+  # By area: the first that fits is the cheapest.
+  chosen = {
+    (h, w): next(b for b in buckets if h <= b[0] and w <= b[1])
+    for h, w in counts
+  }
+  return [chosen[h, w] for h, w in sizes]
 
 
 def plan_batches(

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from deeplab_jax.runtime.errors import require
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DatasetInfo:
@@ -29,13 +31,10 @@ class DatasetInfo:
     object.__setattr__(self, 'values', tuple(self.values or range(count)))
     object.__setattr__(self, 'void_value', void)
     object.__setattr__(self, 'palette', palette)
-    if palette.shape != (count, 3):
-      raise ValueError(f'palette must be [{count}, 3], got {palette.shape}')
-    if not count <= self.ignore_label <= 255:
-      raise ValueError(
-        f'ignore_label {self.ignore_label} is one of the classes, 0 to '
-        f'{count - 1}, or not in 0..255'
-      )
+    shape, fits = palette.shape, count <= self.ignore_label <= 255
+    require(shape == (count, 3), f'palette must be [{count}, 3]', shape)
+    rule = f'ignore_label must be no class, 0 to {count - 1}, and at most 255'
+    require(fits, rule, self.ignore_label)
 
   @property
   def num_classes(self) -> int:
@@ -60,7 +59,7 @@ class DatasetInfo:
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
     lists = {'classes': list(self.classes), 'values': list(self.values)}
-    return vars(self) | lists | {'palette': self.palette.tolist()}
+    return {**vars(self), **lists, 'palette': self.palette.tolist()}
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> Self:

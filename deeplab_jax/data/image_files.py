@@ -123,7 +123,7 @@ def _unidentified(path: Path, data: bytes) -> UserError:
       ' 8 bits, 0 to 255'
     )
   reason = f'TIFF: damaged or unknown, {kind}' if kind else 'damaged or unknown'
-  if data[4:8] == b'ftyp' and data[8:11] in (b'hei', b'hev', b'mif'):
+  if data[4:11] in (b'ftyphei', b'ftyphev', b'ftypmif'):
     reason = 'HEIC, which is not read'
   return UnreadableError(
     f'{path}: unreadable image ({reason}); replace the file or take it out; '

@@ -11,9 +11,8 @@ from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
 from deeplab_jax.runtime.errors import UserError
 
-LABEL_SUFFIXES = (
-  *('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm', '.tga'),
-)
+_SUFFIXES = '.png .tif .tiff .bmp .gif .pgm .ppm .tga'
+LABEL_SUFFIXES = tuple(_SUFFIXES.split())
 # Pillow's names of the formats that keep every pixel, and of the TIFF
 # compressions that do not.
 _LOSSLESS = ('PNG', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA')

@@ -97,7 +97,7 @@ class Meaning:
     self.classes = tuple(self.lines[value] for value in self.values)
     colors = self.line_colors
     self.colors = None if colors is None else colors[list(self.values)]
-    listed = () if colors is None else map(tuple, colors.tolist())
+    listed = [] if colors is None else map(tuple, colors.tolist())
     self._value_of = {color: value for value, color in enumerate(listed)}
     self.stored_ignore_label = 255 if ignore_label < count else ignore_label
     self.label_map = parse_label_map(label_map, ignore_label)

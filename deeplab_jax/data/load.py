@@ -112,8 +112,7 @@ def load_dataset(
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
     options: of this data set only, by name.
 
-  Raises:
-    UserError: if an argument, or anything in the source, is wrong.
+  Raises `UserError` if an argument, or anything in the source, is wrong.
   """
   loader = name if callable(name) else LOADERS.get(name)
   if loader is None:
@@ -145,10 +144,7 @@ def load_dataset(
 
 
 def _taken(
-  loader: Callable[..., Builders],
-  name: Any,
-  arguments: Mapping[str, Any],
-  options: Mapping[str, Any],
+  loader: Any, name: Any, arguments: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns what a loader takes; refuses what is set and it does not take."""
   if callable(name):

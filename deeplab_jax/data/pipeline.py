@@ -21,7 +21,7 @@ from absl import flags
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
 from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, require
 
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
@@ -55,8 +55,7 @@ def make_train_iterator(
   Raises `UserError` on `next`, if a record does not decode.
   """
   _check_hosts(batch_size, host, hosts)
-  if len(source) == 0:
-    raise ValueError('source has no records')
+  require(len(source) > 0, 'source must have records', len(source))
 
   def load(step: int) -> Batch:
     # Rows are numbered over all steps and hosts. Their number says which record
@@ -139,10 +138,8 @@ def _iterate(
   """Yields `load` of each step, computed in the background."""
   # grain's shuffle, random_map and batch would change the stream of a seed, and
   # so resumed runs, and copy images again; its batch_and_pad knows one size.
-  if min(threads, workers) < 0:
-    raise ValueError(
-      f'threads and workers must be at least 0, got {threads} and {workers}'
-    )
+  counts = threads, workers
+  require(min(counts) >= 0, 'threads and workers must be at least 0', counts)
   cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loaders
   # More would rather wait for the interpreter than work.
   threads = threads or min(cores() // max(workers, 1) or 1, 16)
@@ -181,12 +178,9 @@ def load_example(
 
 
 def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
-  if batch_size < 1 or batch_size % hosts:
-    raise ValueError(
-      f'batch_size {batch_size} is no positive multiple of hosts={hosts}'
-    )
-  if not 0 <= host < hosts:
-    raise ValueError(f'host must be 0 to {hosts - 1}, got {host}')
+  rule = f'batch_size must be a positive multiple of hosts={hosts}'
+  require(batch_size > 0 and batch_size % hosts == 0, rule, batch_size)
+  require(0 <= host < hosts, f'host must be 0 to {hosts - 1}', host)
 
 
 def cores() -> int:

@@ -81,19 +81,16 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   code_path = None  # TFDS looks for checksums beside the code, and fails
 
   def _info(self) -> tfds.core.DatasetInfo:
+    features = {
+      'image': tfds.features.Image(shape=(None, None, 3)),
+      'label': tfds.features.Image(shape=(None, None, 1)),
+      **{key: tfds.features.Text() for key in ('name', 'file_name')},
+      **{key: tfds.features.Scalar(np.int32) for key in ('height', 'width')},
+    }
     return tfds.core.DatasetInfo(
       builder=self,
       description=type(self).__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(None, None, 3)),
-          'label': tfds.features.Image(shape=(None, None, 1)),
-          'name': tfds.features.Text(),
-          'file_name': tfds.features.Text(),
-          'height': tfds.features.Scalar(np.int32),
-          'width': tfds.features.Scalar(np.int32),
-        }
-      ),
+      features=tfds.features.FeaturesDict(features),
       metadata=tfds.core.MetadataDict(),
     )
 

@@ -79,11 +79,9 @@ def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
   """Draws two to four overlapping shapes on a textured ground.
 
   `size` is (height, width), at least 32 each. A pure function of the
-  generator's state.
-
-  Returns:
-    image uint8 RGB [H, W, 3], and label uint8 [H, W]: 0 for the ground, 1 to
-    5 in the order of `DATASETS['shapes'].classes`, 255 on the outlines.
+  generator's state. Returns image uint8 RGB [H, W, 3], and label uint8 [H, W]:
+  0 for the ground, 1 to 5 in the order of `DATASETS['shapes'].classes`, 255 on
+  the outlines.
   """
   if min(size) < 32:
     raise ValueError(f'size must be at least 32 by 32, got {size}')
@@ -102,12 +100,9 @@ def generate_scene(rng: Rng, size: Size = (144, 192)) -> tuple[Array, Array]:
     image += cover[..., None] * (texture - image)
     inside = (cover >= 0.5).astype(np.uint8)
     label[inside > 0] = shape
-    outline = cv2.morphologyEx(
-      inside,
-      cv2.MORPH_GRADIENT,
-      np.ones((3, 3), np.uint8),
-      borderType=cv2.BORDER_REPLICATE,
-    )
+    square, border = np.ones((3, 3), np.uint8), cv2.BORDER_REPLICATE
+    gradient = cv2.MORPH_GRADIENT
+    outline = cv2.morphologyEx(inside, gradient, square, borderType=border)
     label[outline > 0] = _INFO.ignore_label
   image += rng.normal(0, 4, (*size, 1))
   return np.clip(np.rint(image), 0, 255).astype(np.uint8), label

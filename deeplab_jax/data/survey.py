@@ -170,21 +170,19 @@ def _propose(
     text += f'; but {path} has {names} names'
   else:
     text += '; as classes.txt has names'
-  void = [line for line in sorted(meaning.void_values) if line < count]
-  for line in void:
+  for line in sorted(v for v in meaning.void_values if v < count):
     text += f'; line {line + 1} is void and no class'
-  return count - len(void), f'num_classes: {count - len(void)} ({text})'
+    count -= 1
+  return count, f'num_classes: {count} ({text})'
 
 
 def _read_lists(
   root: pathlib.Path, splits: Sequence[str], notes: _Notes
 ) -> dict[str, dict[str, Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
-  lists = {}
-  for split in splits:
-    names = notes.catch(_LIST, folder_files.read_list, root, split)
-    if names:
-      lists[split] = names
+  read = folder_files.read_list
+  found = {split: notes.catch(_LIST, read, root, split) for split in splits}
+  lists = {split: names for split, names in found.items() if names}
   every = dict.fromkeys(itertools.chain(*lists.values()))
   items, missing = folder_files.find_items(root, every)
   listed: dict[str, dict[str, Item | None]] = {split: {} for split in lists}
@@ -193,8 +191,7 @@ def _read_lists(
       item = items.get(name)
       own = item.name if item else name
       if own in listed[split]:
-        text = f'{own!r} stands twice in {split}, as {name!r} too'
-        notes[_LIST].append(text)
+        notes[_LIST] += [f'{own!r} stands twice in {split}, as {name!r} too']
       listed[split][own] = item
   notes[_FILES] += map(str, missing.values())
   for one, other in itertools.combinations(listed, 2):
@@ -266,26 +263,19 @@ def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
   text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
     return f'{text}ignore_label=255'
-  absent = np.flatnonzero(np.equal(pixels, 0))
-  if absent.size:
+  if absent := np.flatnonzero(np.equal(pixels, 0)).tolist():
     return f'{text}label_map={void_value}:{values[absent[0]]}'
-  return (
-    f'{text}label_map={void_value}:{max(values) + 1} and give it a line in '
-    'classes.txt'
-  )
+  text += f'label_map={void_value}:{max(values) + 1}'
+  return f'{text} and give it a line in classes.txt'
 
 
 def check_tallies(
   info: DatasetInfo, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
   """Returns what is suspect; raises `UserError` if nothing can be learned."""
-  found = label_findings(
-    {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()},
-    info.classes,
-    info.values,
-    info.void_value,
-    trained,
-  )
+  pixels = {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()}
+  values, void = info.values, info.void_value
+  found = label_findings(pixels, info.classes, values, void, trained)
   for finding in found:
     if finding.fatal:
       raise UserError(
@@ -296,10 +286,8 @@ def check_tallies(
 
 def _ranges(values: Sequence[int]) -> str:
   """Writes ascending numbers shortly: '0 to 3, 7'."""
-  runs = [
-    [value for _, value in run]
-    for _, run in itertools.groupby(enumerate(values), lambda x: x[1] - x[0])
-  ]
-  return ', '.join(
-    f'{run[0]} to {run[-1]}' if len(run) > 1 else str(run[0]) for run in runs
-  )
+  runs = []
+  for _, run in itertools.groupby(enumerate(values), lambda x: x[1] - x[0]):
+    first, *others = (value for _, value in run)
+    runs.append(f'{first} to {others[-1]}' if others else str(first))
+  return ', '.join(runs)

@@ -70,9 +70,7 @@ def load(
 
   `list` is a text file of one id a line, with or without folder and suffix;
   only the first word of a line counts. `holdout` is the share to hold out.
-
-  Raises:
-    UserError: if something is missing or cannot be used.
+  Raises `UserError` if something is missing or cannot be used.
   """
   records.require_ignore_label(_INFO, ignore_label)
   config = VocConfig(variant=variant, on_bad_image=on_bad_image)
@@ -125,10 +123,10 @@ class Voc2012Segmentation(records.RecordsBuilder):
       _require_download_space(config, downloads)
     splits = _find_splits(config, downloads)
     for split, count in PUBLISHED[config.variant].items():
-      images = len(splits.get(split, range(count)))
-      if images != count:
+      number = len(splits.get(split, range(count)))
+      if number != count:
         message = '%s is not the published set: %s has %d images, not %d'
-        log.warning(message, config.variant, split, images, count)
+        log.warning(message, config.variant, split, number, count)
     found = (x for items in splits.values() for item in items for x in item[1:])
     needed = sum(file.size for file in found if file)
     folder = pathlib.Path(self.data_dir)
@@ -144,11 +142,9 @@ class Voc2012Segmentation(records.RecordsBuilder):
   def _generate_examples(
     self, split: str, items: Sequence[_Item]
   ) -> Iterator[records.Sample]:
-    on_bad_image = self.builder_config.on_bad_image
-    for _, sample in records.readable(
-      items, _read, origin=f'split {split!r}', on_bad_image=on_bad_image
-    ):
-      yield sample
+    skip, origin = self.builder_config.on_bad_image, f'split {split!r}'
+    read = records.readable(items, _read, origin=origin, on_bad_image=skip)
+    return (sample for _, sample in read)
 
 
 def _require_download_space(config: VocConfig, downloads: pathlib.Path) -> None:
@@ -296,8 +292,7 @@ def _find_items(
 
 
 def _refuse_val(train: _Ids, val: _Ids) -> None:
-  shared = sorted({*train.names}.intersection(val.names))
-  if shared:
+  if shared := sorted({*train.names}.intersection(val.names)):
     raise errors.UserError(
       f'{train.origin}: {len(shared)} of {len(train.names)} ids are images of '
       f'VOC val, which would make its score worthless: {_some(shared)}; take '

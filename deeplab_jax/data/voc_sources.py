@@ -108,8 +108,7 @@ Files = dict[tuple[str, str], File]  # by part and id
 def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
   """Finds 'voc' and 'test' in a folder, and if `more` 'aug' and 'sbd'.
 
-  Raises:
-    UserError: if the folder or VOC is missing.
+  Raises `UserError` if the folder or VOC is missing.
   """
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
@@ -163,9 +162,7 @@ def find_files(
   """Finds the files of a source in a folder or a tar archive.
 
   Those of a compressed archive are kept in memory, except what is to `skip`.
-
-  Raises:
-    UserError: if the archive is truncated or damaged.
+  Raises `UserError` if the archive is truncated or damaged.
   """
   found: Files = {}
   if place.is_dir():
@@ -213,8 +210,7 @@ def read_list_file(list_file: str) -> list[str]:
     raise errors.UserError(
       f'config.data.options.list={list_file}: cannot be read ({error.strerror})'
     ) from error
-  ids = parse_ids(data)
-  if not ids:
+  if not (ids := parse_ids(data)):
     raise errors.UserError(f'{list_file}: no id in it; list one a line')
   return ids
 
@@ -232,8 +228,7 @@ def hold_out(ids: Sequence[str], share: float) -> tuple[list[str], list[str]]:
 
   The latter are those with the lowest SHA-256, whatever the order of the ids.
   """
-  if not 0 <= share < 1:
-    raise ValueError(f'must be in [0, 1), got {share}')
+  errors.require(0 <= share < 1, 'must be in [0, 1)', share)
   ranked = sorted(ids, key=lambda x: hashlib.sha256(x.encode()).hexdigest())
   held = set(ranked[: round(share * len(ids))])
   if len(held) == len(ids):

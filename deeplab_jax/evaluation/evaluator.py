@@ -38,18 +38,13 @@ def eval_step(
 ) -> dict[str, jax.Array]:
   """Predicts a batch and counts each image of it.
 
-  Args:
-    variables: what `model.apply` takes.
-    batch: this device's share: `image` and `label` as in training, `size` int32
-      [b, 2] (height and width before padding) and `index` int32 [b].
-    scores: see `Protocol.scores`.
-    num_classes: C.
-    ignore_label: the label of void.
-    axis_name: of the mapped device axis, None without one.
+  `variables` are what `model.apply` takes, and `batch` is this device's share:
+  `image` and `label` as in training, `size` int32 [b, 2] (height and width
+  before padding) and `index` int32 [b]. `scores` is a `Protocol.scores`.
+  `axis_name` is the mapped device axis, None without one.
 
-  Returns:
-    `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
-    `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
+  Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
+  `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
   prediction = predict_step(variables, batch, scores=scores)
   count = functools.partial(

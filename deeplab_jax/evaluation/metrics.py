@@ -22,10 +22,7 @@ _NAMES = {
 
 
 def confusion_matrix(
-  labels: jax.Array,
-  predictions: jax.Array,
-  num_classes: int,
-  ignore_label: int,
+  labels: jax.Array, predictions: jax.Array, num_classes: int, ignore_label: int
 ) -> jax.Array:
   """Counts the pixels of each pair of true and predicted class, int32 [C, C].
 
@@ -36,10 +33,8 @@ def confusion_matrix(
   Rows are the truth, columns the prediction. A pixel whose label is
   `ignore_label`, or whose label or prediction is outside 0..C-1, does not
   count. One call can count 2^31 - 1 pixels: add the matrices of many batches in
-  int64 on the host.
-
-  Raises:
-    ValueError: if labels and predictions, int [...], have different shapes.
+  int64 on the host. Raises `ValueError` if labels and predictions, int [...],
+  have different shapes.
   """
   shapes = jnp.shape(labels), jnp.shape(predictions)
   rule = 'labels and predictions must have one shape'
@@ -73,12 +68,9 @@ def compute_metrics(
   `mean_accuracy` and `miou` are the means over the classes that have a value.
   A class that is predicted but occurs in no label has the IoU 0 and counts.
 
-  Args:
-    confusion: int [C, C], rows truth, columns prediction.
-    classes: the C class names, all different.
-
-  Raises:
-    ValueError: if the matrix is not [C, C] integers or a name occurs twice.
+  The rows of `confusion`, int [C, C], are the truth, its columns the
+  prediction. Raises `ValueError` if it is no such matrix, or a name occurs
+  twice.
   """
   confusion, count = np.asarray(confusion), len(classes)
   fits = confusion.shape == (count, count) and confusion.dtype.kind in 'iu'
@@ -108,10 +100,8 @@ def image_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
   As sthalles/deeplab_v3 and martinkersner/py_img_seg_eval, whose published
   numbers are means over images: accuracy is averaged over the classes in the
   image's label, and the sum of the IoUs is divided by the number of these. An
-  image without a counted pixel has NaN.
-
-  Raises:
-    ValueError: if the matrices (rows truth) are not [N, C, C].
+  image without a counted pixel has NaN. Raises `ValueError` if the matrices
+  (rows truth) are not [N, C, C].
   """
   shape = np.shape(confusions)
   fits = len(shape) == 3 and shape[1] == shape[2]

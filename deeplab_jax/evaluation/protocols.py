@@ -30,9 +30,7 @@ class Protocol:
   uses: ClassVar[tuple[str, ...]] = ()  # which of crop_size and overlap
   transform: ClassVar[type[transforms.CenterCrop] | None] = None
   crop_size: Size = (513, 513)  # of a crop or a window
-  overlap: float = (
-    1 / 3
-  )  # share of a window that the next one covers, in [0, 1)
+  overlap: float = 1 / 3  # share of a window that the next one covers
   scales: tuple[float, ...] = (1.0,)  # factors on the size
   flip: bool = False  # look at the mirrored image as well
 
@@ -114,16 +112,10 @@ def probabilities(
   an image stands at p * scale in the scaled one, so that 513 becomes 385 and
   769 at scales 0.75 and 1.5, as in the DeepLab code.
 
-  Args:
-    model: a `DeepLabV3`.
-    variables: of the model.
-    images: [B, H, W, 3], padded at the bottom and the right.
-    sizes: int [B, 2], height and width without padding.
-    scales: factors on the size.
-    flip: also look at the images mirrored left to right.
-
-  Returns:
-    float32 [B, H, W, C].
+  `images` are [B, H, W, 3], padded at the bottom and the right; `sizes`, int
+  [B, 2], are height and width without padding. `scales` are factors on the
+  size, and `flip` averages over the mirrored images too. Returns float32 [B, H,
+  W, C].
   """
   size = images.shape[1:3]
 

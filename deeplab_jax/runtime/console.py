@@ -19,9 +19,8 @@ def run(
 ) -> None:
   """Runs a command: parses its flags, calls it, and exits.
 
-  Args:
-    main: takes the name of the program and what `parse_flags` left.
-    debug: the flag that shows tracebacks instead of one line.
+  `main` takes the name of the program and what `parse_flags` left. The flag
+  `debug` shows tracebacks instead of one line.
   """
   if main.__module__ != '__main__':  # a console script: show its text and flags
     sys.modules['__main__'].__doc__ = sys.modules[main.__module__].__doc__

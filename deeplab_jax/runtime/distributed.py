@@ -17,15 +17,12 @@ def initialize() -> None:
 
   JAX finds the address and its own index in the environment of Slurm, Open MPI
   or a TPU pod. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID give them. A single machine joins nothing.
-
-  Raises:
-    UserError: if one of the last two variables is missing or not a number.
+  JAX_PROCESS_ID give them. A single machine joins nothing. Raises `UserError`
+  if one of the last two variables is missing or not a number.
   """
   if jax.distributed.is_initialized():
     return
-  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
-  if address:
+  if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
     jax.distributed.initialize(
       address, _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
     )

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import ssl
-import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -44,19 +43,14 @@ def download(
 ) -> Path:
   """Returns the path of a file from the web; downloads it if needed.
 
-  The file gets its name only when its digest is right. A broken connection
-  leaves `NAME.part`, from which the next address or the next run goes on. The
-  environment names the proxies (`https_proxy`, `no_proxy`).
+  The addresses are tried in order; the first gives the file its name, but only
+  when its digest is right ('md5:' or 'sha256:' and hexadecimal digits). A
+  broken connection leaves `NAME.part`, from which the next address or the next
+  run goes on. The environment names the proxies (`https_proxy`, `no_proxy`).
 
-  Args:
-    urls: addresses of the same file, tried in order; the first gives the name.
-    digest: 'md5:' or 'sha256:' and hexadecimal digits.
-    size: in bytes, if known.
-    directory: where the file is kept; None for `cache_dir()`.
-    advice: what to do if no address gives the file.
-
-  Raises:
-    UserError: if no address gives the file, or the disk is full or fails.
+  `size` is in bytes, if known. `directory` is `cache_dir()` by default. Raises
+  `UserError`, with `advice`, if no address gives the file, or if the disk
+  fails.
   """
   folder = Path(directory or cache_dir())
   path = folder / urls[0].rpartition('/')[2]
@@ -99,9 +93,7 @@ def require_space(
   folder: Path, needed: int, what: str, advice: str = 'make room there'
 ) -> None:
   """Raises `UserError` unless `needed` bytes are free for `what`."""
-  there = folder
-  while not there.exists():
-    there = there.parent
+  there = next(path for path in (folder, *folder.parents) if path.exists())
   free = shutil.disk_usage(there).free
   if free < needed:
     raise UserError(
@@ -161,8 +153,7 @@ def _receive(url: str, part: Path, size: int | None) -> None:
     if size is not None and total != size:
       raise URLError(f'has {total} bytes, expected {size}')
     part.touch()
-    quiet = not sys.stderr.isatty()
-    options = {'unit': 'B', 'unit_scale': True, 'disable': quiet}
+    options = {'unit': 'B', 'unit_scale': True, 'disable': None}  # if no screen
     bar = tqdm(desc=part.stem, total=total, initial=start, **options)
     with part.open('r+b') as file, bar:
       file.seek(start)

@@ -19,19 +19,14 @@ class UnreadableError(UserError):
 
 def first_line(error: Exception) -> str:
   """Returns the first line of an error's message, else the name of its type."""
-  return (
-    (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
-  )
+  message = str(error).strip() or type(error).__name__
+  return message.splitlines()[0].rstrip(':')
 
 
 class Preempted(Exception):
-  """A signal stopped the work after a step, and its checkpoint is saved.
+  """A signal stopped the work after `step`, and its checkpoint is saved.
 
-  A command exits with the shell's status for the signal.
-
-  Attributes:
-    signal: its number.
-    step: the last one that was done.
+  A command exits with the shell's status for the number of the signal.
   """
 
   def __init__(self, signal: int, step: int) -> None:
@@ -72,19 +67,16 @@ def naming(culprit: str) -> Iterator[None]:
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
   """Raises `ValueError` unless the setting `name` has one of its values."""
-  if value not in choices:
-    raise ValueError(
-      f'{name} must be one of {", ".join(choices)}, got {value!r}'
-    )
+  require(
+    value in choices, f'{name} must be one of {", ".join(choices)}', value
+  )
 
 
 def check_map(name: str, x: Any, channels: int | None = None) -> None:
   """Raises `ValueError` unless x is a map [B, H, W, C] of at least a pixel.
 
-  Args:
-    name: of x, for the message.
-    x: anything with a shape, also a tracer: it costs nothing at run time.
-    channels: C; None for any number.
+  It may be a tracer: the check costs nothing at run time. `channels` is C, or
+  None for any number, and `name` the name of x in the message.
   """
   shape = tuple(x.shape)
   if len(shape) == 4 and 0 not in shape[1:] and channels in (None, shape[-1]):

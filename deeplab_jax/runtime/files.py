@@ -29,8 +29,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     yield temporary
     os.replace(temporary, path)
   except BaseException as error:
-    if os.path.exists(temporary):
-      os.remove(temporary)
+    Path(temporary).unlink(missing_ok=True)
     if isinstance(error, OSError) and error.filename == temporary:
       error.filename = os.fspath(path)
     raise

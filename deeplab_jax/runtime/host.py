@@ -27,8 +27,7 @@ def configure() -> None:
 
   With an accelerator it changes nothing. Options in XLA_FLAGS win.
   """
-  platforms = os.environ.get('JAX_PLATFORMS')
-  if platforms:
+  if platforms := os.environ.get('JAX_PLATFORMS'):
     cpu = platforms == 'cpu'
   else:
     plugins = importlib.metadata.entry_points(group='jax_plugins')

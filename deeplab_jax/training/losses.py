@@ -36,18 +36,11 @@ def softmax_cross_entropy(
   >>> softmax_cross_entropy(jnp.zeros((2, 4)), jnp.array([3, 255])).tolist()
   [1.3862943649291992, 0.0]
 
-  Args:
-    logits: [..., C] float.
-    labels: [...] integer, a class in 0..C-1 or `ignore_label`.
-    ignore_label: the label of void.
-    label_smoothing: share of the target that is spread evenly over all classes:
-      Szegedy et al., "Rethinking the Inception Architecture" (2016), section 7.
-
-  Returns:
-    float32 [...], in nats.
-
-  Raises:
-    ValueError: if the labels are not one for each pixel of the logits.
+  `logits` are float [..., C]; `labels` are [...], a class in 0..C-1 or
+  `ignore_label`. Szegedy et al., "Rethinking the Inception Architecture"
+  (2016), section 7, spread the share `label_smoothing` of the target evenly
+  over all classes. Returns float32 [...], in nats. Raises `ValueError` if the
+  labels are not one for each pixel of the logits.
   """
   shape, found = list(logits.shape), list(labels.shape)
   rule = (
@@ -96,13 +89,9 @@ def hardest_pixels(
   image keeps its own, so the choice does not depend on how a batch is split
   over devices. No gradient flows through the choice.
 
-  Args:
-    losses: [B, H, W] float.
-    counted: [B, H, W] bool, the pixels to choose from.
-    share: of each image's counted pixels, in (0, 1]; at least one is kept.
-
-  Returns:
-    bool [B, H, W], within `counted`; ties with the last pixel are kept too.
+  `losses` are float [B, H, W], and `counted`, bool [B, H, W], are the pixels to
+  choose from. Of each image the `share` of these is kept, in (0, 1], at least
+  one pixel, and ties with the last. Returns bool [B, H, W].
   """
   shapes = [list(losses.shape), list(counted.shape)]
   rule = 'losses and counted must be [B, H, W] of one shape'

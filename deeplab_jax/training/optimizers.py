@@ -45,16 +45,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Makes an optax optimizer from one of `OPTIMIZERS`.
 
-  Args:
-    name: a key of `OPTIMIZERS`, or a function like its values.
-    learning_rate: a number or a schedule of the step.
-    momentum: of SGD; Adam uses 0.9 and 0.999.
-    weight_decay: factor of the L2 penalty on convolution kernels alone.
-    head_multiplier: factor on the learning rate outside the backbone.
-    clip_norm: gradients of a larger global norm are scaled to it; None: never.
-
-  Raises:
-    ValueError: for an unknown name or an impossible value.
+  `name` may also be a function like its values. SGD has the `momentum`; Adam
+  uses 0.9 and 0.999. `weight_decay` is the factor of the L2 penalty, on
+  convolution kernels alone, and `head_multiplier` that on the learning rate
+  outside the backbone. Gradients of a larger global norm than `clip_norm` are
+  scaled to it. Raises `ValueError` for an unknown name or an impossible value.
   """
   core, rule = choose('optimizer', name, OPTIMIZERS), 'must be at least 0'
   require(0 <= momentum < 1, 'momentum must be in [0, 1)', momentum)

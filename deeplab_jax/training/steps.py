@@ -90,10 +90,9 @@ def train_step(
     hardest: the share for `losses.hardest_pixels`; 1 takes all.
     axis_name: of the mapped device axis, None without one.
 
-  Returns:
-    The next state, and scalars that are equal on every device: float32 `loss`
-    and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`, the
-    number of pixels that have a part in the loss.
+  Returns the next state, and scalars that are equal on every device: float32
+  `loss` and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`,
+  the number of pixels that have a part in the loss.
   """
   losses.check_settings(label_smoothing, hardest, class_weights)
 

@@ -91,10 +91,7 @@ class Progress(AbstractContextManager):
   def __init__(
     self, total: int, initial: int = 0, stream: TextIO | None = None
   ) -> None:
-    """Starts the clock of a run from step `initial` to step `total`.
-
-    Without a `stream` it writes to standard error.
-    """
+    """Starts the clock; without a `stream` it writes to standard error."""
     self._total, self._enabled = total, distributed.is_first_process()
     self._stream = stream = stream or sys.stderr
     self.start_clock(initial)
@@ -110,10 +107,7 @@ class Progress(AbstractContextManager):
     )
 
   def start_clock(self, step: int) -> None:
-    """Estimates the time left from the steps after this one.
-
-    The loop restarts it after the first step, which includes compiling.
-    """
+    """Estimates the time left from the steps after this one, once compiled."""
     self._mark = step, time.monotonic()
 
   def update(self, step: int, values: Mapping[str, float]) -> None:

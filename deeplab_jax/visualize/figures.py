@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.runtime.errors import require
 from deeplab_jax.visualize import labels
 from deeplab_jax.visualize.lettering import INK, WHITE, draw_text, text_length
 
@@ -40,10 +41,8 @@ def confusion_picture(
   the darker. The row of a class without pixels is gray.
   """
   confusion, count = np.asarray(confusion), len(classes)
-  if confusion.shape != (count, count):
-    raise ValueError(
-      f'confusion must be [{count}, {count}], got {list(confusion.shape)}'
-    )
+  rule, found = f'confusion must be [{count}, {count}]', list(confusion.shape)
+  require(found == [count, count], rule, found)
   cell = min(max(_SIDE // count, _CELLS[0]), _CELLS[1])
   size = min(cell - 2, 16)
   corner = int(max(text_length(name, size) for name in classes)) + 2 * cell

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from deeplab_jax.runtime.errors import require
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.visualize.lettering import WHITE, draw_text, text_length
 
@@ -60,12 +61,9 @@ def overlay(
   pixels that are not void. Where it is wider, white is beside the image.
   """
   image, label = _checked_image(image, label), np.asarray(label)
-  if len(classes) != len(palette):
-    raise ValueError(
-      f'{len(classes)} class names for {len(palette)} palette colors'
-    )
-  if not 0 <= opacity <= 1:
-    raise ValueError(f'opacity must be in 0..1, got {opacity}')
+  count = len(palette)
+  require(len(classes) == count, f'classes must be {count} names', classes)
+  require(0 <= opacity <= 1, 'opacity must be in 0..1', opacity)
   colors = colorize(label, palette, ignore_label)
   weight = np.where(label == ignore_label, 0, np.float32(opacity))[..., None]
   painted = (1 - weight) * image + weight * colors
@@ -107,10 +105,8 @@ def panel(
   """
   columns = [c for c in (images, labels, predictions) if c is not None]
   counts = [len(column) for column in columns]
-  if not counts[0] or len(set(counts)) > 1:
-    raise ValueError(
-      f'a panel needs at least one image and as many maps, got {counts}'
-    )
+  fits = counts[0] > 0 and len(set(counts)) == 1
+  require(fits, 'a panel needs at least one image and as many maps', counts)
   rows = []
   for image, *maps in zip(*columns, strict=True):
     painted = [colorize(label, palette, ignore_label) for label in maps]
@@ -175,11 +171,8 @@ def indexed_png(
   """
   palette = np.asarray(palette, np.uint8)
   label = _checked_label(label, len(palette), ignore_label)
-  if label.size and not 0 <= label.min() <= label.max() <= 255:
-    raise ValueError(
-      'an indexed PNG holds 0..255, got labels from '
-      f'{label.min()} to {label.max()}'
-    )
+  low, high = label.min(initial=0), label.max(initial=0)
+  require(0 <= low <= high <= 255, 'an indexed PNG holds 0..255', [low, high])
   # All 256 colors: Pillow packs pixels into fewer bits for a short palette.
   colors = np.zeros((256, 3), np.uint8)
   colors[: len(palette)] = palette
@@ -213,11 +206,9 @@ def _checked_label(
   label: np.ndarray, num_classes: int, ignore_label: int
 ) -> np.ndarray:
   label = np.asarray(label)
-  if label.ndim != 2 or label.dtype.kind not in 'iu':
-    raise ValueError(
-      f'a label map must hold integers [H, W], got {label.dtype} '
-      f'{list(label.shape)}'
-    )
+  fits = label.ndim == 2 and label.dtype.kind in 'iu'
+  found = label.dtype.name, *label.shape
+  require(fits, 'a label map must hold integers [H, W]', found)
   is_class = (label >= 0) & (label < num_classes)
   strange = label[~is_class & (label != ignore_label)]
   if strange.size:
@@ -230,11 +221,10 @@ def _checked_label(
 
 def _checked_image(image: np.ndarray, *labels: np.ndarray) -> np.ndarray:
   image = np.asarray(image)
-  if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-    raise ValueError(
-      f'an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}'
-    )
-  sizes = [list(np.shape(picture)[:2]) for picture in (image, *labels)]
-  if any(size != sizes[0] for size in sizes):
-    raise ValueError(f'image and label maps must have one size, got {sizes}')
+  found = image.dtype.name, *image.shape
+  fits = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+  require(fits, 'an image must be uint8 [H, W, 3]', found)
+  sizes = [np.shape(picture)[:2] for picture in (image, *labels)]
+  rule = 'image and label maps must have one size'
+  require(len(set(sizes)) == 1, rule, sizes)
   return image

@@ -29,11 +29,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   """
 
   def __init__(self, workdir: str | Path) -> None:
-    """Opens the folder, and makes it where there is none.
-
-    Raises:
-      UserError: if it cannot be read.
-    """
+    """Opens the folder, or makes it; raises `UserError` if it cannot."""
     policies, miou = ocp.checkpoint_managers, operator.itemgetter('miou')
     self._directory = Path(workdir).absolute() / 'checkpoints'
     options = ocp.CheckpointManagerOptions(
@@ -57,22 +53,15 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     return self._manager.latest_step()
 
   def step_named(self, name: str) -> int:
-    """Returns the step for 'best', 'latest' or a number.
-
-    Raises:
-      UserError: if there is no such checkpoint.
-    """
-    steps = sorted(self._manager.all_steps())
-    if not steps:
+    """Returns the step for 'best', 'latest' or a number, or `UserError`."""
+    if not (steps := sorted(self._manager.all_steps())):
       raise UserError(
         f'no checkpoint in {self._directory}; train there first, or give the'
         ' --workdir of a training run'
       )
-    if name == 'best':
-      best = self._manager.best_step()
+    best = self._manager.best_step() if name == 'best' else None
+    if name in ('best', 'latest'):
       return steps[-1] if best is None else best
-    if name == 'latest':
-      return steps[-1]
     if not name.isdigit() or int(name) not in steps:
       raise UserError(
         f'config.eval.step={name} is not in {self._directory}, which has'
@@ -81,12 +70,9 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     return int(name)
 
   def remove_interrupted(self) -> None:
-    """Removes what a killed save left; only for the one process that saves.
-
-    Orbax could do this itself, but in a thread: a program that ends soon cuts
-    it off with a traceback, and an evaluation would remove a save that a
-    training run has just begun.
-    """
+    """Removes what a killed save left; only for the one process that saves."""
+    # Orbax could do this itself, but in a thread, which the end of a program
+    # cuts off, and an evaluation would remove a save that training has begun.
     if jax.process_count() == 1:
       for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(path, ignore_errors=True)
@@ -171,10 +157,8 @@ def open_network(
 
   `name` is 'best', 'latest' or a step. `model` holds the arguments of
   `deeplab_v3`; without a preset it is the checkpoint's. With `dataset`, the
-  checkpoint must have been trained for its classes.
-
-  Raises:
-    UserError: if there is no such checkpoint, or it is of another network.
+  checkpoint must have been trained for its classes. Raises `UserError` if there
+  is no such checkpoint, or it is of another network.
   """
   with Checkpoints(workdir) as saved:
     step = saved.step_named(name)
@@ -213,20 +197,18 @@ def check_same_architecture(
       f' {void}, as the class {classes[void]!r}; train again in another'
       ' --workdir'
     )
-  pairs = [('preset', preset_of(saved), preset_of(asked))]
-  for key in (*SHAPING, 'num_classes'):
-    pairs.append((key, saved['model'][key], asked['model'][key]))
+  there, here = saved['model'], asked['model']
+  pairs = [(key, there[key], here[key]) for key in (*SHAPING, 'num_classes')]
+  pairs.insert(0, ('preset', preset_of(saved), preset_of(asked)))
   others = asked['dataset']['classes']
   if len(classes) == len(others):
     names = zip(map(repr, classes), map(repr, others), strict=True)
     pairs += [('class', old, new) for old, new in names if old != new][:1]
-  differences = [
-    f'{key} {old} there, {new} asked for'
-    for key, old, new in pairs
-    if old != new
-  ]
+  differences = '; '.join(
+    f'{k} {old} there, {new} asked for' for k, old, new in pairs if old != new
+  )
   if differences:
     raise UserError(
-      f'the checkpoint in {workdir} is of another network:'
-      f' {"; ".join(differences)}. Use another --workdir, or that network'
+      f'the checkpoint in {workdir} is of another network: {differences}. Use'
+      ' another --workdir, or that network'
     )

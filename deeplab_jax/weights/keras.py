@@ -38,8 +38,7 @@ _UNUSED = {r'(predictions|probs)/(kernel|bias)': 'ImageNet classifier'}
 def read_keras(path: str | Path) -> dict[str, np.ndarray]:
   """Reads the arrays of a file as `layer/array`, `conv1_conv/kernel`.
 
-  Raises:
-    UserError: if it is damaged, or no file of Keras.
+  Raises `UserError` if it is damaged, or no file of Keras.
   """
   import h5py  # Imported here: it takes 0.1 s, and few programs read HDF5.
 

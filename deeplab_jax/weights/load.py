@@ -10,15 +10,10 @@ import numpy as np
 
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights import mapping
 from deeplab_jax.weights.files import kind_of, unpacked
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
-from deeplab_jax.weights.mapping import (
-  MergeReport,
-  NameMap,
-  backbone_of,
-  flatten,
-  merge_variables,
-)
+from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
 from deeplab_jax.weights.timm import hub_file, map_timm, read_timm
 
@@ -57,7 +52,7 @@ class Pretrained:
 
     See `load_pretrained` for the arguments and what is returned and raised.
     """
-    allow, leaves = tuple(allow), flatten(variables)
+    allow, leaves = tuple(allow), mapping.flatten(variables)
     ours, theirs = backbone_of(leaves), backbone_of(self.arrays)
     if theirs and ours != theirs:
       raise UserError(
@@ -76,12 +71,14 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
+    unknown = []
     for name in self.names.unknown:
       if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow):
         unused[name] = 'allowed by name'
-    unknown = [name for name in self.names.unknown if name not in unused]
+      else:
+        unknown.append(name)
     try:
-      return merge_variables(
+      return mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
       )
     except UserError as error:
@@ -104,40 +101,33 @@ def load_pretrained(
   preset: str = '',
   allow: Iterable[str] = (),
 ) -> tuple[dict[str, Any], MergeReport]:
-  """Loads weights into the variables of a model.
+  """Loads weights into the variables of a model, from `deeplab_v3(...).init`.
 
   The model must be built with the preset of the source, which the variables
   alone do not show: 'keras', 'timm', 'slim', 'seed' or a checkpoint's own.
+  Given as `preset`, it is checked.
 
   Args:
     source: one of `files.SOURCES`; 'keras' downloads Keras's ImageNet weights.
-    variables: of `deeplab_v3(...).init`.
-    preset: the one that the model was built with, to have it checked.
+    variables: `params` and `batch_stats`.
+    preset: the one that the model was built with.
     allow: patterns of names in the file that may fit nothing, and of paths of
       variables that may stay as initialized.
 
-  Returns:
-    The variables as float32 numpy arrays where they were loaded, and a report:
-    what was loaded, what stayed as initialized and why, and what was not used.
-
-  Raises:
-    UserError: if the source cannot be read or does not fit.
+  Returns the variables as float32 numpy arrays where they were loaded, and a
+  report. Raises `UserError` if the source cannot be read or does not fit.
   """
-  backbone = backbone_of(flatten(variables))
+  backbone = backbone_of(mapping.flatten(variables))
   pretrained = open_pretrained(source, backbone=backbone)
   pretrained.preset_for(preset)
   return pretrained.merge_into(variables, allow)
 
 
 def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
-  """Reads the weights of a source.
+  """Reads the weights of a source, one of `files.SOURCES`.
 
-  Args:
-    source: one of `files.SOURCES`.
-    backbone: the one whose weights the source 'keras' stands for.
-
-  Raises:
-    UserError: if there is no such source, or it is damaged.
+  'keras' stands for those of `backbone`. Raises `UserError` if there is no such
+  source, or it is damaged.
   """
   if source == 'keras':
     path = _published(backbone)
@@ -145,8 +135,7 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
     path = hub_file(source.removeprefix('hf://'))
   else:
     path = Path(source).expanduser()
-  own = own_checkpoint(path)
-  if own:
+  if own := own_checkpoint(path):
     return _open_own(source, *own)
   with unpacked(path) as file:
     read, map_names, presets = _KINDS[kind_of(file)]
@@ -182,13 +171,11 @@ def _published(backbone: str) -> Path:
 def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """Returns the arguments of `deeplab_v3` that show in the shapes."""
   settings: dict[str, Any] = {}
-  if backbone_of(arrays):
-    settings['backbone'] = backbone_of(arrays)
-  stem = arrays.get('params/backbone/stem/kernel')
-  if stem is not None:
+  if backbone := backbone_of(arrays):
+    settings['backbone'] = backbone
+  if (stem := arrays.get('params/backbone/stem/kernel')) is not None:
     settings['width'] = stem.shape[-1] / 64
-  aspp = arrays.get('params/aspp/project/conv/kernel')
-  if aspp is not None:
+  if (aspp := arrays.get('params/aspp/project/conv/kernel')) is not None:
     settings['aspp_features'] = aspp.shape[-1]
   return settings
 
@@ -211,7 +198,7 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
-    arrays = flatten(saved.restore_variables(step))
+    arrays = mapping.flatten(saved.restore_variables(step))
   arrays = {path: np.asarray(array) for path, array in arrays.items()}
   settings = {
     key: tuple(value) if isinstance(value, list) else value

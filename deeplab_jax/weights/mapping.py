@@ -142,20 +142,14 @@ def merge_variables(
 ) -> tuple[dict[str, Any], MergeReport]:
   """Puts arrays in the places of the variables; each must be covered once.
 
-  Args:
-    variables: tree of a model, `params` and `batch_stats`.
-    arrays: by path, as from `NameMap.apply`.
-    initial: why a variable may stay as it is, by pattern of its path
-      (`params/aspp/*`); the first that fits counts.
-    unused: as in `NameMap`, for the report.
-    unknown: as in `NameMap`; they are refused.
+  The `arrays` go by path, as from `NameMap.apply`. `initial` says why a
+  variable may stay as it is, by pattern of its path (`params/aspp/*`); the
+  first that fits counts. `unused` and `unknown` are those of `NameMap`: the
+  first are reported.
 
-  Returns:
-    A new tree of float32 numpy arrays, and the report.
-
-  Raises:
-    UserError: listing names that fit nothing, variables that nothing covers,
-      and arrays of another shape or type, or not finite.
+  Returns a new tree of float32 numpy arrays, and the report. Raises `UserError`
+  listing `unknown` names, variables that nothing covers, and arrays of another
+  shape or type, or not finite.
   """
   leaves, kept, missing = flatten(variables), {}, []
   for path in (path for path in leaves if path not in arrays):
@@ -186,7 +180,7 @@ def _refuse(what: str, culprits: list[str]) -> None:
 
 
 def _float32(path: str, array: np.ndarray) -> np.ndarray:
-  if not jax.dtypes.issubdtype(array.dtype, np.floating):
+  if not jax.dtypes.issubdtype(array.dtype, np.floating):  # knows bfloat16
     raise UserError(f'{path} holds {array.dtype}, not floating-point numbers')
   with np.errstate(over='ignore'):  # becomes infinite, which is refused
     return np.ascontiguousarray(array, np.float32)

@@ -24,6 +24,7 @@ _MODULES = {
   'DeepLab_v3/ASPP_layer/conv_1x1_output': 'aspp/project/conv',
   'DeepLab_v3/logits': 'logits',
 }
+_UNIT = r'resnet/block(\d)/unit_(\d+)/bottleneck_v2/(preact|shortcut|conv[123])'
 _UNUSED = {
   r'(.*/)?(global_step|beta[12]_power)': 'state of the training',
   r'.*/(Momentum|RMSProp(_1)?|Adam(_1)?|Adagrad)': 'state of the training',
@@ -36,8 +37,7 @@ _UNUSED = {
 def read_tf_slim(path: str | Path) -> dict[str, np.ndarray]:
   """Reads a checkpoint: the file of version 1, or the prefix of version 2.
 
-  Raises:
-    UserError: without TensorFlow, or if it cannot read the file.
+  Raises `UserError` without TensorFlow, or if it cannot read the file.
   """
   try:
     import tensorflow as tf  # the extra 'tf'
@@ -63,17 +63,12 @@ def map_tf_slim(names: Iterable[str]) -> NameMap:
 
 def _target(name: str) -> tuple[str, str]:
   module, _, leaf = name.rpartition('/')
-  norm = module.endswith('/BatchNorm')
-  module = re.sub(r'^resnet_v2_\d+', 'resnet', module)
-  module = module.removesuffix('/BatchNorm')
-  path = _MODULES.get(module, '')
-  unit = re.fullmatch(
-    r'resnet/block(\d)/unit_(\d+)/bottleneck_v2/(preact|shortcut|conv[123])',
-    module,
-  )
-  if unit:
+  bare = module.removesuffix('/BatchNorm')
+  bare = re.sub(r'^resnet_v2_\d+', 'resnet', bare)
+  path = _MODULES.get(bare, '')
+  if unit := re.fullmatch(_UNIT, bare):
     path = 'backbone/block{}/unit{}/{}'.format(*unit.groups())
-  if norm:  # of a convolution: conv1/BatchNorm is norm1 here
+  if module.endswith('/BatchNorm'):  # conv1/BatchNorm is norm1 here
     before, found, after = path.rpartition('conv')
     path = f'{before}norm{after}' if found else ''
   return path, leaf

@@ -26,11 +26,7 @@ _UNUSED = {
 
 
 def read_timm(path: str | Path) -> dict[str, np.ndarray]:
-  """Reads a safetensors file.
-
-  Raises:
-    UserError: if it is damaged, or holds what numpy cannot.
-  """
+  """Reads a safetensors file; raises `UserError` if it is damaged."""
   try:
     return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, TypeError, KeyError, OSError) as error:
@@ -42,8 +38,7 @@ def read_timm(path: str | Path) -> dict[str, np.ndarray]:
 def hub_file(repository: str) -> Path:
   """Downloads the weights of 'timm/NAME' from the Hugging Face hub.
 
-  Raises:
-    UserError: without huggingface_hub, or if the download fails.
+  Raises `UserError` without huggingface_hub, or if the download fails.
   """
   try:
     import huggingface_hub as hub  # the extra 'hf'

@@ -236,7 +236,7 @@ def test_legend_text_grows_with_large_pictures():
     ({'image': np.zeros((90, 160, 3))}, 'uint8'),
     ({'image': np.zeros((90, 160), np.uint8)}, r'\[H, W, 3\]'),
     ({'label': np.zeros((90, 160))}, 'integers'),
-    ({'classes': CLASSES[:2]}, '2 class names for 5'),
+    ({'classes': CLASSES[:2]}, 'must be 5 names'),
     ({'opacity': 1.5}, '1.5'),
   ],
 )
