@@ -164,10 +164,8 @@ class _Files:
       if not files[0].is_file():
         kind = 'no file; put a file there'
         if files[0].is_symlink():
-          place = os.readlink(files[0])
-          kind = (
-            f'a symbolic link to {place}, which is not there; mend the link'
-          )
+          kind = f'a symbolic link to {os.readlink(files[0])}, which is not '
+          kind += 'there; mend the link'
         raise UserError(f'{files[0]} is {kind} or take {name!r} off the list')
     return Item(name, found[0], masks[0])
 
