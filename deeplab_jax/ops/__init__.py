@@ -198,7 +198,9 @@ def cache_kernels(
   uses: dict[tuple[str, ...], Any] = {}
   params = flatten_dict(variables['params'])
   kernels = {
-    path: leaf for path, leaf in params.items() if path[-1] == 'kernel'
+    path: leaf.kernel if isinstance(leaf, CachedKernel) else leaf
+    for path, leaf in params.items()
+    if path[-1] == 'kernel'
   }
   noted = {
     path: CachedKernel(leaf, note=functools.partial(uses.__setitem__, path))
@@ -222,7 +224,7 @@ def cache_kernels(
     for path, transformed in transform({p: kernels[p] for p in uses}).items()
     if transformed
   }
-  return {**variables, 'params': unflatten_dict(params | cached)}
+  return {**variables, 'params': unflatten_dict(params | kernels | cached)}
 
 
 REMATERIALIZATIONS = ('none', 'elementwise', 'block')
