@@ -1,6 +1,7 @@
-"""From a configuration to what it describes: the one bridge between them.
+"""Builds what a configuration describes.
 
-Folders take plain arguments; this file reads `config` and calls them.
+The library folders take plain arguments; this file passes them what it reads
+from `config`.
 """
 
 import logging
@@ -30,7 +31,7 @@ MEDIAN_FREQUENCY = ('median_frequency',)
 
 
 def check(config: ConfigDict) -> None:
-  """Makes what needs no data: a wrong value raises `UserError` early."""
+  """Builds all that needs no data: a wrong value raises `UserError` early."""
   make_model(config, num_classes=1)
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
@@ -46,7 +47,7 @@ def check(config: ConfigDict) -> None:
 
 
 def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
-  """The data set of `config.data`, prepared, with at least these splits."""
+  """Opens the data set of `config.data`, prepared, with these splits."""
   data = config.data
   return load_dataset(
     data.name,
@@ -61,8 +62,8 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
 
 
 def make_model(config: ConfigDict, num_classes: int) -> DeepLabV3:
-  """The network of `config.model`."""
-  # The memory of CPUs is slow: there, what it saves costs no time.
+  """Builds the network of `config.model`."""
+  # On CPUs memory is slow, so recomputing costs no time.
   on_cpu = jax.default_backend() == 'cpu'
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
@@ -74,14 +75,14 @@ def make_model(config: ConfigDict, num_classes: int) -> DeepLabV3:
 
 
 def _set(section: ConfigDict) -> dict[str, Any]:
-  """The settings of a section that have a value."""
+  """Returns the settings of a section that have a value."""
   return {name: value for name, value in section.items() if value is not None}
 
 
 def make_schedule_and_optimizer(
   config: ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """What `config.optimizer` describes, over `config.train.steps` steps."""
+  """Builds what `config.optimizer` describes, over `config.train.steps`."""
   settings = config.optimizer.to_dict()
   of_schedule = ('learning_rate', 'power', 'warmup_steps')
   schedule = {name: settings.pop(name) for name in of_schedule}
@@ -96,9 +97,9 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   **of_data: Any,
 ) -> Callable[..., Any]:
-  """The step as training takes it, see `steps.pmap_train_step`.
+  """Maps the training step over all devices, see `steps.pmap_train_step`.
 
-  What depends on the data, `ignore_label` and `class_weights`, is given.
+  `of_data` holds what depends on the data: `ignore_label`, `class_weights`.
   """
   return steps.pmap_train_step(
     model=model,
@@ -114,7 +115,7 @@ def make_train_step(
 def make_iterator(
   config: ConfigDict, dataset: Dataset, start_step: int = 0
 ) -> Batches:
-  """This host's share of the training batches, from `start_step` on."""
+  """Yields this host's share of the training batches, from `start_step` on."""
   return make_train_iterator(
     dataset.source(config.data.train_split),
     _make_transforms(config, dataset.info.ignore_label),
@@ -142,7 +143,7 @@ def _make_transforms(
 def make_evaluator(
   model: DeepLabV3, dataset: Dataset, config: ConfigDict
 ) -> Evaluator:
-  """The evaluator of `config.data.eval_split` that `config.eval` describes."""
+  """Builds the evaluator of `config.data.eval_split` from `config.eval`."""
   split = config.data.eval_split
   return Evaluator(
     model,
@@ -168,7 +169,7 @@ def _make_protocol(config: ConfigDict) -> Protocol:
 def class_weights(
   config: ConfigDict, dataset: Dataset
 ) -> tuple[float, ...] | None:
-  """The weights that `config.loss.class_weights` stands for."""
+  """Returns the class weights that `config.loss.class_weights` means."""
   weights, classes = config.loss.class_weights, dataset.info.classes
   if not weights:
     return None
@@ -196,10 +197,11 @@ def check_machine(
   threads: int | None,
   hosts: int = 1,
 ) -> None:
-  """Refuses what this machine cannot hold, by lower bounds on the need.
+  """Refuses settings that need more memory or threads than the machine has.
 
-  `memory` is in bytes, `threads` the most of a process; None if unknown. The
-  `hosts` share each batch. Settings that `mode` does not use are not checked.
+  The memory needed is a lower bound. `memory` is in bytes, `threads` the most
+  that a process may have; None if unknown. The `hosts` share each batch.
+  Settings that `mode` does not use are not checked.
   """
   model, data, evaluation = config.model, config.data, config.eval
   trains, whole = mode == 'train', evaluation.protocol == 'whole'

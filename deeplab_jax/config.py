@@ -273,7 +273,7 @@ def make_paths_absolute(config: ConfigDict) -> None:
 
 
 def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
-  """A copy in which `preset` stands where `model.preset` is not set."""
+  """Returns a copy whose `model.preset` is `preset` if it was not set."""
   config = copy.deepcopy(config)
   config.model.preset = config.model.preset or preset
   return config

@@ -105,7 +105,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
 
 
 def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
-  """Raises `UserError` if one of the names in a file stands there twice."""
+  """Raises `UserError` if a name occurs twice in a file."""
   name, count = collections.Counter(names).most_common(1)[0]
   if count > 1:
     raise UserError(f'{path}: {name!r} stands {count} times; keep one')

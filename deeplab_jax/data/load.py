@@ -104,13 +104,13 @@ def load_dataset(
       those of the other arguments that it needs and its own options, and
       returns for each split a `RecordsBuilder` from `records.prepared`.
     directory: the source, for the data sets that have one.
-    prepared_dir: where prepared data sets lie; empty for TFDS's own place
+    prepared_dir: folder of prepared data sets; empty for TFDS's own folder
       (TFDS_DATA_DIR, else ~/tensorflow_datasets).
     splits: the splits wanted.
     ignore_label: label value of void pixels in the files.
-    label_map: of 'folder', see `labels.parse_label_map`.
+    label_map: only for 'folder', see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
-    options: of this data set only, by name.
+    options: options that only this data set has, by name.
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
   """

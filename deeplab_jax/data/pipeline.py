@@ -1,6 +1,6 @@
 """Batches for training and evaluation, loaded in the background by grain.
 
-Neither the number of threads nor that of workers changes a single pixel.
+The numbers of threads and workers never change a pixel.
 """
 
 import functools
@@ -41,27 +41,27 @@ def make_train_iterator(
   threads: int = 0,
   workers: int = 0,
 ) -> Batches:
-  """Yields shuffled, transformed batches without end, from `start_step` on.
+  """Yields shuffled, transformed batches forever, starting at `start_step`.
 
   A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w],
-  where B is `batch_size`. Step `s` is a pure function of `seed` and `s`, and
-  the hosts' batches of a step together are the batch of a single host. The last
-  transform must give all images one size.
+  where B is `batch_size`. The batch of step `s` depends only on `seed` and `s`;
+  at each step, all hosts together load what a single host would load. After
+  the last transform, all images must have one size.
 
-  `threads` load in each of `workers` processes; 0 threads are one per core, at
-  most 16, and 0 workers load in this process. Workers are spawned: the program
-  needs its `__main__` guard.
+  Each of `workers` processes loads with `threads` threads. With 0 workers this
+  process loads. With 0 threads the workers share the cores, at most 16 threads
+  each. Workers are spawned, so programs need an `if __name__ == '__main__'`.
 
-  Raises `UserError` on `next`, if a record does not decode.
+  `next` raises `UserError` if a record cannot be decoded.
   """
   _check_hosts(batch_size, host, hosts)
   require(len(source) > 0, 'source must have records', len(source))
 
   def load(step: int) -> Batch:
-    # Rows are numbered over all steps and hosts. Their number says which record
-    # they show, in an order that is new in every epoch, and seeds its
-    # transforms. They are loaded one after the other: an image uses the memory
-    # of the one before it, still in the cache, and is copied once.
+    # Rows are numbered across all steps and hosts. A row's number picks its
+    # record, in an order that is new in every epoch, and seeds its transforms.
+    # Rows load one at a time: each image reuses the memory of the last one,
+    # still in the cache, and is copied once.
     batch: Batch = {}
     rows = range(step * batch_size + host, (step + 1) * batch_size, hosts)
     for place, row in enumerate(rows):
@@ -93,15 +93,15 @@ def make_eval_iterator(
   hosts: int = 1,
   threads: int = 0,
 ) -> Batches:
-  """Yields the batches of a plan, all images padded to the size of their batch.
+  """Yields the batches of a plan, each image padded to the size of its batch.
 
   A batch is image uint8 [B / hosts, *size, 3], label uint8 [B / hosts, *size],
   size int32 [B / hosts, 2], (height, width) before padding, and index int32
-  [B / hosts]. Filler rows have the index `buckets.FILLER`, and the size of the
-  batch. Padding has `MEAN_COLOR` and `ignore_label`. All hosts, to which rows
-  are dealt in turn, yield the same number of batches of the same shapes. For
-  the rest see `make_train_iterator`; transforms are without randomness. Raises
-  `ValueError` on `next`, if an image is larger than its batch.
+  [B / hosts]. Filler rows have the index `buckets.FILLER` and the batch's size.
+  Padding has `MEAN_COLOR` and `ignore_label`. Rows are dealt to the hosts in
+  turn, so all hosts yield the same number of batches of the same shapes.
+  Transforms must not be random. `next` raises `ValueError` if an image is
+  larger than its batch. For the rest see `make_train_iterator`.
   """
   for batch in plan:
     _check_hosts(len(batch.indices), host, hosts)
@@ -141,7 +141,7 @@ def _iterate(
   counts = threads, workers
   require(min(counts) >= 0, 'threads and workers must be at least 0', counts)
   cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loaders
-  # More would rather wait for the interpreter than work.
+  # More threads would mostly wait for the interpreter.
   threads = threads or min(cores() // max(workers, 1) or 1, 16)
   # The buffer counts batches here; grain's own 500 would fill the memory.
   options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 1)
@@ -184,7 +184,7 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
 
 
 def cores() -> int:
-  """Cores that this process may use, where the system tells."""
+  """Returns the number of cores that this process may use, if known."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -41,7 +41,7 @@ def eval_step(
   `variables` are what `model.apply` takes, and `batch` is this device's share:
   `image` and `label` as in training, `size` int32 [b, 2] (height and width
   before padding) and `index` int32 [b]. `scores` is a `Protocol.scores`.
-  `axis_name` is the mapped device axis, None without one.
+  `axis_name` is the mapped device axis; None if there is none.
 
   Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
   `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
@@ -110,8 +110,8 @@ class Evaluator:
 
   Attributes:
     info: what the labels mean.
-    protocol: how it looks at images.
-    description: of the split and the protocol, JSON values.
+    protocol: the `Protocol` that gives the scores.
+    description: JSON values that describe the split and the protocol.
     view_size: (height, width) of the largest images or windows at scale 1.
   """
 

@@ -1,4 +1,4 @@
-"""How an evaluation looks at an image: once, or many times."""
+"""Evaluation protocols: whole images, center crops, windows, scales, flips."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ Size = tuple[int, int]  # height, width
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """The protocol 'whole', each image at its own size, and the base of others.
+  """The protocol 'whole' (each image at its own size) and base of the others.
 
-  `transform` makes from `crop_size` what gives each image and label that size
-  on the host, as `data.transforms.CenterCrop` does.
+  `transform` is a class like `data.transforms.CenterCrop`. Made with
+  `crop_size`, it brings each image and its label to that size on the host.
   """
 
   name: ClassVar[str] = 'whole'
-  uses: ClassVar[tuple[str, ...]] = ()  # which of crop_size and overlap
+  uses: ClassVar[tuple[str, ...]] = ()  # which of crop_size, overlap it reads
   transform: ClassVar[type[transforms.CenterCrop] | None] = None
   crop_size: Size = (513, 513)  # of a crop or a window
   overlap: float = 1 / 3  # share of a window that the next one covers
@@ -45,7 +45,7 @@ class Protocol:
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Returns a function of variables, images and sizes, see `probabilities`.
 
-    It gives scores [B, H, W, C], the highest for the class to predict.
+    That function returns scores [B, H, W, C]; the highest is the prediction.
     """
     if self.scales == (1.0,) and not self.flip:
       return lambda variables, images, sizes: model.apply(
@@ -56,7 +56,7 @@ class Protocol:
     )
 
   def describe(self, model: Any) -> dict[str, Any]:
-    """Returns what tells this evaluation from others, as JSON values."""
+    """Returns the settings that identify this evaluation, as JSON values."""
     used = {key: getattr(self, key) for key in ('scales', 'flip', *self.uses)}
     return {
       'protocol': self.name,
@@ -66,7 +66,7 @@ class Protocol:
 
 
 class CenterCrop(Protocol):
-  """The middle of each image, see `transforms.CenterCrop`."""
+  """Center crops of the images, see `transforms.CenterCrop`."""
 
   name = 'center_crop'
   uses = ('crop_size',)
@@ -91,7 +91,7 @@ class SlidingWindow(Protocol):
     return scores
 
 
-# To add a protocol: a subclass with a name of its own.
+# To add a protocol, subclass `Protocol`, give it a name and list it here.
 PROTOCOLS: dict[str, type[Protocol]] = {
   protocol.name: protocol for protocol in (Protocol, CenterCrop, SlidingWindow)
 }
@@ -108,14 +108,13 @@ def probabilities(
 ) -> jax.Array:
   """Averages softmax probabilities over scales and the mirrored image.
 
-  Chen et al., "Rethinking Atrous Convolution" (2017), section 4.1. Pixel p of
-  an image stands at p * scale in the scaled one, so that 513 becomes 385 and
-  769 at scales 0.75 and 1.5, as in the DeepLab code.
+  Chen et al., "Rethinking Atrous Convolution" (2017), section 4.1. Scaling
+  moves pixel p to p * scale, so 513 pixels become 385 at scale 0.75 and 769 at
+  scale 1.5, as in the DeepLab code.
 
-  `images` are [B, H, W, 3], padded at the bottom and the right; `sizes`, int
-  [B, 2], are height and width without padding. `scales` are factors on the
-  size, and `flip` averages over the mirrored images too. Returns float32 [B, H,
-  W, C].
+  `images` are [B, H, W, 3], padded at the bottom and right; `sizes`, int
+  [B, 2], are height and width without padding. `scales` multiply the size, and
+  `flip` averages over the mirrored images too. Returns float32 [B, H, W, C].
   """
   size = images.shape[1:3]
 
@@ -129,8 +128,8 @@ def probabilities(
     seen = jax.nn.softmax(resample(logits, size, (scale,) * 2, own))
     return total + _mirror(seen, mirrored), None
 
-  # To mirror no column changes nothing. The loop over both views compiles the
-  # network once for a scale, and holds one result at a time.
+  # Width 0 mirrors nothing. The loop over both views compiles the network once
+  # per scale, and holds one result at a time.
   widths = sizes[:, 1]
   views = jnp.stack([jnp.zeros_like(widths), widths][: 2 if flip else 1])
   total = jnp.zeros((*images.shape[:3], model.num_classes))
@@ -140,8 +139,8 @@ def probabilities(
 
 
 def _scaled(sizes: Any, scale: float) -> Any:
-  """Counts the pixels of a scaled side that lie on the side itself."""
-  # Rounding must not lose the last one.
+  """Returns the length of a scaled side: floor((size - 1) * scale) + 1."""
+  # Rounding must not lose the last pixel.
   return ((sizes - 1) * scale + 1e-3) // 1 + 1
 
 
@@ -152,12 +151,12 @@ def sliding_window(
   window: Size,
   overlap: float,
 ) -> jax.Array:
-  """Averages what overlapping windows of images show.
+  """Averages the probabilities of overlapping windows.
 
-  Windows stand on a grid. At the far edges they shift back into the image; an
-  image that is smaller than a window is padded to its size. `view` maps windows
-  and the sizes of their unpadded part to probabilities, as `probabilities` maps
-  images. Padding that no window reached gets 0.
+  Windows lie on a grid. At the far edges they shift back into the image; an
+  image smaller than a window is padded to the window's size. `view` maps
+  windows and the sizes of their unpadded parts to probabilities, as
+  `probabilities` maps images. Padding that no window covers gets 0.
   """
   height, width = images.shape[1:3]
   bottom, right = max(0, window[0] - height), max(0, window[1] - width)

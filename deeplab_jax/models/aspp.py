@@ -41,7 +41,7 @@ class ASPP(nn.Module):
   """Image pooling, a 1x1 branch and an atrous 3x3 branch per rate, projected.
 
   Attributes:
-    rates: of the 3x3 branches, in pixels of the feature map.
+    rates: rates of the 3x3 branches, in pixels of the feature map.
     features: channels of every branch and of the output.
     activation: whether a ReLU follows each batch normalization.
     norm, dtype: see `ResNetV2`.

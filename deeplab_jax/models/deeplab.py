@@ -1,7 +1,8 @@
 """DeepLab v3: images in, class logits of the same size out.
 
-At any size of the image, feature (i, j) stands at pixel (i, j) times the output
-stride: the logits there are those of the feature map, and linear in between.
+Feature (i, j) lies at pixel (i, j) * output_stride, whatever the image size.
+At those pixels the logits are the feature map's own; between them they are
+interpolated linearly. The 'asymmetric' upsampling of the seed network differs.
 
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 (2017).
@@ -24,10 +25,11 @@ from deeplab_jax.runtime.errors import check_choice, check_map, require
 
 
 class Backbone(Protocol):
-  """What `DeepLabV3` needs of a backbone, a Flax module; see `check_backbone`.
+  """What `DeepLabV3` needs from its backbone module; see `check_backbone`.
 
-  Applied to normalized images [B, H, W, 3] it returns maps [B, h, w, C] by
-  name. The one that the head reads has h = ceil(H / output_stride), w likewise.
+  It takes normalized images [B, H, W, 3] and returns a dict of maps
+  [B, h, w, C]. The map that the head reads has h = ceil(H / output_stride) rows
+  and ceil(W / output_stride) columns.
   """
 
   output_stride: int
@@ -37,7 +39,7 @@ class Backbone(Protocol):
 
 
 def check_backbone(backbone: Any, features: str = 'postnorm') -> None:
-  """Tries a module against `Backbone`; it is traced, and computes nothing.
+  """Checks that a module fits `Backbone` by tracing it; nothing is computed.
 
   Raises:
     ValueError: saying what the module gives and what is needed.
@@ -65,14 +67,14 @@ class DeepLabV3(nn.Module):
 
   Attributes:
     backbone: maps normalized images to features, see `Backbone`.
-    aspp: maps those features to the ones that the class layer reads.
+    aspp: turns those features into the input of the class layer.
     num_classes: channels of the logits.
     features: name of the map that the head reads, 'postnorm' or 'block4'.
-    upsampling: 'align_corners' keeps the geometry above, at every size. With
-      'asymmetric' row i of an image of H rows reads row i * h / H of the map's
-      h: TensorFlow 1's default, with which the seed was trained.
+    upsampling: 'align_corners' is the geometry described above. 'asymmetric'
+      stretches the map's h rows over the image's H, so that row i reads row
+      i * h / H: TensorFlow 1's default, used to train the seed network.
     mean, std: RGB values v in 0..255 become (v - mean) / std.
-    dtype: of the computation; parameters and logits are float32.
+    dtype: type to compute in; parameters and logits are always float32.
   """
 
   backbone: nn.Module
@@ -93,7 +95,7 @@ class DeepLabV3(nn.Module):
 
   @property
   def pads_freely(self) -> bool:
-    """Whether padding to a common size leaves the logits where they are."""
+    """Whether padding images to a common size leaves their logits unchanged."""
     return self.upsampling == 'align_corners'
 
   @nn.compact
@@ -106,16 +108,16 @@ class DeepLabV3(nn.Module):
       images: [B, H, W, 3] RGB in 0..255, uint8 or float, any size.
       train: use the batch's own statistics in batch normalization, and update
         the running ones in the collection 'batch_stats'.
-      sizes: int [B, 2], height and width of each image before it was padded at
-        the bottom and the right. It then has the logits that it has alone,
-        whatever the padding shows (in training the batch statistics see the
-        padding). Without `pads_freely` it changes nothing.
+      sizes: int [B, 2], height and width of each image before padding at the
+        bottom and right. Each image then gets the same logits as on its own,
+        whatever the padding holds (in training, though, batch statistics
+        include the padding). Ignored unless `pads_freely`.
 
     Returns:
       float32 [B, H, W, num_classes].
 
     Raises:
-      ValueError: for images or sizes of another shape.
+      ValueError: if images or sizes have the wrong shape.
     """
     check_map('images', images, 3)
     if sizes is not None and jnp.shape(sizes) != (len(images), 2):
@@ -126,7 +128,7 @@ class DeepLabV3(nn.Module):
     stride, size = self.backbone.output_stride, images.shape[1:3]
     x = images.astype(jnp.float32) - jnp.asarray(self.mean)
     x /= jnp.asarray(self.std)
-    # Extended until the pixel of the last feature is in it.
+    # Pad until the pixel of the last feature is included.
     extended = tuple(self._extended(n) for n in size)
     bottom, right = (n - own for n, own in zip(extended, size, strict=True))
     x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
@@ -173,7 +175,7 @@ _PAPER: dict[str, Any] = {
   'axis_name': None,
 }
 
-# 'slim', 'keras' and 'timm' are ImageNet backbones under the paper's head.
+# 'slim', 'keras' and 'timm' take ImageNet backbones under the paper's head.
 PRESETS: dict[str, dict[str, Any]] = {
   'paper': _PAPER,
   # The TF-slim DeepLab v3 that this project grew from, head and all.
@@ -217,17 +219,17 @@ def deeplab_v3(
   """Builds a DeepLab v3; the defaults are the paper's.
 
   Args:
-    backbone: a key of `BACKBONES`, a function like its values, or a module that
-      fulfills `Backbone`, whose own output stride and settings then count.
+    backbone: a key of `BACKBONES`, a function like its values, or a `Backbone`
+      module, which keeps its own output stride and settings.
     num_classes: channels of the logits.
     output_stride: 8, 16 or 32; the variables are the same at each.
     preset: a key of `PRESETS`.
-    dtype: of the computation, `jnp.float32` or `jnp.bfloat16`.
-    **overrides: of the preset's settings, explained in `ResNetV2`, `ASPP` and
-      `DeepLabV3`. `aspp_rates` are meant at output stride 16; with
-      `scale_aspp_rates` they are doubled at 8 (section 4.1) and halved at 32.
-      `bn_decay` is that of the running batch statistics, `axis_name` the mapped
-      axis over whose devices batch statistics are averaged.
+    dtype: type to compute in, `jnp.float32` or `jnp.bfloat16`.
+    **overrides: replace the preset's settings, which `ResNetV2`, `ASPP` and
+      `DeepLabV3` explain. `aspp_rates` are for output stride 16;
+      `scale_aspp_rates` doubles them at 8 (section 4.1) and halves them at 32.
+      `bn_decay` is the decay of the running batch statistics. `axis_name` is
+      the mapped axis; batch statistics are averaged over its devices.
 
   Raises:
     ValueError: for an unknown name or an impossible value.

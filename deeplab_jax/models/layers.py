@@ -1,4 +1,4 @@
-"""Convolution and resampling as every part of the network uses them.
+"""Convolution and resampling, used by every part of the network.
 
 All maps are [B, H, W, C]. Padding is explicit and symmetric, so that a strided
 convolution equals the dense one subsampled, at odd and even sizes alike.
@@ -75,9 +75,9 @@ def resample(
   """Reads a map on another grid of the same origin, by linear interpolation.
 
   Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at
-  (i * step[0], j * step[1]); past the last row or column of a map it is that
-  row or column. `sizes`, int [B, 2], are the maps' own sizes where they are
-  padded at the bottom and the right.
+  (i * step[0], j * step[1]). Past the last row or column of a map, that row or
+  column is repeated. `sizes`, int [B, 2], are the sizes of the maps before
+  padding at the bottom and right.
   """
   batch, height, width, channels = x.shape
   heights, widths = (None, None) if sizes is None else sizes.T

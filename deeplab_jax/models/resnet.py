@@ -19,7 +19,7 @@ from deeplab_jax.runtime.errors import check_choice, check_map, require
 
 
 class UnitGeometry(NamedTuple):
-  """Stride of a residual unit, and its rate before and after that stride."""
+  """Stride of a residual unit, its rate at that stride, and its rate after."""
 
   stride: int
   rate: int
@@ -35,20 +35,20 @@ def unit_geometry(
   multi_grid: Sequence[int],
   stride_unit: str = 'last',
 ) -> tuple[tuple[UnitGeometry, ...], ...]:
-  """Spreads the output stride over the units of the four blocks.
+  """Gives each unit of the four blocks its stride and its atrous rates.
 
-  Three units stride by 2: the last ones of blocks 1 to 3, as in TF-slim, Keras
-  and the DeepLab code, or the first ones of blocks 2 to 4, as in timm. Once
-  `output_stride` is reached, such a unit keeps stride 1 and all later
-  convolutions double their rate instead (atrous convolution), so that each unit
-  sees the same input pixels at every output stride.
+  Three units have stride 2: the last units of blocks 1 to 3 (TF-slim, Keras and
+  the DeepLab code), or the first units of blocks 2 to 4 (timm). Once the
+  network has reached `output_stride`, a unit that would stride keeps stride 1,
+  and the rate of all convolutions after it doubles instead (atrous
+  convolution). So each unit sees the same input pixels at every output stride.
 
   Args:
     units: number of units in each block.
     output_stride: 8, 16 or 32, input pixels per feature pixel.
-    multi_grid: factor on the rate of each unit of block 4; a block of two units
-      (ResNet-18) takes the first two.
-    stride_unit: 'last' or 'first', the unit of a block that strides.
+    multi_grid: multiplies the rate of each unit of block 4, one factor per
+      unit; a block of two units (ResNet-18) takes the first two.
+    stride_unit: which unit of a block may have stride 2, 'last' or 'first'.
 
   Raises:
     ValueError: for an impossible value.
@@ -162,21 +162,21 @@ class Block(nn.Module):
 
 
 class ResNetV2(nn.Module):
-  """Pre-activation ResNet that keeps its maps at `output_stride`.
+  """Pre-activation ResNet whose maps shrink no further than `output_stride`.
 
   Attributes:
     units: number of units in each of the four blocks.
     unit: `PreActBasicUnit` or `PreActBottleneckUnit`.
     output_stride, multi_grid, stride_unit: see `unit_geometry`.
-    width: factor on the number of channels (1: 64 in the stem).
-    conv_bias: biases on the stem, on shortcut convolutions and on the last
-      convolution of every unit, as in TF-slim and Keras.
+    width: multiplies the number of channels (1 gives 64 in the stem).
+    conv_bias: whether the stem, the shortcut convolutions and the last
+      convolution of every unit have biases, as in TF-slim and Keras.
     stem_pool: padding of the stem's 3x3 pooling, see `ops.max_pool`.
-    rematerialization: what the backward pass computes again to save memory:
-      'none', 'elementwise' (normalized maps and ReLUs) or 'block' (all but the
-      input of each residual unit), see `ops.remat`.
-    norm: batch norm; called with `name` and `use_running_average`, then x.
-    dtype: of the computation; parameters stay float32.
+    rematerialization: what the backward pass recomputes to save memory: 'none',
+      'elementwise' (normalized maps and ReLUs) or 'block' (each residual unit
+      from its input), see `ops.remat`.
+    norm: makes a batch norm layer from `name` and `use_running_average`.
+    dtype: type to compute in; parameters are always float32.
   """
 
   units: tuple[int, int, int, int]
@@ -207,9 +207,9 @@ class ResNetV2(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     """Maps normalized images [B, H, W, 3] to the features of every stage.
 
-    These are 'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (up to [B, H/os,
-    W/os, 2048], 512 with basic units), and 'postnorm', block 4 after the final
-    BN and ReLU. Sizes round up.
+    Returns a dict: 'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (the last is
+    [B, H/os, W/os, 2048], or 512 channels with basic units), and 'postnorm',
+    block 4 after the final BN and ReLU. Sizes round up; channels for width 1.
     """
     check_map('x', x)
     base = round(64 * self.width)
@@ -230,8 +230,8 @@ class ResNetV2(nn.Module):
     return outputs
 
 
-# Called with the settings of `ResNetV2` but for the units. To add a backbone,
-# add a function that takes them and returns a `deeplab.Backbone`.
+# Each value takes the settings of `ResNetV2` except `units` and `unit`. A new
+# backbone is a function that takes them and returns a `deeplab.Backbone`.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
   f'resnet{depth}': functools.partial(ResNetV2, units, unit)
   for depth, units, unit in (

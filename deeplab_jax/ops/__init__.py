@@ -1,11 +1,11 @@
-"""What the network computes with: a door with one switch.
+"""The network's operations, with one switch for how convolutions run.
 
-Every function here has two forms that give the same numbers: XLA's own
-operations, and faster ones for CPUs. A program takes the forms of the platform
-that it is compiled for, whatever the machine that traces it:
+`conv2d` has two forms that agree up to rounding: XLA's own convolution, and a
+faster one for CPUs. A program uses the form that suits the platform it is
+compiled for, not the machine that traces it. `use` forces one form everywhere:
 
 ```
-with ops.use('xla'):  # XLA's forms on CPUs too, as in exported programs
+with ops.use('xla'):  # on CPUs too, as in exported programs
   logits = model.apply(variables, images, train=False)
 ```
 """
@@ -44,10 +44,10 @@ _form = jax.make_user_context(default_value=None)
 
 @contextlib.contextmanager
 def use(form: str) -> Iterator[None]:
-  """Takes one form on every platform: 'xla' or 'cpu'.
+  """Forces one form inside the block, on every platform: 'xla' or 'cpu'.
 
   Raises:
-    ValueError: for another form.
+    ValueError: for any other form.
   """
   if form not in FORMS:
     raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
@@ -70,16 +70,18 @@ def conv2d(
 
   Args:
     x: [B, H, W, Cin].
-    kernel: [k, k, Cin, Cout], k odd; or what `cache_kernels` made of it.
-    stride: distance of output pixels, in input pixels.
-    rate: distance of the kernel's taps, in input pixels (atrous convolution).
+    kernel: [k, k, Cin, Cout], k odd; or a `CachedKernel` from `cache_kernels`,
+      for inference only.
+    stride: spacing of the output pixels, in input pixels.
+    rate: spacing of the kernel's taps, in input pixels (atrous convolution).
 
   Returns:
-    [B, ceil(H / stride), ceil(W / stride), Cout], of the type of x. It has
-    derivatives of every order, in forward and in reverse mode.
+    [B, ceil(H / stride), ceil(W / stride), Cout], in the dtype of x. It can be
+    differentiated any number of times, in forward and reverse mode.
 
   Raises:
-    ValueError: for a kernel that is not odd and square.
+    ValueError: if the kernel is not odd and square, or if a gradient reaches a
+      `CachedKernel`.
   """
   cached: tuple[jax.Array, ...] = ()
   if isinstance(kernel, CachedKernel):
@@ -166,7 +168,7 @@ def _cached_conv2d_differential(
 )
 @dataclasses.dataclass(frozen=True)
 class CachedKernel:
-  """A kernel in the place of the kernel, with what a CPU computes from it."""
+  """Replaces a kernel in the parameters; adds what CPUs compute from it."""
 
   kernel: jax.Array
   transformed: tuple[jax.Array, ...] = ()
@@ -176,21 +178,21 @@ class CachedKernel:
 def cache_kernels(
   model: nn.Module, variables: Mapping[str, Any], size: tuple[int, int]
 ) -> dict[str, Any]:
-  """Computes once what inference on CPUs computes from the kernels each time.
+  """Computes once what CPU inference would compute from the kernels each time.
 
-  These are the transforms of Winograd's algorithm, 0.2 GB for ResNet-50. It
-  takes about a second, which pays from some dozens of images on. Elsewhere
-  there is nothing to gain, and the variables stay as they are.
+  These are the kernel transforms of Winograd's algorithm, 0.2 GB for ResNet-50.
+  They take about a second, which pays off after a few dozen images. On other
+  platforms there is nothing to gain, and the variables come back unchanged.
 
   Args:
-    model: is applied to images [B, H, W, 3] with `train=False`.
-    variables: of the model.
-    size: (height, width) of the images. At other sizes, kernels that do not
-      suit a map are used as they are.
+    model: a module that takes images [B, H, W, 3] and `train=False`.
+    variables: the model's variables.
+    size: (height, width) of the images. At other sizes the network still works;
+      where a transform does not fit a map, the plain kernel is used.
 
   Returns:
-    Variables for `model.apply(..., train=False)`, until the parameters change.
-    The logits are the same up to rounding.
+    Variables for `model.apply(..., train=False)`; make them again whenever the
+    parameters change. The logits are the same up to rounding.
   """
   variables = dict(variables)
   if jax.default_backend() != 'cpu' or _form.value == 'xla':
@@ -231,12 +233,12 @@ REMATERIALIZATIONS = ('none', 'elementwise', 'block')
 
 
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-  """`flax.linen.remat` of a function of a module and arrays.
+  """Applies `flax.linen.remat` to a function of a module and arrays.
 
-  The backward pass computes again what it does not keep. 'elementwise' keeps
-  the results of convolutions, 'block' only the input; both keep batch
-  statistics, so that no sum over devices runs twice. 'none' keeps everything.
-  On CPUs it needs the compiler options of `runtime.host`.
+  The backward pass recomputes what the forward pass did not keep. 'none' keeps
+  everything, 'elementwise' the results of convolutions, 'block' only the input.
+  The last two also keep batch statistics, so that no sum over devices runs
+  twice; on CPUs they need the compiler options of `runtime.host`.
   """
   if policy == 'none':
     return function
@@ -257,9 +259,9 @@ POOL_PADDINGS = ('symmetric', 'same', 'zero')
 def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
   """Maximum over 3x3 windows at stride 2: [B, H, W, C] -> half, rounded up.
 
-  `padding` 'symmetric' adds a border that never wins; 'same' is TensorFlow's,
-  which at even sizes has one at the far end only; 'zero' adds a border of
-  zeros, as Keras does, which wins over negative values.
+  `padding` 'symmetric' adds a border that never wins. 'same' is TensorFlow's:
+  at even sizes, that border only at the bottom and right. 'zero' is Keras's: a
+  border of zeros, which wins over negative values.
   """
   x = blank(x, lowest=padding != 'zero')
   if padding == 'zero':

@@ -73,7 +73,7 @@ def gradients_on_cpu(
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients with respect to x and to the kernel.
 
-  XLA's convolution takes two to six times as long for the second.
+  XLA's convolution takes two to six times as long for the kernel's gradient.
   """
   # Tied to the gradient, so that the forward pass keeps no windows of x.
   x, kernel, gradient = lax.optimization_barrier((x, kernel, gradient))
@@ -140,7 +140,7 @@ def winograd_pays(
   rate: int,
   up_to: float = _WINOGRAD_UP_TO,
 ) -> bool:
-  """Whether Winograd's algorithm is the faster one for maps of a shape."""
+  """Whether Winograd's algorithm is faster for maps of this shape."""
   return (
     kernel_shape[0] == 3
     and stride == 1
@@ -224,8 +224,8 @@ def taps_kernel_gradient(
 ) -> jax.Array:
   """Gradient of `by_taps` with respect to the kernel, [k, k, Cin, Cout].
 
-  `gradient` [B, ceil(H / stride), ceil(W / stride), Cout] is that of the
-  result, `size` is k.
+  `gradient` [B, ceil(H / stride), ceil(W / stride), Cout] is the gradient of
+  the result, and `size` is k.
   """
   _, height, width, features = gradient.shape
   channels = x.shape[-1]

@@ -29,8 +29,8 @@ def linear_call(
     transpose: maps (*residuals, gradient of the result) to the gradients of
       the arguments, all of them even where some are not asked for.
     residuals: what the function is not linear in; kept for the transpose.
-    arguments: what it is linear in.
-    like: of the result's shape and type. Its values are not used.
+    arguments: what the function is linear in.
+    like: an array of the result's shape and type; its values are not used.
   """
   return _linear_call_p.bind(
     *residuals,

@@ -1,9 +1,9 @@
 """Keeps the padding of images out of their features.
 
-A batch holds images of several sizes, padded at the bottom and the right. There
-a convolution reads features of the padding, where it reads its own zeros if the
-image is alone. Setting them to zero before every convolution and pooling gives
-each image the features that it has alone.
+A batch holds images of several sizes, padded at the bottom and right. At an
+image's edge a convolution reads features of the padding; in a batch of its own,
+the image has zeros there. Setting these features to zero before every
+convolution and pooling gives each image the same features as on its own.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ def within(sizes: jax.Array, size: Sequence[int]) -> jax.Array:
 
 @contextlib.contextmanager
 def padded(sizes: jax.Array, size: tuple[int, int]) -> Iterator[None]:
-  """Inside, convolutions and poolings do not see the padding.
+  """Inside the block, convolutions and poolings ignore the padding.
 
-  `sizes`, int [B, 2], are those of the images without padding, `size` is that
-  of the batch. All are one more than a multiple of every stride s, so that a
-  map has (size - 1) / s + 1 rows.
+  `sizes`, int [B, 2], are the sizes of the images before padding, and `size` is
+  the size of the batch. All are one more than a multiple of every stride s, so
+  a map has (size - 1) / s + 1 rows.
   """
   token = _sizes.set((sizes, size))
   try:

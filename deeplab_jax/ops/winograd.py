@@ -139,10 +139,10 @@ def convolve(
 ) -> jax.Array:
   """Convolves [B, H, W, Cin] with [3, 3, Cin, Cout] at stride 1.
 
-  An atrous convolution is one of rate 1 on each of the `rate * rate` maps that
-  take every `rate`th pixel of a row and of a column. Each is cut into tiles of
-  3x3 pixels, which take 25 products per pair of channels instead of 81. A map
-  of few pixels is taken whole and takes fewer, see `form_of`.
+  An atrous convolution is a convolution of rate 1 on each of `rate * rate` maps
+  that take every `rate`th pixel of a row and of a column. Each is cut into
+  tiles of 3x3 pixels, which take 25 products per pair of channels instead of
+  81. A map of few pixels is taken whole and takes fewer, see `form_of`.
 
   With `transposed` it maps [B, H, W, Cout] to [B, H, W, Cin]: the gradient with
   respect to x.
@@ -187,7 +187,7 @@ def convolve_transformed(
 ) -> jax.Array:
   """`convolve` with a transformed kernel.
 
-  With `transposed` the last axis of the kernels is that of x's channels.
+  With `transposed` the last axis of the kernels matches the channels of x.
   """
   down, across = (form_of(n, rate) for n in x.shape[1:3])
   contract = 2 if transposed else 1
@@ -207,7 +207,7 @@ def kernel_gradient(
 ) -> jax.Array:
   """Gradient of `convolve` with respect to the kernel, [3, 3, Cin, Cout].
 
-  `gradient` [B, H, W, Cout] is that of the result.
+  `gradient` [B, H, W, Cout] is the gradient of the result.
   """
   down, across = (form_of(n, rate) for n in x.shape[1:3])
   batch, height, width, channels = x.shape

@@ -47,7 +47,7 @@ def _in_cluster() -> bool:
 
 
 def is_first_process() -> bool:
-  """Whether this process is the one that writes and prints."""
+  """Whether this is the process that writes and prints."""
   return jax.process_index() == 0
 
 

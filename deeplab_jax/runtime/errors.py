@@ -1,4 +1,4 @@
-"""The exceptions that stand for bad input, and for a stop by a signal."""
+"""The exceptions for bad input and for a stop by a signal."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,7 +48,7 @@ def require(holds: bool, rule: str, value: Any) -> None:
 
 
 def choose(what: str, name: Any, choices: Mapping[str, Any]) -> Any:
-  """Returns the choice of that name; a function or class stands for itself."""
+  """Returns the choice of that name; functions and classes pass unchanged."""
   chosen = choices.get(name, name)
   require(callable(chosen), f'{what} must be {" or ".join(choices)}', name)
   return chosen

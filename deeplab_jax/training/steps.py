@@ -1,7 +1,7 @@
-"""One step of training, a pure function, and its pmap.
+"""One training step: a pure function, and that function under pmap.
 
-It runs under `jax.pmap` and `jax.shard_map` (with `check_vma=False`) with the
-name of the mapped axis, and under plain `jax.jit` with `axis_name` None.
+Under `jax.pmap` or `jax.shard_map(check_vma=False)`, `axis_name` is the mapped
+axis; under plain `jax.jit` it is None.
 """
 
 import functools
@@ -70,29 +70,29 @@ def train_step(
   hardest: float = 1.0,
   axis_name: str | None = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Updates the state by one batch.
+  """Takes one training step on a batch.
 
-  The loss of a batch is the mean over its valid pixels on all devices, weighted
-  by their classes.
+  The loss is the mean over the batch's valid pixels on all devices, each
+  weighted by its class.
 
   Args:
     state: the same on every device.
     batch: this device's `image` uint8 [b, H, W, 3] RGB and `label` uint8
       [b, H, W].
     model: maps images to logits [b, H, W, C]. If it averages batch statistics
-      over an axis, that axis is `axis_name`.
-    optimizer: the one that made `state.opt_state`.
-    ignore_label: the label of pixels that have no part in the loss.
+      over an axis, that must be `axis_name`.
+    optimizer: the optimizer that made `state.opt_state`.
+    ignore_label: the label of pixels that are left out of the loss.
     freeze_bn: normalize by the running statistics and do not update them.
     loss: a function like those in `losses.LOSSES`.
-    label_smoothing: the argument of `loss`.
+    label_smoothing: passed on to `loss`.
     class_weights: see `losses.pixel_weights`.
-    hardest: the share for `losses.hardest_pixels`; 1 takes all.
-    axis_name: of the mapped device axis, None without one.
+    hardest: share of pixels that `losses.hardest_pixels` keeps; 1 keeps all.
+    axis_name: name of the mapped device axis; None if there is none.
 
-  Returns the next state, and scalars that are equal on every device: float32
-  `loss` and `grad_norm` (global L2, before clipping), and int32 `valid_pixels`,
-  the number of pixels that have a part in the loss.
+  Returns the next state, and a dict of scalars that are equal on every device:
+  float32 `loss` and `grad_norm` (global L2, before clipping), and int32
+  `valid_pixels`, the number of pixels that count in the loss.
   """
   losses.check_settings(label_smoothing, hardest, class_weights)
 

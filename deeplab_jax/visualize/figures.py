@@ -94,7 +94,7 @@ def sample_page(
 ) -> np.ndarray:
   """Draws samples of every class, image beside label, below a legend.
 
-  On it a person sees whether the data are right. `source` holds the records of
+  It lets a person check that the data are right. `source` holds the records of
   a split and `tally` its counts; the same records give the same page, at most
   about 2000 pixels wide and 4000 high.
   """

@@ -110,7 +110,7 @@ def load_pretrained(
   Args:
     source: one of `files.SOURCES`; 'keras' downloads Keras's ImageNet weights.
     variables: `params` and `batch_stats`.
-    preset: the one that the model was built with.
+    preset: the preset that the model was built with.
     allow: patterns of names in the file that may fit nothing, and of paths of
       variables that may stay as initialized.
 
@@ -126,8 +126,8 @@ def load_pretrained(
 def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   """Reads the weights of a source, one of `files.SOURCES`.
 
-  'keras' stands for those of `backbone`. Raises `UserError` if there is no such
-  source, or it is damaged.
+  'keras' means the Keras weights of `backbone`. Raises `UserError` if there is
+  no such source, or it is damaged.
   """
   if source == 'keras':
     path = _published(backbone)

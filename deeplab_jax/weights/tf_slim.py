@@ -1,7 +1,7 @@
 """TF-slim checkpoints, version 1 and 2: `resnet_v2_{50,101,152}`.
 
-A classification checkpoint holds the backbone; one of the seed network holds
-the head as well.
+A classification checkpoint holds the backbone; a checkpoint of the seed network
+also holds the head.
 """
 
 import re
