@@ -74,7 +74,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         log.info('changed: %s', changes)
       for finding in suspect:  # now that nothing else is refused
         log.warning('%s', finding.line)
-      # Noted from here on: JAX crashes when it is interrupted in compiling.
+      # Signals are noted from here: JAX crashes if interrupted in compiling.
       with StopSignal() as stop:
         _train(run, load, stop)
     else:

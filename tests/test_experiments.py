@@ -163,8 +163,8 @@ def test_voc_step_at_crop_513_in_bfloat16_stays_within_2_percent():
     config.model.dtype = dtype
     model = build.make_model(config, 21)
     step = one_device_step(model=model, optimizer=optimizer)
-    state, measures = step(steps.create_state(model, optimizer, 0), batch)
-    losses[dtype] = float(measures['loss'][0])
+    state, metrics = step(steps.create_state(model, optimizer, 0), batch)
+    losses[dtype] = float(metrics['loss'][0])
     assert int(state.step) == 1
   assert np.isfinite(losses['float32'])
   assert losses['bfloat16'] != losses['float32']

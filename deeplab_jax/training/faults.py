@@ -14,7 +14,7 @@ from deeplab_jax.runtime.errors import UserError
 
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT inside a `with` block; a second one kills.
+  """Notes one SIGTERM or SIGINT in a `with` block; a second one acts as usual.
 
   Of several processes, one may be told first. JAX then notes the SIGTERM, and
   all of them stop at the same step; a SIGINT ends each at once. Outside the

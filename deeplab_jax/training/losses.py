@@ -85,13 +85,13 @@ def hardest_pixels(
 ) -> jax.Array:
   """Chooses the pixels of each image with the largest losses.
 
-  This is online hard example mining, Shrivastava et al. (2016), on pixels. Each
-  image keeps its own, so the choice does not depend on how a batch is split
-  over devices. No gradient flows through the choice.
+  This is online hard example mining, Shrivastava et al. (2016), on pixels. The
+  choice of an image does not depend on other images, and so not on how a batch
+  is split over devices. No gradient flows through it.
 
   `losses` are float [B, H, W], and `counted`, bool [B, H, W], are the pixels to
-  choose from. Of each image the `share` of these is kept, in (0, 1], at least
-  one pixel, and ties with the last. Returns bool [B, H, W].
+  choose from. Each image keeps the `share` of them, in (0, 1]: at least one
+  pixel, and all ties with the last one. Returns bool [B, H, W].
   """
   shapes = [list(losses.shape), list(counted.shape)]
   rule = 'losses and counted must be [B, H, W] of one shape'

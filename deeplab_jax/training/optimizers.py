@@ -46,8 +46,8 @@ def make_optimizer(
   """Makes an optax optimizer from one of `OPTIMIZERS`.
 
   `name` may also be a function like its values. SGD has the `momentum`; Adam
-  uses 0.9 and 0.999. `weight_decay` is the factor of the L2 penalty, on
-  convolution kernels alone. `head_multiplier` multiplies the learning rate
+  uses 0.9 and 0.999. `weight_decay` is the factor of the L2 penalty on
+  convolution kernels, and `head_multiplier` multiplies the learning rate
   outside the backbone. Gradients of a larger global norm than `clip_norm` are
   scaled to it. Raises `ValueError` for an unknown name or an impossible value.
   """
