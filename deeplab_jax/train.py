@@ -124,9 +124,8 @@ def _build(run: _Run, load: Callable[..., Any]) -> tuple[Any, ...]:
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
   state = load(steps.create_state(model, optimizer, config.seed))
   count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
-  what = f'{config.model.backbone}, {count:.1f} million parameters'
-  begin = f'continuing from step {state.step}' if state.step else 'step 0'
-  log.info('%s, %s', what, begin)
+  start = f'continuing from step {state.step}' if state.step else 'step 0'
+  log.info(f'{config.model.backbone}, {count:.1f} million parameters, {start}')
   return distributed.replicate(state), train_step, schedule, evaluator
 
 
