@@ -44,7 +44,7 @@ def test_pythons_are_those_that_the_classifiers_and_the_readme_name():
   classifiers = '\n'.join(PROJECT['classifiers'])
   assert re.findall(r'Python :: (3\.\d+)', classifiers) == PYTHONS
   low, high = re.fullmatch(
-    r'>=3\.(\d+),<3\.(\d+)', PROJECT['requires-python']
+    r'>=3\.(\d+)\.4,<3\.(\d+)', PROJECT['requires-python']
   ).groups()
   assert [f'3.{minor}' for minor in range(int(low), int(high))] == PYTHONS
   readme = (ROOT / 'README.md').read_text()
