@@ -1,5 +1,7 @@
 """DeepLab v3 for JAX."""
 
+from typing import Any
+
 from deeplab_jax.models.deeplab import PRESETS, DeepLabV3, deeplab_v3
 from deeplab_jax.models.resnet import BACKBONES, ResNetV2
 from deeplab_jax.weights.load import load_pretrained
@@ -10,7 +12,17 @@ __all__ = [
   'BACKBONES',
   'PRESETS',
   'DeepLabV3',
+  'Predictor',
   'ResNetV2',
   'deeplab_v3',
   'load_pretrained',
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Loads `Predictor`, and the data formats it needs, when it is asked for."""
+  if name == 'Predictor':
+    from deeplab_jax.predict import Predictor
+
+    return Predictor
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -35,7 +35,7 @@ def check(config: ConfigDict) -> None:
   make_model(config, num_classes=1)
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
-  _make_protocol(config)
+  make_protocol(config)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
     choose('name', loss.name, losses.LOSSES)
@@ -149,14 +149,15 @@ def make_evaluator(
     model,
     dataset,
     split,
-    _make_protocol(config),
+    make_protocol(config),
     batch_size=config.eval.batch_size,
     buckets=config.eval.buckets,
     threads=config.data.threads,
   )
 
 
-def _make_protocol(config: ConfigDict) -> Protocol:
+def make_protocol(config: ConfigDict) -> Protocol:
+  """Builds the evaluation protocol of `config.eval`."""
   with naming('config.eval'):
     return choose('protocol', config.eval.protocol, PROTOCOLS)(
       crop_size=config.eval.crop_size,

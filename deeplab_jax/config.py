@@ -135,6 +135,11 @@ def get_config() -> ConfigDict:
 
   predict = config.predict = ConfigDict()
   predict.output_dir = placeholder(str)  # unset: WORKDIR/predictions
+  predict.overlay = True  # draw each prediction over its image, too
+  predict.probabilities = placeholder(str)  # write them as `npz` or `png`
+  predict.max_side = placeholder(int)  # shrink larger images to it first
+  predict.scale = 1.0  # factor on the size of every image
+  predict.window = 2048  # side of the windows of larger images, in pixels
   config.lock().data.options.unlock()
   return config
 

@@ -35,6 +35,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   archive NAME.tar.gz, and for a split without labels nothing else. Raises
   `UserError` if the checkpoint or the data cannot be used.
   """
+  checkpoints.check_workdir(workdir)
   split, saves = config.data.eval_split, config.eval.save_predictions
   if not split:
     raise UserError(

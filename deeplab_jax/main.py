@@ -5,21 +5,36 @@ names a recipe, `--config.section.key=value` changes one setting, and
 `--mode=predict` takes files, folders or globs after the options.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, import_weights, predict, prepare, train
+from deeplab_jax import (
+  build,
+  evaluate,
+  import_weights,
+  predict_files,
+  prepare,
+  train,
+)
 from deeplab_jax import config as settings
-from deeplab_jax.runtime import console, distributed, host
+from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, logs and results.'
 )
-_MODES = 'prepare', 'train', 'import', 'eval', 'predict'
-_MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
+_RUN: dict[str, Callable[..., Any]] = {
+  'prepare': prepare.prepare,
+  'train': train.train_and_evaluate,
+  'import': import_weights.import_weights,
+  'eval': evaluate.evaluate,
+  'predict': predict_files.predict,
+}
+_MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
   'config',
@@ -47,28 +62,14 @@ def main(argv: list[str]) -> None:
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host.configure()
-  if not _DEBUG.value:
-    host.hide_alarms()
-  host.cache_programs(workdir / 'compilation_cache')
-  distributed.initialize()
+  host.start(workdir, debug=_DEBUG.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
   if starts and not chosen:
     # What the weights fix replaces the default; the command line comes last.
     config = import_weights.config_of(config.init_from, config.model.backbone)
     _apply(argv, config)
   build.check_machine(config, mode, **host.limits())
-  if mode in ('eval', 'predict') and not (workdir / 'checkpoints').is_dir():
-    raise UserError(f'no checkpoint in {workdir}; train there first')
-  if mode == 'train':
-    workdir.mkdir(parents=True, exist_ok=True)
-    train.train_and_evaluate(config, workdir)
-  elif mode == 'import':
-    import_weights.import_weights(config, workdir)
-  elif mode == 'eval':
-    evaluate.evaluate(config, workdir)
-  else:
-    predict.predict(config, workdir, inputs)
+  _RUN[mode](config, workdir, *([inputs] if mode == 'predict' else []))
 
 
 def _apply(argv: list[str], config: ConfigDict) -> list[str]:

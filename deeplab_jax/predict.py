@@ -1,148 +1,331 @@
-"""Predictions for images that have no labels."""
+"""`Predictor`, the one way to segment an image, and its use on files."""
 
+import collections
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from deeplab_jax import build
-from deeplab_jax.config import to_json, with_preset
-from deeplab_jax.data import buckets, images
-from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.evaluation.evaluator import pmap_predict_step
+from deeplab_jax import build, import_weights, ops
+from deeplab_jax.config import from_json, to_json, validate, with_preset
+from deeplab_jax.data import buckets, pipeline
+from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
+from deeplab_jax.data.images import as_pixels
+from deeplab_jax.evaluation import evaluator, protocols, windows
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
 from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import load as sources
 
 log = logging.getLogger(__name__)
 
+Size = tuple[int, int]  # height, width
+_Result = tuple[np.ndarray, np.ndarray | None]  # classes, probabilities
+_FAR = 3  # times larger or smaller than in training
+_GRID = 64  # pixels; sizes are rounded up to it when there are too many
 
-def predict(
-  config: ConfigDict, workdir: Path, inputs: Sequence[str]
-) -> list[Path]:
-  """Segments images with a checkpoint of `workdir`.
 
-  For each image of `inputs` (files, folders or globs) it writes `NAME.png`, the
-  classes as a palette PNG of the image's own size, which it returns, and
-  `NAME_overlay.png`, the classes over the image with a legend. It prints the
-  share of each class. Raises `UserError` without a checkpoint; at the end, for
-  images it could not read.
+class Predictor:
+  """Segments images of any size; several threads may call it.
+
+  ```
+  predictor = Predictor.from_workdir('/tmp/deeplab')
+  classes = predictor('photo.jpg')  # uint8 [H, W]
+  classes, probabilities = predictor('photo.jpg', probabilities=True)
+  ```
+
+  An image is the path or the bytes of a file, which looks as in a viewer, a PIL
+  image, or an array uint8 [H, W, 3] of RGB. Images are padded to a few sizes,
+  so that few programs are compiled, without a change of their results. Images
+  of more than `window` by `window` pixels are segmented in overlapping windows,
+  and the seams do not show.
+
+  Attributes:
+    model: the network.
+    variables: what `model.apply` takes.
+    info: names, colors and values of the classes.
+    protocol: whole images, sliding windows, scales, mirrored images.
+    settings: the arguments of `deeplab_v3`, except `num_classes`.
+    step: the step of the checkpoint.
+    metrics: what that checkpoint reached, None if it was not evaluated.
+    trained_size: (height, width) of the crops it was trained on, if known.
   """
-  paths = images.list_images(inputs)
-  network = checkpoints.open_network(
-    workdir, config.eval.step, to_json(config)['model']
-  )
-  variables = distributed.replicate(network.variables)
-  # Only now: all processes restore together.
-  if not distributed.is_first_process():
-    return []
-  info = DatasetInfo.from_json(network.dataset)
-  config = with_preset(config, network.model['preset'])
-  model = build.make_model(config, info.num_classes)
-  folder = Path(config.predict.output_dir or workdir / 'predictions')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    place = f'config.predict.output_dir={folder}'
-    raise UserError(f'{place}: {error.strerror}') from error
-  targets = _targets(paths, folder)
-  if earlier := sum(target.exists() for target in targets.values()):
-    log.warning('%d earlier predictions in %s are replaced', earlier, folder)
-  limit = config.eval.buckets if model.pads_freely else None
-  unread = list(paths)
-  for path, image, label in _segment(model, variables, paths, limit):
-    _write(targets[path], path, image, label, info)
-    unread.remove(path)
-  done = len(paths) - len(unread)
-  print(f'{done} images segmented by step {network.step}, in {folder}')
-  if unread:
-    raise UserError(
-      f'{len(unread)} of {len(paths)} images could not be read, first'
-      f' {unread[0]}; see above'
+
+  def __init__(
+    self,
+    model: DeepLabV3,
+    variables: Any,
+    info: DatasetInfo,
+    *,
+    protocol: protocols.Protocol | None = None,
+    settings: dict[str, Any] | None = None,
+    step: int = 0,
+    metrics: dict[str, Any] | None = None,
+    trained_size: Size | None = None,
+    max_side: int | None = None,
+    scale: float = 1.0,
+    window: int = 2048,
+    batch_size: int = 8,
+    sizes: int = 4,
+    threads: int = 0,
+  ) -> None:
+    """Takes the attributes above, and how to use the network.
+
+    Without a `protocol` images are seen whole; center crops count as whole.
+    Larger images than `max_side` are shrunk to it first, and the size of every
+    image is multiplied by `scale`; the result has the size of the image. At a
+    time go `batch_size` images to all devices, on CPUs one to each, padded to
+    at most `sizes` sizes. As many `threads` decode images, 0 for one per core.
+    Raises `ValueError` for a number out of its range.
+    """
+    side = max_side is None or max_side >= 1
+    require(side, 'max_side must be at least 1', max_side)
+    require(0 < scale <= 4, 'scale must be above 0, at most 4', scale)
+    require(window >= 1, 'window must be at least 1', window)
+    protocol = protocol or protocols.Protocol()
+    if protocol.transform:
+      own = {'scales': protocol.scales, 'flip': protocol.flip}
+      protocol = protocols.Protocol(**own)
+    self.model, self.variables, self.info = model, variables, info
+    self.protocol, self.settings = protocol, settings or {}
+    self.step, self.metrics, self.trained_size = step, metrics, trained_size
+    self._max_side, self._scale, self._window = max_side, scale, window
+    devices = jax.local_device_count()
+    each = 1 if jax.default_backend() == 'cpu' else -(-batch_size // devices)
+    self._rows, self._per_device = each * devices, each
+    self._limit = sizes if model.pads_freely else None
+    self._buckets = buckets.Buckets(self._limit)
+    self.threads = threads or pipeline.cores()
+    self._lock, self._on_devices = threading.Lock(), None
+    self._warned: set[bool] = set()
+    self._steps = {
+      wanted: evaluator.pmap_predict_step(model, protocol, probabilities=wanted)
+      for wanted in (False, True)
+    }
+
+  @classmethod
+  def from_workdir(
+    cls, workdir: str | Path, step: str | int = 'best', **settings: Any
+  ) -> Self:
+    """Opens a checkpoint of a run: 'best', 'latest' or a step.
+
+    `settings` are those of `config.eval` and `config.predict` to change, as
+    `protocol='sliding_window'`, `flip=True` or `max_side=2000`, and
+    `output_stride`. Raises `UserError` for what is not there or does not fit.
+    """
+    workdir = Path(workdir).expanduser()
+    checkpoints.check_workdir(workdir)
+    config = from_json(workdir / 'config.json')
+    config.eval.step = str(step)
+    names = 'eval', 'predict'
+    sections = {key: name for name in names for key in config[name]}
+    sections['output_stride'] = 'model'
+    for key, value in settings.items():
+      check_choice('a setting', key, sections)
+      config[sections[key]][key] = value
+    validate(config)
+    return cls.from_config(config, workdir)
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, workdir: Path) -> Self:
+    """Opens the checkpoint `config.eval.step`; all processes together."""
+    network = checkpoints.open_network(
+      workdir, config.eval.step, to_json(config)['model']
     )
-  return list(targets.values())
+    info = DatasetInfo.from_json(network.dataset)
+    config = with_preset(config, network.model['preset'])
+    with naming('config.predict'):
+      return cls(
+        build.make_model(config, info.num_classes),
+        network.variables,
+        info,
+        protocol=build.make_protocol(config),
+        settings=network.model,
+        step=network.step,
+        metrics=network.metrics,
+        trained_size=config.data.crop_size,
+        max_side=config.predict.max_side,
+        scale=config.predict.scale,
+        window=config.predict.window,
+        batch_size=config.eval.batch_size,
+        sizes=config.eval.buckets,
+        threads=config.data.threads,
+      )
 
+  @classmethod
+  def from_pretrained(
+    cls, source: str | Path, info: DatasetInfo | None = None, **settings: Any
+  ) -> Self:
+    """Opens a network of another project, or a workdir.
 
-def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
-  """Where each image's result goes; equal names are told apart by a number."""
-  targets = {}
-  # No result takes the place of a picture.
-  taken = {p.stem for p in paths if p.parent.resolve() == folder.resolve()}
-  for path in paths:
-    name, number = path.stem, 1
-    while name in taken or f'{name}_overlay' in taken:
-      number += 1
-      name = f'{path.stem}_{number}'
-    taken |= {name, f'{name}_overlay'}
-    targets[path] = folder / f'{name}.png'
-  return targets
+    `source` is what `config.init_from` takes, with a class layer. `info` says
+    what the classes are; 21 are PASCAL VOC's by default. `settings` are those
+    of `__init__`, and for a workdir those of `from_workdir`.
+    """
+    source = str(source)
+    if own := sources.own_checkpoint(Path(source).expanduser()):
+      return cls.from_workdir(*own, **settings)
+    config = import_weights.config_of(source, None)
+    pretrained, config = import_weights.open_source(config)
+    if (count := pretrained.num_classes) is None:
+      raise UserError(
+        f'{source} holds a backbone alone, which knows no classes; train on it'
+        f' first: --config.init_from={source}'
+      )
+    if info is None and count == DATASETS['voc2012'].num_classes:
+      info = DATASETS['voc2012']
+    classes = tuple(f'class {i}' for i in range(count))
+    model = build.make_model(config, count)
+    image = np.zeros((1, 65, 65, 3), np.uint8)
+    shapes = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), image, train=False)
+    )
+    return cls(
+      model,
+      pretrained.merge_into(shapes)[0],
+      info or DatasetInfo(source, classes, voc_palette(count)),
+      settings=to_json(config)['model'],
+      **settings,
+    )
 
+  def __call__(self, image: Any, *, probabilities: bool = False) -> Any:
+    """Segments an image, or a batch uint8 [B, H, W, 3].
 
-def _segment(
-  model: DeepLabV3,
-  variables: dict[str, Any],
-  paths: Sequence[Path],
-  limit: int | None,
-) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-  """Yields path, image [H, W, 3] and classes [H, W], in the order of the paths.
+    Returns classes uint8 [H, W]; with `probabilities` a pair of these and
+    float32 [H, W, C]. A batch gives [B, H, W] and [B, H, W, C]. Raises
+    `UserError` if an image cannot be read.
+    """
+    several = getattr(image, 'ndim', 3) == 4
+    found = list(
+      self.map(image if several else [image], probabilities=probabilities)
+    )
+    if not several:
+      return found[0]
+    if not probabilities:
+      return np.stack(found)
+    return tuple(map(np.stack, zip(*found, strict=True)))
 
-  The images are padded to at most `limit` sizes, which their heads tell before
-  the pixels are read. Those that cannot be read are named and left out.
-  """
-  predict_step = pmap_predict_step(model)
-  sizes = {p: size for p in paths if (size := _read(images.read_size, p))}
-  padded = buckets.bucket_of_each(list(sizes.values()), limit)
-  room = dict(zip(sizes.values(), padded, strict=True))
-  loaded = ((p, _read(images.read_image, p)) for p in sizes)
-  pairs = (pair for pair in loaded if pair[1] is not None)
-  devices = jax.local_device_count()
-  # Images in a row that are padded to one size go to the devices together. A
-  # file may say after its pixels that its image is to be turned, hence `or`.
-  for (height, width), row in itertools.groupby(
-    pairs, lambda pair: room.get(size := pair[1].shape[:2]) or size
-  ):
-    while group := list(itertools.islice(row, devices)):
-      batch = {
-        'image': np.zeros((devices, 1, height, width, 3), np.uint8),
-        'size': np.full((devices, 1, 2), (height, width), np.int32),
-      }
-      for device, (_, image) in enumerate(group):
-        h, w = batch['size'][device, 0] = image.shape[:2]
-        batch['image'][device, 0, :h, :w] = image
-      labels = distributed.unshard(predict_step(variables, batch))
-      for (path, image), label in zip(group, labels, strict=False):
-        yield path, image, label[: image.shape[0], : image.shape[1]]
+  def map(
+    self, images: Iterable[Any], *, probabilities: bool = False
+  ) -> Iterator[Any]:
+    """Yields for each image, in order, what `__call__` returns.
 
+    Images are decoded ahead, in threads. Those that are padded to one size go
+    to the devices together.
+    """
+    chunk = self._rows if self._rows == 1 else 4 * self._rows
+    read = pipeline.in_background(as_pixels, images, self.threads)
+    while pictures := list(itertools.islice(read, chunk)):
+      for classes, scores in self._segment(pictures, probabilities):
+        yield (classes, scores) if probabilities else classes
 
-def _read(function: Callable[[Path], Any], path: Path) -> Any:
-  try:
-    return function(path)
-  except UserError as error:
-    log.warning('%s; left out', error)
-    return None
+  def plan(self, sizes: Iterable[Size]) -> None:
+    """Chooses what to pad to, where the sizes of all images are known."""
+    small = [s for s in map(self._size_seen, sizes) if not self._is_large(s)]
+    self._buckets = buckets.Buckets(self._limit, small)
 
+  def bucket(self, size: Size) -> Size:
+    """Returns what an image of (height, width) is padded to, once scaled."""
+    seen = self._size_seen(size)
+    return seen if self._is_large(seen) else self._buckets.of(seen)
 
-def _write(
-  target: Path,
-  path: Path,
-  image: np.ndarray,
-  label: np.ndarray,
-  info: DatasetInfo,
-) -> None:
-  void = info.ignore_label
-  visualize.save_indexed_png(target, *info.in_file_values(label))
-  picture = visualize.overlay(
-    image, label, info.palette, info.classes, ignore_label=void
-  )
-  visualize.save_png(target.with_name(f'{target.stem}_overlay.png'), picture)
-  shares = visualize.class_shares(label, info.num_classes, void)
-  order = np.argsort(-shares, kind='stable')
-  text = [f'{info.classes[i]} {shares[i]:.1%}' for i in order if shares[i] > 0]
-  print(f'{path}: {", ".join(text)}', flush=True)
+  def _size_seen(self, size: Size) -> Size:
+    """The size at which the network sees an image."""
+    factor = min(self._scale, (self._max_side or math.inf) / max(size))
+    height, width = (max(1, round(n * factor)) for n in size)
+    return height, width
+
+  def _is_large(self, size: Size) -> bool:
+    return math.prod(size) > self._window**2
+
+  def _segment(
+    self, images: Sequence[np.ndarray], probabilities: bool
+  ) -> Iterator[_Result]:
+    """Segments images, each scaled, and its result brought back."""
+    shown = [windows.resized(x, self._size_seen(x.shape[:2])) for x in images]
+    scaled = [s is not x for s, x in zip(shown, images, strict=True)]
+    found = self._segment_shown(shown, probabilities or any(scaled))
+    for image, result, is_scaled in zip(images, found, scaled, strict=True):
+      if is_scaled:
+        size = image.shape[:2]
+        rows = windows.resized_scores(result[1], size)
+        result = windows.joined(rows, size, probabilities)
+      yield result
+
+  def _segment_shown(
+    self, images: Sequence[np.ndarray], probabilities: bool
+  ) -> list[_Result]:
+    """Segments images at their own size, those of one bucket together."""
+    results: list[Any] = [None] * len(images)
+    groups = collections.defaultdict(list)
+    for index, image in enumerate(images):
+      size = image.shape[:2]
+      self._warn_if_far(size)
+      if self._is_large(size):
+        rows = windows.scores_in_windows(
+          *(self.model, self.variables, self.protocol, image, self._window),
+          softmax=probabilities,
+        )
+        results[index] = windows.joined(rows, size, probabilities)
+      else:
+        groups[self._buckets.of(size)].append(index)
+    running = []
+    for size, group in groups.items():
+      for start in range(0, len(group), self._rows):
+        part = group[start : start + self._rows]
+        batch = [images[index] for index in part]
+        running.append((part, self._run(size, batch, probabilities)))
+    for part, found in running:
+      classes, scores = distributed.unshard(found)
+      for row, index in enumerate(part):
+        height, width = images[index].shape[:2]
+        own = scores[row, :height, :width] if probabilities else None
+        results[index] = classes[row, :height, :width], own
+    return results
+
+  def _run(
+    self, size: Size, images: Sequence[np.ndarray], probabilities: bool
+  ) -> Any:
+    """Starts to segment images, padded to one size, on all devices."""
+    batch = {
+      'image': np.zeros((self._rows, *size, 3), np.uint8),
+      'size': np.full((self._rows, 2), size, np.int32),
+    }
+    for row, image in enumerate(images):
+      height, width = batch['size'][row] = image.shape[:2]
+      batch['image'][row, :height, :width] = image
+    step = self._steps[probabilities]
+    return step(self._ready(size), distributed.shard(batch))
+
+  def _ready(self, size: Size) -> Any:
+    """The variables on all devices, with transformed kernels."""
+    with self._lock:
+      if self._on_devices is None:
+        if 'crop_size' in self.protocol.uses:
+          size = self.protocol.crop_size
+        variables = ops.cache_kernels(self.model, self.variables, size)
+        self._on_devices = distributed.replicate(variables)
+      return self._on_devices
+
+  def _warn_if_far(self, size: Size) -> None:
+    """Warns once of images much larger, and once of much smaller ones."""
+    if self.trained_size is None:
+      return
+    ratio = math.sqrt(math.prod(size) / math.prod(self.trained_size))
+    larger = ratio > 1
+    if max(ratio, 1 / ratio) > _FAR and larger not in self._warned:
+      self._warned.add(larger)
+      log.warning(
+        'an image is %dx%d, and the network was trained on crops of %dx%d:'
+        ' things may look too %s to it; set config.predict.%s',
+        *(*size, *self.trained_size),
+        *(('large', 'max_side') if larger else ('small', 'scale')),
+      )

@@ -10,8 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
-from deeplab_jax import DeepLabV3, ResNetV2, build, predict
+from deeplab_jax import DeepLabV3, ResNetV2, build
 from deeplab_jax import config as default_config
+from deeplab_jax.evaluation import evaluator
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.runtime.distributed import AXIS_NAME
@@ -176,7 +177,14 @@ def share_programs(patch):
       (model, config.loss, config.optimizer, config.train, of_data)
     ),
   )
-  share(patch, predict, 'pmap_predict_step', lambda model: repr(model))
+  share(
+    patch,
+    evaluator,
+    'pmap_predict_step',
+    lambda model, protocol, *, probabilities: repr(
+      (model, protocol, probabilities)
+    ),
+  )
   share(
     patch,
     build,

@@ -1,24 +1,28 @@
-"""Pictures in, label maps and overlays out."""
+"""`Predictor`: any image in, its classes out."""
 
+import functools
+import io
 import logging
-import re
+import threading
 
 import jax
 import numpy as np
 import pytest
-from miniature import make_config, share_programs
+from miniature import make, make_config, share_programs
 from PIL import Image
 
-from deeplab_jax import build
+import deeplab_jax
+from deeplab_jax import Predictor, build
 from deeplab_jax.benchmark.timing import compilations
-from deeplab_jax.data import images
-from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.evaluation import evaluator
-from deeplab_jax.predict import _write, predict
+from deeplab_jax.data.datasets import DatasetInfo, voc_palette
+from deeplab_jax.evaluate import evaluate
+from deeplab_jax.evaluation import protocols
+from deeplab_jax.evaluation.metrics import compute_metrics
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.compiles
+
+INFO = DatasetInfo('four', tuple('abcd'), voc_palette(4))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -29,210 +33,229 @@ def programs():
     yield
 
 
-@pytest.fixture
-def segment(trained, tmp_path):
-  """Function (*inputs) -> what `predict` returns, into tmp_path / 'out'."""
-
-  def run(*inputs, buckets=4):
-    config = make_config(
-      trained.settings,
-      predict__output_dir=str(tmp_path / 'out' / 'deep'),
-      eval__buckets=buckets,
-    )
-    return predict(config, trained.workdir, [str(text) for text in inputs])
-
-  return run
+@pytest.fixture(scope='module')
+def network(random_variables):
+  model = make(sync_bn=False)
+  return model, random_variables(model)
 
 
-def write_image(path, height=40, width=60, **options):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  rng = np.random.default_rng(height)
-  values = rng.integers(0, 256, (height, width, 3), np.uint8)
-  Image.fromarray(values).save(path, **options)
-  return path
+@pytest.fixture(scope='module')
+def predictor(network):
+  return Predictor(*network, INFO)
 
 
-def test_results_are_the_most_likely_classes_at_the_original_size(
-  trained, segment, tmp_path
-):
-  paths = [
-    write_image(tmp_path / f'in/{i}.png', 30 + i, 64 - i) for i in range(3)
-  ]
-  written = segment(tmp_path / 'in', buckets=9)
-  assert [path.name for path in written] == [path.name for path in paths]
-  model = build.make_model(trained.config, 4)
-  with Checkpoints(trained.workdir) as saved:
-    variables = saved.restore_variables(saved.step_named('best'))
-  apply = jax.jit(lambda x: model.apply(variables, x, train=False))
-  for path, result in zip(paths, written, strict=True):
-    image = images.read_image(path)
-    height, width = image.shape[:2]
-    expected = np.asarray(apply(image[None]))[0].argmax(-1)
-    with Image.open(result) as picture:
-      assert picture.mode == 'P'
-      assert picture.getpalette()[:9] == [10, 20, 30, 200, 0, 0, 0, 200, 0]
-      label = np.asarray(picture)
-    assert label.shape == expected.shape
-    assert (label != expected).mean() < 2e-3  # ties, rounded otherwise
-    with Image.open(result.with_name(f'{path.stem}_overlay.png')) as picture:
-      assert picture.mode == 'RGB'
-      assert picture.height > height and picture.width >= width
+@pytest.fixture(scope='module')
+def logits(network):
+  """Function of one image [H, W, 3], by the network alone."""
+  model, variables = network
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  return lambda image: np.asarray(apply(variables, image[None]))[0]
 
 
-def test_class_shares_are_printed_for_each_image(segment, tmp_path, capsys):
-  path = write_image(tmp_path / 'in.png')
-  (result,) = segment(path)
-  lines = capsys.readouterr().out.splitlines()
-  assert lines[0].startswith(f'{path}: ')
-  assert lines[-1].startswith('1 images segmented by step ')
-  label = np.asarray(Image.open(result))
-  shares = dict(
-    re.findall(r'(\w+) ([\d.]+)%', lines[0].removeprefix(str(path)))
-  )
-  names = ['ground', 'left', 'right', 'absent']
-  expected = {
-    name: f'{100 * (label == index).mean():.1f}'
-    for index, name in enumerate(names)
-    if (label == index).any()
-  }
-  assert shares == expected
+def draw(height=40, width=60, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
-def test_files_folders_and_globs_are_taken_each_image_once(segment, tmp_path):
-  write_image(tmp_path / 'in/deep/a.jpg')
-  write_image(tmp_path / 'in/b.jpg')
-  write_image(tmp_path / 'c.png')
-  written = segment(tmp_path / 'c.png', tmp_path / 'in', tmp_path / '*/b.*')
-  assert sorted(path.name for path in written) == ['a.png', 'b.png', 'c.png']
+def agree(found, expected):
+  """Classes are equal, but for ties that are rounded otherwise."""
+  assert found.shape == expected.shape and found.dtype == np.uint8
+  return (found != expected).mean() < 2e-3
 
 
-def test_images_of_one_name_get_results_of_two(segment, tmp_path):
-  write_image(tmp_path / 'a/x.jpg', 40)
-  write_image(tmp_path / 'b/x.png', 50)
-  write_image(tmp_path / 'b/x_overlay.png', 60)
-  written = segment(tmp_path / 'a', tmp_path / 'b', buckets=1)
-  heights = {path.name: len(np.asarray(Image.open(path))) for path in written}
-  assert heights == {'x.png': 40, 'x_2.png': 50, 'x_overlay_2.png': 60}
-  assert len(list((tmp_path / 'out' / 'deep').iterdir())) == 6
+def test_classes_and_probabilities_are_those_of_the_network(predictor, logits):
+  image = draw()
+  classes, probabilities = predictor(image, probabilities=True)
+  expected = logits(image)
+  softmax = np.exp(expected - expected.max(-1, keepdims=True))
+  softmax /= softmax.sum(-1, keepdims=True)
+  np.testing.assert_allclose(probabilities, softmax, atol=1e-5)
+  assert agree(classes, expected.argmax(-1))
+  np.testing.assert_array_equal(predictor(image), classes)
 
 
-def test_images_of_differing_sizes_are_segmented_in_their_order(
-  segment, tmp_path
-):
-  sizes = [(40, 60), (40, 61), (70, 60), (40, 62), (64, 64)]
-  paths = [
-    write_image(tmp_path / f'{i}.png', *size) for i, size in enumerate(sizes)
-  ]
-  written = segment(*paths, buckets=2)
-  assert [np.asarray(Image.open(p)).shape for p in written] == sizes
-  assert [p.stem for p in written] == [p.stem for p in paths]
+def test_every_kind_of_image_is_taken(predictor, tmp_path):
+  image, path = draw(), tmp_path / 'a.png'
+  Image.fromarray(image).save(path)
+  expected = predictor(image)
+  kinds = path, str(path), path.read_bytes(), Image.fromarray(image)
+  for found in predictor.map(kinds):
+    np.testing.assert_array_equal(found, expected)
+  batch = np.stack([image, draw(seed=1)])
+  found, shares = predictor(batch, probabilities=True)
+  assert found.shape == (2, 40, 60) and shares.shape == (2, 40, 60, 4)
+  np.testing.assert_array_equal(found[0], expected)
+  assert predictor(batch).shape == (2, 40, 60)
 
 
-def test_rotated_photo_is_segmented_as_a_viewer_shows_it(segment, tmp_path):
-  exif = Image.Exif()
+def test_a_rotated_photo_is_segmented_as_a_viewer_shows_it(predictor):
+  exif, file = Image.Exif(), io.BytesIO()
   exif[0x0112] = 6  # a quarter turn
-  path = write_image(tmp_path / 'in.jpg', 40, 60, exif=exif)
-  (result,) = segment(path)
-  assert np.asarray(Image.open(result)).shape == (60, 40)
+  Image.fromarray(draw()).save(file, 'png', exif=exif)
+  assert predictor(file.getvalue()).shape == (60, 40)
 
 
-def test_many_sizes_are_compiled_as_few_times_as_asked(
-  segment, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  ('image', 'message'),
+  [
+    (np.zeros((4, 5, 3)), r'array uint8 \[H, W, 3\], got float64 \[4, 5, 3\]'),
+    (np.zeros((4, 5), np.uint8), r'got uint8 \[4, 5\]'),
+    (np.zeros((0, 5, 3), np.uint8), r'got uint8 \[0, 5, 3\]'),
+    (b'no picture', '^image: '),
+    ('nowhere.png', r'^nowhere\.png: '),
+  ],
+)
+def test_what_is_no_image_is_named(predictor, image, message):
+  with pytest.raises(UserError, match=message):
+    predictor(image)
+
+
+def test_a_stream_of_many_sizes_keeps_its_order_and_compiles_little(
+  network, logits
 ):
-  monkeypatch.setattr(
-    'deeplab_jax.predict.pmap_predict_step', evaluator.pmap_predict_step
-  )
-  for i in range(6):
-    write_image(tmp_path / f'in/{i}.png', 40 + 9 * i, 40 + 20 * (i % 3))
+  sizes = [(40 + 7 * (i % 5), 40 + 9 * (i % 7)) for i in range(16)]
+  pictures = [draw(*size, seed=i) for i, size in enumerate(sizes)]
+  predictor = Predictor(*network, INFO, sizes=2, batch_size=4)
   with compilations() as compiled:
-    written = segment(tmp_path / 'in', buckets=2)
-  assert len(written) == 6
-  assert len(compiled) == 2
+    found = list(predictor.map(iter(pictures)))
+  assert [x.shape for x in found] == sizes
+  # Two to begin with, and those that they grow into.
+  assert len([c for c in compiled if 'step' in str(c)]) <= 5
+  for image, classes in zip(pictures[:3], found, strict=False):
+    assert agree(classes, logits(image).argmax(-1))
 
 
-@pytest.mark.parametrize('broken', ['b', 'bc'])
-def test_unreadable_images_are_named_and_the_rest_is_done(
-  segment, tmp_path, caplog, capsys, broken
-):
-  folder = tmp_path / 'in'
-  for name in 'abcd':
-    write_image(folder / f'{name}.png')
-  # One says at once that it is no picture, one only when it is decoded.
-  folder.joinpath('b.png').write_bytes(b'no picture')
-  if 'c' in broken:
-    data = folder.joinpath('c.png').read_bytes()
-    folder.joinpath('c.png').write_bytes(data[:-2000])
-  of = f'{len(broken)} of 4 images could not be read, first .*b.png'
-  with (
-    caplog.at_level(logging.WARNING, 'deeplab_jax'),
-    pytest.raises(UserError, match=of),
-  ):
-    segment(folder)
-  done = sorted(p.name for p in (tmp_path / 'out' / 'deep').glob('?.png'))
-  assert done == [f'{name}.png' for name in 'abcd' if name not in broken]
-  assert len(caplog.messages) == len(broken)
-  for name, message in zip(broken, caplog.messages, strict=True):
-    assert f'{name}.png' in message and message.endswith('left out')
-  last = capsys.readouterr().out.splitlines()[-1]
-  assert last.startswith(f'{4 - len(broken)} images segmented by step ')
+def test_several_threads_get_what_one_gets(predictor):
+  pictures = [draw(40, 50 + i % 3, seed=i) for i in range(12)]
+  expected = [predictor(image) for image in pictures]
+  found = {}
+
+  def work(start):
+    for i in range(start, len(pictures), 4):
+      found[i] = predictor(pictures[i])
+
+  threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  for i, classes in enumerate(expected):
+    np.testing.assert_array_equal(found[i], classes)
 
 
-def test_no_readable_image_at_all_is_an_error(segment, tmp_path):
-  path = tmp_path / 'a.png'
-  path.write_bytes(b'no picture')
-  with pytest.raises(UserError, match=r'1 of 1 images could not be .*a\.png'):
-    segment(path)
+def test_large_images_are_segmented_in_windows(network, logits):
+  image = draw(150, 700)
+  expected = logits(image)
+  small = Predictor(*network, INFO, window=560)
+  assert agree(small(image), expected.argmax(-1)) is not None
+  wide = Predictor(*network, INFO, window=320)  # 320 x 320 < 150 x 700
+  with pytest.raises(ValueError, match='side must be above 512'):
+    wide(image)
 
 
-def test_earlier_predictions_are_not_replaced_silently(
-  segment, tmp_path, caplog
-):
-  first, second = (write_image(tmp_path / f'{n}.png') for n in 'ab')
+def test_max_side_and_scale_bring_results_back_to_the_size(network, predictor):
+  smooth = np.asarray(
+    Image.fromarray(draw(6, 8)).resize((160, 120), Image.Resampling.BICUBIC)
+  )
+  half = np.asarray(
+    Image.fromarray(smooth).resize((80, 60), Image.Resampling.BOX)
+  )
+  for options in ({'max_side': 80}, {'scale': 0.5}):
+    shrinks = Predictor(*network, INFO, **options)
+    classes, shares = shrinks(smooth, probabilities=True)
+    assert classes.shape == (120, 160) and shares.shape == (120, 160, 4)
+    np.testing.assert_array_equal(classes, shares.argmax(-1))
+    _, small = predictor(half, probabilities=True)
+    # The mean of 2 x 2 pixels that are interpolated from the small ones.
+    mean = shares.reshape(60, 2, 80, 2, 4).mean((1, 3))
+    assert np.abs(mean - small)[2:-2, 2:-2].mean() < 0.02
+  np.testing.assert_array_equal(shrinks(half).shape, (60, 80))
+
+
+def test_images_far_from_the_training_scale_are_warned_of_once(network, caplog):
+  predictor = Predictor(*network, INFO, trained_size=(40, 60))
   with caplog.at_level(logging.WARNING, 'deeplab_jax'):
-    segment(first)
+    predictor(draw(100, 150))
     assert not caplog.messages
-    segment(first, second)
-  folder = tmp_path / 'out' / 'deep'
-  assert caplog.messages == [f'1 earlier predictions in {folder} are replaced']
+    list(predictor.map([draw(130, 190), draw(131, 190), draw(12, 12)]))
+  assert len(caplog.messages) == 2
+  assert caplog.messages[0].startswith('an image is 130x190, and the network')
+  assert 'config.predict.max_side' in caplog.messages[0]
+  assert 'config.predict.scale' in caplog.messages[1]
 
 
-def test_missing_inputs_are_named(segment, tmp_path):
-  with pytest.raises(UserError, match='no image given'):
-    segment()
-  with pytest.raises(UserError, match=r'nope\.jpg: no such file'):
-    segment(tmp_path / 'nope.jpg')
-  with pytest.raises(UserError, match='no image found'):
-    segment(tmp_path / '*.jpg')
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {},
+    {'protocol': 'sliding_window', 'crop_size': (33, 41)},
+    {'scales': (0.75, 1.25), 'flip': True},
+    {'output_stride': 8},
+  ],
+  ids=str,
+)
+def test_confusion_is_that_of_eval_pixel_for_pixel(trained, settings):
+  own = dict(settings)
+  stride = own.pop('output_stride', None)
+  changes = {f'eval__{key}': value for key, value in own.items()}
+  if stride:
+    changes['model__output_stride'] = stride
+  config = make_config(trained.settings, **changes)
+  expected = evaluate(config, trained.workdir)
+  predictor = Predictor.from_workdir(trained.workdir, **settings)
+  source = build.open_dataset(config, 'val').source('val')
+  confusion = np.zeros((4, 4), np.int64)
+  for record in source:
+    truth = np.asarray(Image.open(io.BytesIO(record['label'])))
+    found = predictor(record['image'])
+    valid = truth < 4
+    np.add.at(confusion, (truth[valid], found[valid]), 1)
+  metrics = compute_metrics(confusion, predictor.info.classes)
+  for key in ('miou', 'pixel_accuracy', 'per_class_iou'):
+    assert metrics[key] == expected[key]
 
 
-def test_workdir_without_checkpoint_is_named(trained, tmp_path):
-  path = write_image(tmp_path / 'in.png')
+def test_a_workdir_gives_its_checkpoint_and_what_it_means(trained):
+  predictor = Predictor.from_workdir(str(trained.workdir), 'latest')
+  assert predictor.info.classes == ('ground', 'left', 'right', 'absent')
+  assert predictor.step == 6 and predictor.metrics['miou'] >= 0
+  assert predictor.trained_size == tuple(trained.config.data.crop_size)
+  assert predictor.settings['backbone'] == trained.config.model.backbone
+  same = Predictor.from_pretrained(trained.workdir, flip=True)
+  assert same.protocol.flip
+
+
+def test_center_crops_are_seen_whole(trained):
+  predictor = Predictor.from_workdir(trained.workdir, protocol='center_crop')
+  assert type(predictor.protocol) is protocols.Protocol
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'protocl': 'whole'}, 'a setting must be one of .*protocol'),
+    ({'protocol': 'half'}, 'config.eval: protocol must be whole or'),
+    ({'scales': (9.0,)}, 'config.eval: scales must be'),
+    ({'scale': 0.0}, 'config.predict: scale must be above 0'),
+    ({'max_side': -1}, 'config.predict: max_side must be at least 1'),
+    ({'window': 0}, 'config.predict: window must be at least 1'),
+    ({'step': 77}, '77 is not in'),
+  ],
+  ids=str,
+)
+def test_wrong_settings_are_named(trained, settings, message):
+  with pytest.raises(ValueError, match=message):
+    Predictor.from_workdir(trained.workdir, **settings)
+
+
+def test_a_folder_that_is_no_workdir_is_named(tmp_path):
   with pytest.raises(UserError, match=f'no checkpoint in {tmp_path}'):
-    predict(trained.config, tmp_path, [str(path)])
+    Predictor.from_workdir(tmp_path)
+  with pytest.raises(UserError, match='nowhere'):
+    Predictor.from_pretrained(tmp_path / 'nowhere.h5')
 
 
-def test_results_beside_the_images_replace_none(trained, tmp_path):
-  path = write_image(tmp_path / 'x.png')
-  before = path.read_bytes()
-  config = make_config(trained.settings, predict__output_dir=str(tmp_path))
-  assert predict(config, trained.workdir, [str(path)]) == [tmp_path / 'x_2.png']
-  assert path.read_bytes() == before
-
-
-def test_results_that_cannot_be_written_are_named(trained, tmp_path):
-  path = write_image(tmp_path / 'in.png')
-  config = make_config(trained.settings, predict__output_dir=str(path))
-  with pytest.raises(UserError, match=r'predict\.output_dir=.*in\.png'):
-    predict(config, trained.workdir, [str(path)])
-
-
-def test_label_map_has_the_values_of_the_files_trained_on(tmp_path, capsys):
-  palette = np.array([[9, 0, 0], [0, 9, 0]], np.uint8)
-  info = DatasetInfo('x', ('bg', 'box'), palette, values=(0, 255), void_value=7)
-  label = np.array([[0, 1, 1, 1]], np.uint8)
-  image = np.zeros((1, 4, 3), np.uint8)
-  _write(tmp_path / 'a.png', 'in.png', image, label, info)
-  with Image.open(tmp_path / 'a.png') as written:
-    assert np.array(written).tolist() == [[0, 255, 255, 255]]
-    assert np.array(written.convert('RGB'))[0, 1].tolist() == [0, 9, 0]
-  assert capsys.readouterr().out == 'in.png: box 75.0%, bg 25.0%\n'
+def test_the_package_names_it_but_does_not_load_it():
+  assert 'Predictor' in deeplab_jax.__all__
+  with pytest.raises(AttributeError, match="no attribute 'Predictr'"):
+    _ = deeplab_jax.Predictr

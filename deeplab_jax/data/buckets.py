@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ FILLER = -1
 _NEVER = np.iinfo(np.int64).max
 # The time of merging by pairs grows with the cube of the number of sizes.
 _PAIRED_UP_TO = 256
+_STEP = 64  # pixels by which a bucket of a stream grows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +122,42 @@ def plan_batches(
       for start in range(0, len(indices), batch_size)
     ]
   return batches
+
+
+class Buckets:
+  """The sizes to pad a stream of images to, at most `limit`; None for any.
+
+  Several threads may use one. A size that is `planned` from the start serves
+  all images that it holds.
+  """
+
+  def __init__(self, limit: int | None, planned: Sequence[Size] = ()) -> None:
+    """Starts with the sizes that `merge_sizes` makes of the planned ones."""
+    self._limit, self._lock = limit, threading.Lock()
+    counts = collections.Counter((height, width) for height, width in planned)
+    self._sizes = merge_sizes(counts, limit)
+    self._planned = bool(planned)
+
+  def of(self, size: Size) -> Size:
+    """Returns the size to which an image is padded, by (height, width)."""
+    if self._limit is None:
+      return size
+    with self._lock:
+      holding = [b for b in self._sizes if size[0] <= b[0] and size[1] <= b[1]]
+      best = min(holding, key=math.prod, default=None)
+      room = len(self._sizes) < self._limit and not self._planned
+      # Where there is room, a size of its own saves padding above a fifth.
+      if best and not (room and math.prod(best) > 1.2 * math.prod(size)):
+        return best
+      if not room:  # the one that has to grow least grows, in a few large steps
+        merged = [np.maximum(size, b) for b in self._sizes]
+        growth = [
+          m.prod() - math.prod(b)
+          for m, b in zip(merged, self._sizes, strict=True)
+        ]
+        place = int(np.argmin(growth))
+        del self._sizes[place]
+        height, width = (int(-(-n // _STEP) * _STEP) for n in merged[place])
+        size = height, width
+      self._sizes.append(size)
+      return size

@@ -5,6 +5,7 @@ import glob
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -55,6 +56,28 @@ def read_image(path: Path) -> np.ndarray:
   are neither color nor alpha, many half-transparent pixels, or several pages.
   """
   return open_picture(path).pixels
+
+
+def as_pixels(image: Any) -> np.ndarray:
+  """Returns a picture as uint8 RGB [H, W, 3].
+
+  It is the path or the bytes of a file, read by `read_image`, or a PIL image or
+  an array uint8 [H, W, 3], taken as they are. Raises `UserError` for all else.
+  """
+  if isinstance(image, str | os.PathLike):
+    return read_image(image)
+  if isinstance(image, bytes):
+    return open_picture('image', image).pixels
+  if isinstance(image, Image.Image):
+    image = image.convert('RGB')
+  image = np.asarray(image)
+  fits = image.ndim == 3 and image.shape[2] == 3 and 0 not in image.shape
+  if not fits or image.dtype != np.uint8:
+    raise UserError(
+      'an image must be a path, bytes, a PIL image, or an array uint8'
+      f' [H, W, 3], got {image.dtype} {list(image.shape)}'
+    )
+  return image
 
 
 def open_picture(path: Path, data: bytes | None = None) -> Picture:

@@ -3,6 +3,7 @@
 The numbers of threads and workers never change a pixel.
 """
 
+import collections
 import functools
 import multiprocessing
 import os
@@ -10,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
 
 import cv2
 import grain
@@ -23,6 +25,8 @@ from deeplab_jax.data.buckets import FILLER, PlannedBatch
 from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
 from deeplab_jax.runtime.errors import UserError, require
 
+T = TypeVar('T')
+R = TypeVar('R')
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
 # `close()` ends the background work.
@@ -181,6 +185,24 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
   rule = f'batch_size must be a positive multiple of hosts={hosts}'
   require(batch_size > 0 and batch_size % hosts == 0, rule, batch_size)
   require(0 <= host < hosts, f'host must be 0 to {hosts - 1}', host)
+
+
+def in_background(
+  function: Callable[[T], R], items: Iterable[T], threads: int
+) -> Iterator[R]:
+  """Yields `function` of each item in order, computed ahead in threads."""
+  waiting: collections.deque[Any] = collections.deque()
+  with ThreadPoolExecutor(threads) as pool:
+    try:
+      for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * threads:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    finally:
+      for future in waiting:
+        future.cancel()
 
 
 def cores() -> int:

@@ -46,7 +46,7 @@ def eval_step(
   Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
   `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
   """
-  prediction = predict_step(variables, batch, scores=scores)
+  prediction, _ = predict_step(variables, batch, scores=scores)
   count = functools.partial(
     metrics.confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
   )
@@ -62,10 +62,13 @@ def eval_step(
 
 def predict_step(
   variables: Any, batch: dict[str, jax.Array], *, scores: Callable[..., Any]
-) -> jax.Array:
-  """Predicts classes uint8 [b, H, W] of `image`, padded from `size` [b, 2]."""
+) -> tuple[jax.Array, jax.Array]:
+  """Predicts `image` of a batch, padded from `size` [b, 2].
+
+  Returns classes uint8 [b, H, W] and the scores [b, H, W, C].
+  """
   found = scores(variables, batch['image'], batch['size'])
-  return jnp.argmax(found, -1).astype(jnp.uint8)
+  return jnp.argmax(found, -1).astype(jnp.uint8), found
 
 
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
@@ -74,9 +77,22 @@ def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
   return jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
 
 
-def pmap_predict_step(model: Any) -> Callable[..., Any]:
-  """Maps `predict_step` over the local devices, in the batch and the result."""
-  step = functools.partial(predict_step, scores=Protocol().scores(model))
+def pmap_predict_step(
+  model: Any, protocol: Protocol, *, probabilities: bool
+) -> Callable[..., Any]:
+  """Maps prediction over the local devices, in the batch and the result.
+
+  The function takes variables and a batch as `predict_step` does, and returns
+  classes uint8 [D, b, H, W] and, if asked, probabilities [D, b, H, W, C].
+  """
+  scores = protocol.scores(model)
+
+  def step(variables: Any, batch: dict[str, jax.Array]) -> Any:
+    classes, found = predict_step(variables, batch, scores=scores)
+    if protocol.gives_logits:
+      found = jax.nn.softmax(found)
+    return classes, found if probabilities else None
+
   return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
 

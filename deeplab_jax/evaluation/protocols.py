@@ -42,12 +42,17 @@ class Protocol:
     fits = len(scales) > 0 and min(scales) > 0 and max(scales) <= 4
     require(fits, 'scales must be numbers above 0, at most 4', scales)
 
+  @property
+  def gives_logits(self) -> bool:
+    """Whether `scores` are logits and not probabilities."""
+    return self.scales == (1.0,) and not self.flip
+
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Returns a function of variables, images and sizes, see `probabilities`.
 
     That function returns scores [B, H, W, C]; the highest is the prediction.
     """
-    if self.scales == (1.0,) and not self.flip:
+    if self.gives_logits:
       return lambda variables, images, sizes: model.apply(
         variables, images, train=False, sizes=sizes
       )
@@ -78,6 +83,7 @@ class SlidingWindow(Protocol):
 
   name = 'sliding_window'
   uses = ('crop_size', 'overlap')
+  gives_logits = False
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Averages the probabilities of the windows."""

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jaxlib.utils
 
+from deeplab_jax.runtime import distributed
+
 _XLA_FLAGS = (
   # Keeps XLA's barriers until after the backward pass computes maps again. A
   # later pass would otherwise merge both computations and keep the maps.
@@ -20,6 +22,15 @@ _XLA_FLAGS = (
 _MAPPINGS = Path('/proc/sys/vm/max_map_count')
 _THREADS = Path('/proc/sys/kernel/threads-max')
 _LOG_FATAL = 3  # the highest of absl's log levels
+
+
+def start(workdir: Path, *, debug: bool = False) -> None:
+  """Does all that a command on a workdir does before JAX starts."""
+  configure()
+  if not debug:
+    hide_alarms()
+  cache_programs(workdir / 'compilation_cache')
+  distributed.initialize()
 
 
 def configure() -> None:

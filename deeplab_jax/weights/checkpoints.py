@@ -145,6 +145,13 @@ class Network(NamedTuple):
   dataset: dict[str, Any]  # `DatasetInfo.to_json()`
   variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
   trained_stride: int  # the output stride of training
+  metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
+
+
+def check_workdir(workdir: Path) -> None:
+  """Raises `UserError` unless there may be a checkpoint in a workdir."""
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f'no checkpoint in {workdir}; train there first')
 
 
 def open_network(
@@ -168,7 +175,8 @@ def open_network(
     check_same_architecture(metadata, describe(model, dataset), workdir)
     variables = saved.restore_variables(step)
   stride = metadata['model']['output_stride']
-  return Network(step, model, dataset, variables, stride)
+  metrics = metadata.get('metrics')
+  return Network(step, model, dataset, variables, stride, metrics)
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,6 @@ def test_no_class_is_predicted_between_two_others(random_variables):
   )
   bias[2] += np.median(logits[..., 0] - logits[..., 2])
   sizes = np.full((2, 2), (40, 50), np.int32)
-  classes = step(variables, {'image': images, 'size': sizes})
+  classes, _ = step(variables, {'image': images, 'size': sizes})
   assert classes.shape == (2, 40, 50)
   assert set(np.unique(classes)) == {0, 2}

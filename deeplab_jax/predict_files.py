@@ -1,0 +1,283 @@
+"""Masks for image files: --mode=predict."""
+
+import collections
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from deeplab_jax.config import to_json
+from deeplab_jax.data import images
+from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.data.pipeline import in_background
+from deeplab_jax.predict import Predictor
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import replacing
+from deeplab_jax.visualize import labels as visualize
+from deeplab_jax.weights import checkpoints
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 10  # between two lines of progress
+_TABLE = 'class_shares.csv'
+Row = dict[str, str]  # of that table
+
+
+def predict(
+  config: ConfigDict, workdir: Path, inputs: Sequence[str]
+) -> list[Path]:
+  """Segments image files with a checkpoint of `workdir`.
+
+  For each image of `inputs` (files, folders or globs) it writes `NAME.png`, the
+  classes as a palette PNG of the image's own size, which it returns, and
+  `NAME_overlay.png`, the classes over the image with a legend, if
+  `config.predict.overlay`. `config.predict.probabilities` adds
+  `probabilities/NAME.npz`, float16 [H, W, C], or `NAME_CLASS.png` of 16 bits.
+  `class_shares.csv` holds the share of each class in each image; a table over
+  all images is printed. What the same network has segmented with the same
+  settings is not done again, so a run that was stopped goes on. Hosts divide
+  the images.
+
+  Raises `UserError` without a checkpoint; at the end, for images it could not
+  read.
+  """
+  checkpoints.check_workdir(workdir)
+  paths = images.list_images(inputs)
+  predictor = Predictor.from_config(config, workdir)
+  folder = Path(config.predict.output_dir or workdir / 'predictions')
+  deepest = folder / 'probabilities' if config.predict.probabilities else folder
+  try:
+    deepest.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    place = f'config.predict.output_dir={folder}'
+    raise UserError(f'{place}: {error.strerror}') from error
+  targets, info = _targets(paths, folder), predictor.info
+  network, rows = _identity(predictor, config), _read_rows(folder)
+  host, hosts = jax.process_index(), jax.process_count()
+  own = paths[host::hosts]
+  todo = [
+    path
+    for path in own
+    if not targets[path].exists()
+    or not _origin(path, network).items()
+    <= rows.get(targets[path].name, {}).items()
+  ]
+  if len(todo) < len(own):
+    log.info('%d images are done already', len(own) - len(todo))
+  if earlier := sum(targets[path].exists() for path in todo):
+    log.warning('%d earlier predictions in %s are replaced', earlier, folder)
+  columns = ['mask', *_origin(paths[0], network), 'height', 'width']
+  unread = len(todo)
+  journal = folder / f'.class_shares_{time.time_ns()}_{host}.csv'
+  with journal.open('w', newline='', encoding='utf-8') as file:
+    writer = csv.DictWriter(file, [*columns, *info.classes])
+    writer.writeheader()
+    for path, label in _segment(predictor, config, todo, targets):
+      shares = visualize.class_shares(label, info.num_classes)
+      values = (
+        targets[path].name,
+        *_origin(path, network).values(),
+        *label.shape,
+      )
+      row = dict(zip(columns, values, strict=True))
+      by_class = zip(info.classes, (f'{x:.6f}' for x in shares), strict=True)
+      writer.writerow(row | dict(by_class))
+      file.flush()
+      unread -= 1
+  if hosts > 1:
+    unread = int(multihost_utils.process_allgather(np.array(unread)).sum())
+  if distributed.is_first_process():
+    rows = _merge_rows(folder)
+    done = [rows[t.name] for t in targets.values() if t.name in rows]
+    print(_table(done, info))
+    count = len(paths) - unread
+    print(f'{count} images segmented by step {predictor.step}, in {folder}')
+  if unread:
+    raise UserError(
+      f'{unread} of {len(paths)} images could not be read, see above'
+    )
+  return list(targets.values())
+
+
+def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
+  """Where each image's result goes; equal names are told apart by a number."""
+  targets = {}
+  # No result takes the place of a picture.
+  taken = {p.stem for p in paths if p.parent.resolve() == folder.resolve()}
+  for path in paths:
+    name, number = path.stem, 1
+    while name in taken or f'{name}_overlay' in taken:
+      number += 1
+      name = f'{path.stem}_{number}'
+    taken |= {name, f'{name}_overlay'}
+    targets[path] = folder / f'{name}.png'
+  return targets
+
+
+def _identity(predictor: Predictor, config: ConfigDict) -> str:
+  """Names the step, and by a digest the weights and all that shapes results."""
+  settings = to_json(config)
+  del settings['predict']['output_dir']
+  protocol = predictor.protocol.describe(predictor.model)
+  kept = settings['model'], settings['predict'], protocol
+  digest = hashlib.blake2b(json.dumps(kept).encode(), digest_size=4)
+  for leaf in jax.tree.leaves(predictor.variables):
+    digest.update(np.ascontiguousarray(leaf))
+  return f'step {predictor.step} {digest.hexdigest()}'
+
+
+def _origin(path: Path, network: str) -> Row:
+  """The columns that tell whether a row still holds."""
+  state = path.stat()
+  version = f'{state.st_size} bytes {state.st_mtime_ns}'
+  return {'image': str(path), 'version': version, 'network': network}
+
+
+def _segment(
+  predictor: Predictor,
+  config: ConfigDict,
+  paths: Sequence[Path],
+  targets: dict[Path, Path],
+) -> Iterator[tuple[Path, np.ndarray]]:
+  """Yields path and classes [H, W] of images whose results are written.
+
+  Images of one padded size follow each other. Those that cannot be read are
+  named and left out.
+  """
+  threads, kind = predictor.threads, config.predict.probabilities
+  sizes = {
+    path: size
+    for path, size in in_background(_reader(images.read_size), paths, threads)
+    if size
+  }
+  predictor.plan(sizes.values())
+  order = sorted(sizes, key=lambda path: predictor.bucket(sizes[path]))
+  read = in_background(_reader(images.read_image), order, threads)
+  pictures: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
+
+  def ready() -> Iterator[np.ndarray]:
+    for path, image in read:
+      if image is not None:
+        pictures.append((path, image))
+        yield image
+
+  def segmented() -> Iterator[Any]:
+    for found in predictor.map(ready(), probabilities=kind is not None):
+      yield (*pictures.popleft(), found if kind else (found, None))
+
+  def write(work: Any) -> tuple[Path, np.ndarray]:
+    path, image, (label, scores) = work
+    _write(targets[path], image, label, scores, predictor.info, config.predict)
+    return path, label
+
+  start = last = time.monotonic()
+  for count, done in enumerate(in_background(write, segmented(), threads), 1):
+    yield done
+    now = time.monotonic()
+    if count == 1:
+      start = last = now  # compiling and reading the sizes are over
+    elif now - last > _SECONDS:
+      last, pace = now, (now - start) / (count - 1)
+      left = tqdm.format_interval(pace * (len(order) - count))
+      log.info(f'{count}/{len(order)} images  {1 / pace:.1f}/s  {left} left')
+
+
+def _reader(
+  function: Callable[[Path], Any],
+) -> Callable[[Path], tuple[Path, Any]]:
+  """Lets a function that reads return the path too, and None for a failure."""
+
+  def read(path: Path) -> tuple[Path, Any]:
+    try:
+      return path, function(path)
+    except UserError as error:
+      log.warning('%s; left out', error)
+      return path, None
+
+  return read
+
+
+def _write(
+  target: Path,
+  image: np.ndarray,
+  label: np.ndarray,
+  scores: np.ndarray | None,
+  info: DatasetInfo,
+  settings: ConfigDict,
+) -> None:
+  """Writes the results of one image, the mask last."""
+  void = info.ignore_label
+  if settings.overlay:
+    picture = visualize.overlay(
+      image, label, info.palette, info.classes, ignore_label=void
+    )
+    name = f'{target.stem}_overlay.png'
+    visualize.save_png(target.with_name(name), picture)
+  if scores is not None:
+    below = target.parent / 'probabilities'
+    if settings.probabilities == 'npz':
+      with (
+        replacing(below / f'{target.stem}.npz') as temporary,
+        open(temporary, 'wb') as file,
+      ):
+        np.savez(file, probabilities=scores.astype(np.float16))
+    else:
+      for index, share in enumerate(np.moveaxis(scores, -1, 0)):
+        deep = np.rint(share * 65535).astype(np.uint16)
+        with replacing(below / f'{target.stem}_{index}.png') as temporary:
+          Path(temporary).write_bytes(cv2.imencode('.png', deep)[1])
+  visualize.save_indexed_png(target, *info.in_file_values(label))
+
+
+def _read_rows(folder: Path) -> dict[str, Row]:
+  """Reads what earlier runs in a folder noted, by the name of the mask."""
+  rows = {}
+  for path in (folder / _TABLE, *sorted(folder.glob('.class_shares_*.csv'))):
+    text = path.read_text('utf-8') if path.exists() else ''
+    lines = text[: text.rfind('\n') + 1]  # without half a line of a killed run
+    for row in csv.DictReader(io.StringIO(lines)):
+      rows[row['mask']] = row
+  return rows
+
+
+def _merge_rows(folder: Path) -> dict[str, Row]:
+  """Joins the notes of all hosts and runs into one table; returns its rows."""
+  rows = _read_rows(folder)
+  columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+  with (
+    replacing(folder / _TABLE) as temporary,
+    open(temporary, 'w', newline='', encoding='utf-8') as file,
+  ):
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows[mask] for mask in sorted(rows))
+  for path in folder.glob('.class_shares_*.csv'):
+    path.unlink()
+  return rows
+
+
+def _table(rows: Sequence[Row], info: DatasetInfo) -> str:
+  """Writes a table: the share of each class, and the images that show it."""
+  areas = np.array([int(row['height']) * int(row['width']) for row in rows])
+  width = max(map(len, ['class', *info.classes]))
+  head = f'{"class":<{width}}  {"pixels %":>8}  {"images":>6}'
+  lines = [head, '-' * len(head)]
+  for name in info.classes:
+    shares = np.array([float(row[name]) for row in rows])
+    part = 100 * (shares * areas).sum() / max(areas.sum(), 1)
+    lines.append(f'{name:<{width}}  {part:>8.2f}  {(shares > 0).sum():>6}')
+  return '\n'.join(lines)

@@ -1,0 +1,134 @@
+"""Images in windows against the same images in one pass."""
+
+import functools
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from deeplab_jax import DeepLabV3, ResNetV2, ops
+from deeplab_jax.evaluation import protocols, windows
+from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.resnet import PreActBasicUnit
+from deeplab_jax.runtime.errors import UserError
+
+pytestmark = pytest.mark.compiles
+
+MARGIN = 160  # pixels; the features of `network` reach 153
+
+
+@pytest.fixture(scope='module')
+def image():
+  """Noise on a slope, so that each part has another mean than the whole."""
+  rng = np.random.default_rng(0)
+  noise = rng.integers(0, 90, (331, 470, 3))
+  return (noise + np.linspace(0, 160, 470)[:, None]).astype(np.uint8)
+
+
+@pytest.fixture(scope='module', params=['paper', 'seed'])
+def network(request, random_variables):
+  """A DeepLab of one unit a block, in the geometry of a preset."""
+  seed = request.param == 'seed'
+  backbone = ResNetV2(
+    *((1, 1, 1, 1), PreActBasicUnit),
+    multi_grid=(1,),
+    width=0.125,
+    conv_bias=seed,
+    stem_pool='same' if seed else 'symmetric',
+  )
+  options = {'upsampling': 'asymmetric'} if seed else {}
+  model = DeepLabV3(backbone, ASPP((1, 3), 8), 4, **options)
+  return model, random_variables(model)
+
+
+@pytest.fixture(scope='module')
+def whole(network, image):
+  model, variables = network
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  return np.asarray(apply(variables, image[None]))[0]
+
+
+def in_windows(network, image, side, protocol=None, **options):
+  protocol = protocol or protocols.Protocol()
+  options = {'softmax': False, 'margin': MARGIN, **options}
+  parts = windows.scores_in_windows(*network, protocol, image, side, **options)
+  return np.concatenate(list(parts))
+
+
+@pytest.mark.parametrize('side', [400, 700])
+def test_windows_with_a_wide_margin_give_what_one_pass_gives(
+  network, image, whole, side
+):
+  found = in_windows(network, image, side)
+  assert found.shape == whole.shape
+  assert np.abs(found - whole).max() < 2e-4 * whole.std()
+  found = in_windows(network, image, side, softmax=True)
+  expected = np.asarray(jax.nn.softmax(whole))
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_margin_of_nothing_shows(network, image, whole):
+  found = in_windows(network, image, 336, margin=0)
+  assert np.abs(found - whole).max() > 0.05 * whole.std()
+
+
+@pytest.mark.parametrize('length', [1, 7, 8, 9, 20, 31])
+def test_windows_cover_each_cell_once_and_keep_their_margin(length):
+  count = np.zeros((length, 12), int)
+  for place, kept in windows._windows((length, 12), 8, 3):
+    for where, own, end in zip(place, kept, (length, 12), strict=True):
+      assert where.stop - where.start == min(8, end)
+      assert own.start >= where.start + 3 * (where.start > 0)
+      assert own.stop <= where.stop - 3 * (where.stop < end)
+    count[kept] += 1
+  assert (count == 1).all()
+
+
+@pytest.mark.parametrize('size', [(120, 150), (30, 150), (64, 64), (65, 40)])
+def test_sliding_windows_line_by_line_are_those_of_the_protocol(network, size):
+  rng = np.random.default_rng(1)
+  image = rng.integers(0, 256, (*size, 3), np.uint8)
+  model, variables = network
+  protocol = protocols.SlidingWindow(crop_size=(64, 65), flip=True)
+  scores = jax.jit(protocol.scores(model))
+  expected = scores(variables, image[None], np.array([size]))[0]
+  found = in_windows(network, image, 64, protocol)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_resized_scores_are_those_of_opencv():
+  rng = np.random.default_rng(2)
+  scores = rng.random((7, 9, 3), np.float32)
+  found = np.concatenate(list(windows.resized_scores(scores, (150, 31))))
+  expected = cv2.resize(scores, (31, 150), interpolation=cv2.INTER_LINEAR)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_progress_counts_the_windows(network, image, whole):
+  seen = []
+  windows.map_logits(
+    *network, image, 400, margin=MARGIN, note=lambda *counts: seen.append(counts)
+  )
+  assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)]
+  assert len(seen) > 2
+
+
+def test_what_windows_cannot_do_is_refused(network, image):
+  with pytest.raises(
+    ValueError, match='side must be above 320 pixels'
+  ):
+    in_windows(network, image, 320)
+  with pytest.raises(UserError, match=r'331x470 pixels is too large.*max_side'):
+    in_windows(network, image, 600, protocols.Protocol(flip=True))
+  model = network[0].clone(aspp=network[0].backbone)
+  with pytest.raises(ValueError, match='the head ASPP'):
+    in_windows((model, network[1]), image, 600)
+
+
+def test_cached_kernels_are_used_as_they_are(network, image, whole):
+  model, variables = network
+  cached = ops.cache_kernels(model, variables, (385, 385))
+  found = windows.map_logits(model, cached, image, 336, margin=MARGIN)
+  plain = windows.map_logits(model, variables, image, 400, margin=MARGIN)
+  np.testing.assert_allclose(found, plain, atol=2e-4 * whole.std())
