@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
   predict.probabilities = placeholder(str)  # write them as `npz` or `png`
   predict.max_side = placeholder(int)  # shrink larger images to it first
   predict.scale = 1.0  # factor on the size of every image
-  predict.window = 2048  # side of the windows of larger images, in pixels
+  predict.window = 1536  # side of the windows of larger images, in pixels
   config.lock().data.options.unlock()
   return config
 

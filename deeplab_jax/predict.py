@@ -1,6 +1,7 @@
 """`Predictor`, the one way to segment an image, and its use on files."""
 
 import collections
+import functools
 import itertools
 import logging
 import math
@@ -72,7 +73,7 @@ class Predictor:
     trained_size: Size | None = None,
     max_side: int | None = None,
     scale: float = 1.0,
-    window: int = 2048,
+    window: int = 1536,
     batch_size: int = 8,
     sizes: int = 4,
     threads: int = 0,
@@ -271,7 +272,8 @@ class Predictor:
       self._warn_if_far(size)
       if self._is_large(size):
         rows = windows.scores_in_windows(
-          *(self.model, self.variables, self.protocol, image, self._window),
+          *(self.model, self._on_one_device, self.protocol),
+          *(image, self._window),
           softmax=probabilities,
         )
         results[index] = windows.joined(rows, size, probabilities)
@@ -314,6 +316,10 @@ class Predictor:
         variables = ops.cache_kernels(self.model, self.variables, size)
         self._on_devices = distributed.replicate(variables)
       return self._on_devices
+
+  @functools.cached_property
+  def _on_one_device(self) -> Any:
+    return jax.device_put(self.variables, jax.local_devices()[0])
 
   def _warn_if_far(self, size: Size) -> None:
     """Warns once of images much larger, and once of much smaller ones."""

@@ -21,18 +21,27 @@ from flax.traverse_util import flatten_dict
 from miniature import as_options
 from PIL import Image
 
-from deeplab_jax import BACKBONES, PRESETS, deeplab_v3
-from deeplab_jax.config import from_recipe, get_config, override, validate
+from deeplab_jax import BACKBONES, PRESETS, Predictor, deeplab_v3
+from deeplab_jax.config import (
+  from_recipe,
+  get_config,
+  override,
+  to_json,
+  validate,
+)
+from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.training.losses import LOSSES
 from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from deeplab_jax.training.steps import TrainState
-from deeplab_jax.weights.checkpoints import Checkpoints
+from deeplab_jax.training.writers import write_json
+from deeplab_jax.weights.checkpoints import Checkpoints, describe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+PREDICTION = (ROOT / 'docs/prediction.md').read_text()
 PAGES = sorted([
   *ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('experiments/*.md')
 ])  # fmt: skip
@@ -223,28 +232,31 @@ def test_three_lines_segment_with_the_network_of_the_first_command(
 ):
   """With weights that favor class 4 everywhere, every pixel is class 4."""
   (code,) = blocks(section(README, '## Segment images'), 'python')
-  lines = code.strip().split('\n\n')[-1].splitlines()
-  assert len(lines) == 3
-  settings = get_config().model.to_dict()
+  assert len(list(filter(None, code.strip().splitlines()))) == 3
+  config = get_config()
+  settings = to_json(config)['model']
   sizes = 'backbone', 'width', 'output_stride', 'aspp_features'
   model = deeplab_v3(num_classes=6, **{key: settings[key] for key in sizes})
-  names = {'deeplab_v3': deeplab_v3}
-  exec(lines[0], names)
-  assert repr(names['model']) == repr(model)
   variables = random_variables(model)
   variables['params']['logits'] = {
     'kernel': np.zeros((1, 1, 64, 6), np.float32),
     'bias': np.eye(6, dtype=np.float32)[4],
   }
   state = TrainState(step=1, opt_state=(), **variables)
-  with Checkpoints(tmp_path / 'workdir') as saved:
-    saved.save(state, {'model': settings, 'dataset': None})
-  photo = np.random.default_rng(0).integers(0, 256, (45, 70, 3), np.uint8)
-  Image.fromarray(photo).save(tmp_path / 'photo.jpg')
-  names = {}
-  code = code.replace('/tmp/deeplab', str(tmp_path / 'workdir'))
-  exec(code.replace('photo.jpg', str(tmp_path / 'photo.jpg')), names)
-  assert np.array_equal(names['classes'], np.full((1, 45, 70), 4))
+  described = describe(settings, DATASETS['shapes'].to_json())
+  workdir, photo = tmp_path / 'workdir', tmp_path / 'photo.jpg'
+  with Checkpoints(workdir) as saved:
+    saved.save(state, described)
+  write_json(workdir / 'config.json', to_json(config))
+  pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), np.uint8)
+  Image.fromarray(pixels).save(photo)
+  for page in (code, *blocks(section(PREDICTION, '## From Python'), 'python')):
+    names = {'paths': [photo], 'workdir': str(workdir)}
+    page = page.replace('/tmp/deeplab', str(workdir))
+    names['predictor'] = Predictor.from_workdir(workdir)
+    exec(page.replace('photo.jpg', str(photo)), names)
+    if 'classes' in names:
+      assert np.array_equal(names['classes'], np.full((45, 70), 4))
 
 
 @pytest.mark.compiles
