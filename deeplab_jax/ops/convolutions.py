@@ -5,6 +5,7 @@ They take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad with
 ceil(W / stride), Cout]. All are linear in x and in the kernel.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -49,20 +50,36 @@ def xla_gradients(
   x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of `by_xla` with respect to x and to the kernel."""
-  (to_x,) = jax.linear_transpose(lambda x: by_xla(x, kernel, stride, rate), x)(
-    gradient
+  return (
+    _transpose(lambda x: by_xla(x, kernel, stride, rate), x, gradient),
+    _transpose(lambda k: by_xla(x, k, stride, rate), kernel, gradient),
   )
-  (to_kernel,) = jax.linear_transpose(
-    lambda kernel: by_xla(x, kernel, stride, rate), kernel
-  )(gradient)
-  return to_x, to_kernel
+
+
+def _transpose(function: Any, value: jax.Array, gradient: Any) -> jax.Array:
+  """The gradient of a linear function's argument, which `value` stands for."""
+  (result,) = jax.linear_transpose(function, value)(gradient)
+  return result
 
 
 def on_cpu(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+  x: jax.Array,
+  kernel: jax.Array,
+  cached: tuple[jax.Array, ...],
+  stride: int,
+  rate: int,
 ) -> jax.Array:
-  """The fastest form on CPUs."""
-  if winograd_pays(x.shape, x.dtype, kernel.shape, stride, rate):
+  """The fastest form on CPUs; `cached` is what `transform` gave, or empty.
+
+  A transformed kernel is used where it suits x.
+  """
+  pays = functools.partial(
+    winograd_pays, x.shape, x.dtype, kernel.shape, stride, rate
+  )
+  fits = cached and winograd.fits(cached, x.shape[1:3], rate)
+  if fits and pays(_CACHED_UP_TO):
+    return winograd.convolve_transformed(x, cached, rate, transposed=True)
+  if pays():
     return winograd.convolve(x, kernel, rate)
   form = by_taps if _taps_pay(kernel, stride, rate) else by_xla
   return form(x, kernel, stride, rate)
@@ -85,13 +102,13 @@ def gradients_on_cpu(
       # JAX's transpose would add in the type of x.
       to_x = by_taps(gradient, kernel, rate=rate, transposed=True)
     else:
-      (to_x,) = jax.linear_transpose(
-        lambda x: by_xla(x, kernel, stride, rate), x
-      )(gradient)
+      to_x = _transpose(
+        lambda x: by_xla(x, kernel, stride, rate), x, gradient
+      )
     if kernel.shape[2] <= _PATCHES_TO_INPUTS:
-      (to_kernel,) = jax.linear_transpose(
-        lambda kernel: by_patches(x, kernel, stride, rate), kernel
-      )(gradient)
+      to_kernel = _transpose(
+        lambda k: by_patches(x, k, stride, rate), kernel, gradient
+      )
     else:
       to_kernel = taps_kernel_gradient(
         x, gradient, kernel.shape[0], stride, rate
@@ -101,22 +118,6 @@ def gradients_on_cpu(
   return lax.optimization_barrier((to_x, to_kernel))
 
 
-def cached_on_cpu(
-  x: jax.Array,
-  kernel: jax.Array,
-  transformed: tuple[jax.Array, ...],
-  stride: int,
-  rate: int,
-) -> jax.Array:
-  """`on_cpu` with a transformed kernel, where that suits x."""
-  pays = winograd_pays(
-    x.shape, x.dtype, kernel.shape, stride, rate, _CACHED_UP_TO
-  )
-  if pays and winograd.fits(transformed, x.shape[1:3], rate):
-    return winograd.convolve_transformed(x, transformed, rate, transposed=True)
-  return on_cpu(x, kernel, stride, rate)
-
-
 def transform(
   kernel: jax.Array,
   shape: tuple[int, ...],
@@ -124,7 +125,7 @@ def transform(
   stride: int,
   rate: int,
 ) -> tuple[jax.Array, ...]:
-  """What `cached_on_cpu` takes for maps of a shape; empty for nothing."""
+  """What `on_cpu` takes as `cached` for maps of a shape; empty for none."""
   if not winograd_pays(shape, dtype, kernel.shape, stride, rate, _CACHED_UP_TO):
     return ()
   # Transposed: XLA's products of few rows take a matrix with the channels of
