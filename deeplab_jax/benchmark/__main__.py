@@ -50,6 +50,7 @@ def _options() -> flags.FlagValues:
   text('config', None, 'Recipe, a Python file.')
   text('json', None, 'File to append the JSON lines to.')
   text('peer', None, 'Command to compare with.')
+  text('trace', None, 'Folder for a trace of a call, which XProf shows.')
   count('pairs', 5, 'Runs of ours and peer; times vary by a fifth.', 5)
   count('crop', None, 'Height and width of the images.', 1)
   count('batch', None, 'Images of a batch.', 1)
@@ -145,7 +146,7 @@ def format_pairs(result: dict[str, Any]) -> str:
 
 
 def format_measurement(result: dict[str, Any]) -> Iterator[str]:
-  """The lines of a table of a measurement and its most expensive layers."""
+  """The lines of a table of a measurement."""
   title = f'== {result["mode"]}'
   if 'batch' in result:
     crop = 'x'.join(map(str, result.get('crop', ())))
@@ -157,9 +158,6 @@ def format_measurement(result: dict[str, Any]) -> Iterator[str]:
     for pattern, unit, text in _ROWS:
       if re.fullmatch(pattern, name):
         yield f'  {name.replace("_", " "):<26}{text.format(value / unit)}'
-  for row in result.get('layers', ()):
-    name = row['name'] + (' (backward)' if row['backward'] else '')
-    yield f'  {row["share"]:6.1%} {1e3 * row["seconds"]:9.2f} ms  {name}'
 
 
 if __name__ == '__main__':

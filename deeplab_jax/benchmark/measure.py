@@ -14,7 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
-from deeplab_jax.benchmark import profile, timing
+from deeplab_jax.benchmark import timing
 from deeplab_jax.config import from_recipe, get_config, override, validate
 from deeplab_jax.data.pipeline import cores
 from deeplab_jax.runtime import distributed, host
@@ -22,7 +22,6 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
 _WINDOW = 256  # images that the input pipeline loads for one timing
-_LAYERS = 10
 
 
 def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
@@ -100,13 +99,9 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   result['matmul_flops_per_second'] = rate
   result['flops'] = counted['flops'] * devices
   result['utilization'] = result['flops'] / result['seconds'] / rate
-  if not options.peer:
-    layers = profile.profile(call, step.lower(*arguments).compile().as_text())
-    whole = sum(layer.seconds for layer in layers)
-    result['layers'] = [
-      {**layer._asdict(), 'share': layer.seconds / whole}
-      for layer in layers[:_LAYERS]
-    ]
+  if options.trace:
+    with jax.profiler.trace(options.trace):
+      jax.block_until_ready(call())
   return result
 
 

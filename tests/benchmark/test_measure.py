@@ -88,7 +88,7 @@ def test_the_default_network_is_that_of_the_paper():
   assert config.train.batch_size == jax.local_device_count()
 
 
-def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
+def test_a_train_step_compiles_once(measured, configured):
   result = measured('--mode=train')
   assert len(configured) == 1
   assert result['compilations'] == 1
@@ -104,8 +104,6 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
     result['flops'] / result['seconds'] / result['matmul_flops_per_second']
   )
   assert result['peak_memory'] > 10**8
-  assert len(result['layers']) == 10
-  assert any('block' in layer['name'] for layer in result['layers'])
 
 
 def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
@@ -118,7 +116,14 @@ def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
   assert result['utilization'] == pytest.approx(
     result['flops'] / result['seconds'] / 1e9
   )
-  assert 'layers' not in result  # they are of no use beside a peer
+
+
+def test_a_trace_of_a_call_is_written_where_it_was_asked_for(
+  measured, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(timing, 'matmul_rate', lambda dtype: 1e9)
+  measured('--mode=forward', f'--trace={tmp_path}')
+  assert len(list(tmp_path.rglob('*.xplane.pb'))) == 1
 
 
 def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):
