@@ -60,11 +60,10 @@ def _transpose(
   gradient: jax.Array, *values: Any, transpose: Any, count: int, **_: Any
 ) -> list[jax.Array | None]:
   gradients = transpose(*values[:count], gradient)
-  asked = map(ad.is_undefined_primal, values[count:])
-  own = [
-    g if linear else None for linear, g in zip(asked, gradients, strict=True)
+  return [None] * count + [
+    g if ad.is_undefined_primal(value) else None
+    for g, value in zip(gradients, values[count:], strict=True)
   ]
-  return [*[None] * count, *own]
 
 
 def _batch(

@@ -71,12 +71,10 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
-    unknown = []
-    for name in self.names.unknown:
-      if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow):
-        unused[name] = 'allowed by name'
-      else:
-        unknown.append(name)
+    for pattern in allow:
+      found = fnmatch.filter(self.names.unknown, pattern)
+      unused |= dict.fromkeys(found, 'allowed by name')
+    unknown = [name for name in self.names.unknown if name not in unused]
     try:
       return mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
