@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deeplab_jax.ops import convolutions
 from deeplab_jax.ops.linear import linear_call
 from deeplab_jax.ops.padding import blank, padded, within
+from deeplab_jax.runtime.errors import check_choice, require
 
 __all__ = [
   'CachedKernel',
@@ -49,8 +50,7 @@ def use(form: str) -> Iterator[None]:
   Raises:
     ValueError: for any other form.
   """
-  if form not in FORMS:
-    raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
+  check_choice('form', form, FORMS)
   with _form(form):
     yield
 
@@ -89,8 +89,9 @@ def conv2d(
     if kernel.note is not None:
       kernel.note((x.shape, x.dtype, stride, rate))
     kernel, cached = kernel.kernel, kernel.transformed
-  if kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
-    raise ValueError(f'the kernel must be odd and square, got {kernel.shape}')
+  height, width = kernel.shape[:2]
+  fits = height == width and height % 2 == 1
+  require(fits, 'the kernel must be odd and square', kernel.shape)
   kernel = kernel.astype(x.dtype)
   if kernel.shape[0] == 1:
     x, stride, rate = x[:, ::stride, ::stride], 1, 1
