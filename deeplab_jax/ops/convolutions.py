@@ -160,11 +160,8 @@ def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
   """[..., Cin] times [Cin, Cout]."""
   # Of two dimensions, since the gradient with respect to `matrix` contracts
   # all but the last, and XLA transposes a copy to contract more than one.
-  y = lax.dot_general(
-    x.reshape(-1, x.shape[-1]),
-    matrix,
-    (((1,), (0,)), ((), ())),
-    preferred_element_type=dtype,
+  y = lax.dot(
+    x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype
   )
   return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
