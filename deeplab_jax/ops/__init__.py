@@ -87,7 +87,7 @@ def conv2d(
   cached: tuple[jax.Array, ...] = ()
   if isinstance(kernel, CachedKernel):
     if kernel.note is not None:
-      kernel.note((x.shape, x.dtype, stride, rate))
+      kernel.note((jax.ShapeDtypeStruct(x.shape, x.dtype), stride, rate))
     kernel, cached = kernel.kernel, kernel.transformed
   height, width = kernel.shape[:2]
   fits = height == width and height % 2 == 1

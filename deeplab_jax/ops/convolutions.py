@@ -5,7 +5,6 @@ They take x [B, H, W, Cin] and a kernel [k, k, Cin, Cout], k odd, pad with
 ceil(W / stride), Cout]. All are linear in x and in the kernel.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -73,13 +72,10 @@ def on_cpu(
 
   A transformed kernel is used where it suits x.
   """
-  pays = functools.partial(
-    winograd_pays, x.shape, x.dtype, kernel.shape, stride, rate
-  )
   fits = cached and winograd.fits(cached, x.shape[1:3], rate)
-  if fits and pays(_CACHED_UP_TO):
+  if fits and winograd_pays(x, kernel, stride, rate, _CACHED_UP_TO):
     return winograd.convolve_transformed(x, cached, rate, transposed=True)
-  if pays():
+  if winograd_pays(x, kernel, stride, rate):
     return winograd.convolve(x, kernel, rate)
   form = by_taps if _taps_pay(kernel, stride, rate) else by_xla
   return form(x, kernel, stride, rate)
@@ -94,7 +90,7 @@ def gradients_on_cpu(
   """
   # Tied to the gradient, so that the forward pass keeps no windows of x.
   x, kernel, gradient = lax.optimization_barrier((x, kernel, gradient))
-  if winograd_pays(x.shape, x.dtype, kernel.shape, stride, rate):
+  if winograd_pays(x, kernel, stride, rate):
     to_x = winograd.convolve(gradient, kernel, rate, transposed=True)
     to_kernel = winograd.kernel_gradient(x, gradient, rate)
   else:
@@ -119,36 +115,27 @@ def gradients_on_cpu(
 
 
 def transform(
-  kernel: jax.Array,
-  shape: tuple[int, ...],
-  dtype: Any,
-  stride: int,
-  rate: int,
+  kernel: jax.Array, x: jax.ShapeDtypeStruct, stride: int, rate: int
 ) -> tuple[jax.Array, ...]:
-  """What `on_cpu` takes as `cached` for maps of a shape; empty for none."""
-  if not winograd_pays(shape, dtype, kernel.shape, stride, rate, _CACHED_UP_TO):
+  """What `on_cpu` takes as `cached` for maps like x; empty for none."""
+  if not winograd_pays(x, kernel, stride, rate, _CACHED_UP_TO):
     return ()
   # Transposed: XLA's products of few rows take a matrix with the channels of
   # the result first in less time.
-  return winograd.transform(kernel.swapaxes(2, 3), shape[1:3], rate)
+  return winograd.transform(kernel.swapaxes(2, 3), x.shape[1:3], rate)
 
 
 def winograd_pays(
-  shape: tuple[int, ...],
-  dtype: Any,
-  kernel_shape: tuple[int, ...],
-  stride: int,
-  rate: int,
-  up_to: float = _WINOGRAD_UP_TO,
+  x: Any, kernel: Any, stride: int, rate: int, up_to: float = _WINOGRAD_UP_TO
 ) -> bool:
-  """Whether Winograd's algorithm is faster for maps of this shape."""
+  """Whether Winograd's algorithm is faster for maps like x."""
   return (
-    kernel_shape[0] == 3
+    kernel.shape[0] == 3
     and stride == 1
-    and dtype == jnp.float32
-    and min(shape[1:3]) >= _WINOGRAD_FROM_SIZE
-    and min(kernel_shape[2:]) >= _WINOGRAD_FROM_CHANNELS
-    and winograd.share(shape[1:3], rate) <= up_to
+    and x.dtype == jnp.float32
+    and min(x.shape[1:3]) >= _WINOGRAD_FROM_SIZE
+    and min(kernel.shape[2:]) >= _WINOGRAD_FROM_CHANNELS
+    and winograd.share(x.shape[1:3], rate) <= up_to
   )
 
 
