@@ -197,7 +197,6 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
     arrays = mapping.flatten(saved.restore_variables(step))
-  arrays = {path: np.asarray(array) for path, array in arrays.items()}
   settings = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in metadata['model'].items()
