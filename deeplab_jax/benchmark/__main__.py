@@ -147,13 +147,9 @@ def format_pairs(result: dict[str, Any]) -> str:
 
 def format_measurement(result: dict[str, Any]) -> Iterator[str]:
   """The lines of a table of a measurement."""
-  title = f'== {result["mode"]}'
-  if 'batch' in result:
-    crop = 'x'.join(map(str, result.get('crop', ())))
-    batch = f'batch {result["batch"]}'
-    parts = result['backbone'], result['dtype'], crop, batch, result['device']
-    title += f': {", ".join(filter(None, parts))}'
-  yield title
+  about = 'backbone', 'dtype', 'crop', 'batch', 'device'
+  parts = [f'{name} {result[name]}' for name in about if name in result]
+  yield ', '.join([f'== {result["mode"]}', *parts])
   for name, value in result.items():
     for pattern, unit, text in _ROWS:
       if re.fullmatch(pattern, name):

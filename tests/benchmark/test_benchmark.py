@@ -139,7 +139,7 @@ def test_the_table_shows_what_was_measured(monkeypatch, capsys, tmp_path):
   assert {'--batch=2', '--mode=train', '--in_process'} <= set(commands[0])
   table = capsys.readouterr().out
   for text in (
-    '513x257',
+    'crop [513, 257], batch 2',
     '0.2500 s',
     '3.00 GFLOP',
     '43.1%',
