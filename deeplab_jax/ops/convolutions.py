@@ -98,9 +98,7 @@ def gradients_on_cpu(
       # JAX's transpose would add in the type of x.
       to_x = by_taps(gradient, kernel, rate=rate, transposed=True)
     else:
-      to_x = _transpose(
-        lambda x: by_xla(x, kernel, stride, rate), x, gradient
-      )
+      to_x = _transpose(lambda x: by_xla(x, kernel, stride, rate), x, gradient)
     if kernel.shape[2] <= _PATCHES_TO_INPUTS:
       to_kernel = _transpose(
         lambda k: by_patches(x, k, stride, rate), kernel, gradient
@@ -147,9 +145,7 @@ def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
   """[..., Cin] times [Cin, Cout]."""
   # Of two dimensions, since the gradient with respect to `matrix` contracts
   # all but the last, and XLA transposes a copy to contract more than one.
-  y = lax.dot(
-    x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype
-  )
+  y = lax.dot(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype)
   return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 

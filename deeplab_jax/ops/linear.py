@@ -60,10 +60,9 @@ def _transpose(
   gradient: jax.Array, *values: Any, transpose: Any, count: int, **_: Any
 ) -> list[jax.Array | None]:
   gradients = transpose(*values[:count], gradient)
-  return [None] * count + [
-    g if ad.is_undefined_primal(value) else None
-    for g, value in zip(gradients, values[count:], strict=True)
-  ]
+  own = zip(gradients, values[count:], strict=True)
+  asked = [g if ad.is_undefined_primal(value) else None for g, value in own]
+  return [*[None] * count, *asked]
 
 
 def _batch(
