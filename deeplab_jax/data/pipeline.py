@@ -109,12 +109,11 @@ def make_eval_iterator(
   def load(number: int) -> Batch:
     size, indices = plan[number].size, plan[number].indices[host::hosts]
     batch: Batch = {
-      'image': np.empty((len(indices), *size, 3), np.uint8),
+      'image': np.full((len(indices), *size, 3), MEAN_COLOR, np.uint8),
       'label': np.full((len(indices), *size), ignore_label, np.uint8),
       'size': np.full((len(indices), 2), size, np.int32),
       'index': np.array(indices, np.int32),
     }
-    batch['image'][:] = MEAN_COLOR
     for row, index in enumerate(indices):
       if index == FILLER:
         continue

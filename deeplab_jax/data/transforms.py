@@ -44,10 +44,8 @@ class RandomScaleCropFlip:
     low, high = self.scale if len(self.scale) == 2 else (0, 0)
     rule = 'scale must be (smallest, largest) above 0 and below 2^31'
     require(0 < low <= high < 2**31, rule, self.scale)
-    require(
-      0 <= self.flip <= 1, 'flip must be a probability, 0 to 1', self.flip
-    )
-    void = self.ignore_label
+    flip, void = self.flip, self.ignore_label
+    require(0 <= flip <= 1, 'flip must be a probability, 0 to 1', flip)
     require(0 <= void <= 255, 'ignore_label must be 0 to 255', void)
 
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
