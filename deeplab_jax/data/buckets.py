@@ -36,7 +36,20 @@ def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
   most = max(limit, _PAIRED_UP_TO)
   if len(sizes) > most:
     sizes, images = _merge_neighbors(sizes, images, most)
-  sizes = _merge_pairs(sizes, images, limit)
+  while len(sizes) > limit:
+    (heights, widths), area = sizes.T, sizes.prod(-1) * images
+    merged = np.maximum.outer(heights, heights)
+    merged *= np.maximum.outer(widths, widths)
+    added = merged * np.add.outer(images, images) - np.add.outer(area, area)
+    np.fill_diagonal(added, _NEVER)
+    pair = list(np.unravel_index(added.argmin(), added.shape))
+    size, total = sizes[pair].max(0), images[pair].sum()
+    sizes, images = np.delete(sizes, pair, 0), np.delete(images, pair)
+    same = (sizes == size).all(-1)
+    if same.any():
+      images[same] += total
+    else:
+      sizes, images = np.vstack([sizes, size]), np.append(images, total)
   return sorted(map(tuple, sizes.tolist()), key=math.prod)
 
 
@@ -55,25 +68,6 @@ def _merge_neighbors(
   largest = np.zeros((len(cells), 2), np.int64)
   np.maximum.at(largest, of_each, sizes)
   return largest, np.bincount(of_each, images).astype(np.int64)
-
-
-def _merge_pairs(sizes: Array, images: Array, limit: int) -> Array:
-  """Merges the pair that adds the least padding until `limit` are left."""
-  while len(sizes) > limit:
-    (heights, widths), area = sizes.T, sizes.prod(-1) * images
-    merged = np.maximum.outer(heights, heights)
-    merged *= np.maximum.outer(widths, widths)
-    added = merged * np.add.outer(images, images) - np.add.outer(area, area)
-    np.fill_diagonal(added, _NEVER)
-    pair = list(np.unravel_index(added.argmin(), added.shape))
-    size, total = sizes[pair].max(0), images[pair].sum()
-    sizes, images = np.delete(sizes, pair, 0), np.delete(images, pair)
-    same = (sizes == size).all(-1)
-    if same.any():
-      images[same] += total
-    else:
-      sizes, images = np.vstack([sizes, size]), np.append(images, total)
-  return sizes
 
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
