@@ -60,12 +60,9 @@ class RandomScaleCropFlip:
       (image, MEAN_COLOR, cv2.INTER_LINEAR),
       (label, self.ignore_label, cv2.INTER_NEAREST_EXACT),
     ):
-      result = np.empty((*self.size, *picture.shape[2:]), np.uint8)
       # numpy copies whole rows, but repeats colors one by one.
-      row = np.full(result.shape[1:], fill, np.uint8)
-      result[height:] = row
-      result[:height, :left] = row[:left]
-      result[:height, left + width :] = row[left + width :]
+      row = np.full((1, self.size[1], *picture.shape[2:]), fill, np.uint8)
+      result = row.repeat(self.size[0], axis=0)
       shown, size = result[:height, left : left + width], (width, height)
       # OpenCV writes into `result` itself.
       cv2.resize(picture[rows, columns], size, shown, 0, 0, interpolation)
