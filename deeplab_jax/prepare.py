@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build
 from deeplab_jax.data import voc
-from deeplab_jax.data.datasets import DatasetInfo
-from deeplab_jax.data.load import Dataset
+from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing
@@ -23,7 +22,7 @@ from deeplab_jax.visualize.figures import sample_page
 log = logging.getLogger(__name__)
 
 _Show = Callable[..., None]
-_Tallies = Mapping[str, Any]  # by split, what `Dataset.tally` returns
+_Tallies = Mapping[str, Tally]  # by split
 
 
 def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
@@ -44,26 +43,31 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     text.extend(f'{part}\n' for part in parts)
     print(*parts, sep='\n', flush=True)
 
-  splits = list(
-    dict.fromkeys(filter(None, (data.train_split, data.eval_split)))
-  )
+  named = filter(None, (data.train_split, data.eval_split))
+  splits = list(dict.fromkeys(named))
   surveyed = data.name == 'folder' and data.dir
-  findings = _survey(config, splits, show) if surveyed else ()
+  findings = _survey(data, splits, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
-  info, published = dataset.info, _published(dataset)
+  info, (builder, *_) = dataset.info, dataset.builders.values()
   name = info.name if surveyed else data.name
   tallies = {split: dataset.tally(split) for split in dataset.builders}
-  if not surveyed:
-    findings = _compare(info, tallies, published, data.train_split)
-    _show_findings(name, findings, show)
+  known = voc.PUBLISHED.get(getattr(builder.builder_config, 'variant', ''), {})
+  published = {split: known[split] for split in tallies if split in known}
   trained = tallies[data.train_split]
+  labeled = {
+    s: t for s, t in tallies.items() if t is trained or t.class_pixels.any()
+  }
+  if not surveyed:
+    findings = label_findings(info, labeled, data.train_split)
+    findings += _compare(tallies, published)
+    _show_findings(name, findings, show)
   counts = trained.class_pixels, trained.class_image_pixels
   weights = [f'{weight:.4g}' for weight in median_frequency_weights(*counts)]
   show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
-  labeled = [(s, t) for s, t in tallies.items() if t.class_pixels.any()]
-  for start in range(0, len(labeled), 2):  # that fit side by side on a screen
-    show('', _table(_class_rows(info, dict(labeled[start : start + 2]))))
-  show('', _table(_size_rows(tallies, published)), '')
+  pairs = list(labeled.items())
+  for start in range(0, len(pairs), 2):  # that fit side by side on a screen
+    show('', _table(_class_columns(info, pairs[start : start + 2])))
+  show('', _table(_size_columns(tallies, published)), '')
   show(f'class weights by median frequency in {data.train_split}:')
   show(f'--config.loss.class_weights={",".join(weights)}', '')
   result = {
@@ -78,7 +82,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   write_json(output / 'prepare.json', result)
   with replacing(output / 'prepare.txt') as temporary:
     Path(temporary).write_text(''.join(text), encoding='utf-8')
-  for split, tally in labeled:
+  for split, tally in pairs:
     title = f'{name}, {split}: {tally.num_images:,} images'
     page = sample_page(dataset.source(split), info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
@@ -97,9 +101,8 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  config: ConfigDict, splits: Sequence[str], show: _Show
+  data: ConfigDict, splits: Sequence[str], show: _Show
 ) -> tuple[Finding, ...]:
-  data = config.data
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
     data.dir,
@@ -126,86 +129,63 @@ def _show_findings(
     )
 
 
-def _published(dataset: Dataset) -> dict[str, int]:
-  """The number of images that each split is known to have elsewhere."""
-  config = dataset.builders[next(iter(dataset.builders))].builder_config
-  if not isinstance(config, voc.VocConfig):
-    return {}
-  known = voc.PUBLISHED[config.variant]
-  return {split: known[split] for split in dataset.builders if split in known}
-
-
 def _compare(
-  info: DatasetInfo,
-  tallies: _Tallies,
-  published: Mapping[str, int],
-  trained: str,
+  tallies: _Tallies, published: Mapping[str, int]
 ) -> tuple[Finding, ...]:
-  """Finds absent classes, and splits of more or fewer images than published."""
-  pixels = {
-    split: (tally.class_pixels, tally.void_pixels)
-    for split, tally in tallies.items()
-    if split == trained or tally.class_pixels.any()
-  }
-  values, void = info.values, info.void_value
-  found = label_findings(pixels, info.classes, values, void, trained)
+  """Finds splits of more or fewer images than published."""
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
     for split, count in published.items()
     if tallies[split].num_images != count
   )
   title = 'splits of another number of images than published'
-  differing = Finding(title, len(other), other, fatal=False)
-  return (*found, differing) if other else found
+  return (Finding(title, len(other), other, fatal=False),) if other else ()
 
 
-def _class_rows(info: DatasetInfo, tallies: _Tallies) -> list[list[str]]:
+def _class_columns(
+  info: DatasetInfo, tallies: Sequence[tuple[str, Tally]]
+) -> list[list[str]]:
   """Images, pixels and share of each class, the splits side by side."""
-  rows = [['class'], *([name] for name in info.classes), ['all classes']]
-  rows.append(['void, of all pixels'])
-  for split, tally in tallies.items():
-    pixels, void = int(tally.class_pixels.sum()), tally.void_pixels
-    counts = zip(tally.class_images, tally.class_pixels, strict=True)
-    cells = [
-      (f'{split}: images', 'pixels', '%'),
-      *((f'{n:,}', f'{own:,}', _percent(own, pixels)) for n, own in counts),
-      (f'{tally.num_images:,}', f'{pixels:,}', _percent(pixels, pixels)),
-      ('', f'{void:,}', _percent(void, pixels + void)),
+  columns = [['class', *info.classes, 'all classes', 'void, of all pixels']]
+  for split, tally in tallies:
+    total, void = tally.class_pixels.sum(), tally.void_pixels
+    images = [*tally.class_images, tally.num_images]
+    pixels = [*tally.class_pixels, total]
+    shares = [_percent(own, total) for own in pixels]
+    columns += [
+      [f'{split}: images', *map('{:,}'.format, images), ''],
+      ['pixels', *map('{:,}'.format, [*pixels, void])],
+      ['%', *shares, _percent(void, total + void)],
     ]
-    for row, three in zip(rows, cells, strict=True):
-      row.extend(three)
-  return rows
+  return columns
 
 
-def _size_rows(
+def _size_columns(
   tallies: _Tallies, published: Mapping[str, int]
 ) -> list[list[str]]:
   """The number of images of each split, and their sizes."""
   of_sizes = 'smallest', 'largest', 'most common size', 'images of that size'
-  heads = 'split', 'images', 'published images', *of_sizes, 'sizes'
-  rows = [[head] for head in heads]
+  columns = [['split', 'images', 'published images', *of_sizes, 'sizes']]
   for split, tally in tallies.items():
     by_area = sorted(tally.sizes, key=lambda size: (size[0] * size[1], size))
     common, count = tally.sizes.most_common(1)[0]
     sizes = by_area[0], by_area[-1], common
-    values = [split, f'{tally.num_images:,}']
-    values.append(f'{published[split]:,}' if split in published else '-')
-    values += [f'{width}x{height}' for height, width in sizes]
-    values += [f'{count:,}', f'{len(tally.sizes):,}']
-    for row, value in zip(rows, values, strict=True):
-      row.append(value)
-  return rows if published else rows[:2] + rows[3:]
+    columns.append([split, f'{tally.num_images:,}'])
+    columns[-1].append(f'{published[split]:,}' if split in published else '-')
+    columns[-1] += [f'{width}x{height}' for height, width in sizes]
+    columns[-1] += [f'{count:,}', f'{len(tally.sizes):,}']
+  return columns if published else [[*c[:2], *c[3:]] for c in columns]
 
 
 def _percent(part: int, whole: int) -> str:
   return f'{100 * part / whole:.2f}' if whole else '-'
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(columns: Sequence[Sequence[str]]) -> str:
   """Aligns the columns, the first at its left, with a line below the head."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths = [max(map(len, column)) for column in columns]
   lines = []
-  for first, *others in rows:
+  for first, *others in zip(*columns, strict=True):
     cells = map(str.rjust, others, widths[1:])
     lines.append('  '.join([first.ljust(widths[0]), *cells]).rstrip())
   lines.insert(1, '-' * len(lines[0]))

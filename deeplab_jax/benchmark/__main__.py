@@ -30,8 +30,8 @@ from deeplab_jax.runtime.errors import UserError
 _ROWS = (  # pattern of a name, unit and format
   (r'.*seconds', 1, '{:.4f} s'),
   (r'.*flops.*per_second', 1e9, '{:.1f} GFLOP/s'),
-  (r'flops|flops_on_map', 1e9, '{:.2f} GFLOP'),
-  (r'utilization.*', 1, '{:.1%} of a matrix product'),
+  (r'flops', 1e9, '{:.2f} GFLOP'),
+  (r'utilization', 1, '{:.1%} of a matrix product'),
   (r'peak.*', 2**20, '{:.0f} MiB'),
   (r'images_per_second', 1, '{:.2f}'),
   (r'compilations|images|devices', 1, '{:.0f}'),
@@ -41,24 +41,23 @@ _ROWS = (  # pattern of a name, unit and format
 def _options() -> flags.FlagValues:
   """The options of this program; others have options of the same names."""
   options = flags.FlagValues()
-  define: Any
-  text, switch = flags.DEFINE_string, flags.DEFINE_bool
-  count = functools.partial(flags.DEFINE_integer, lower_bound=1)
-  pairs = functools.partial(flags.DEFINE_integer, lower_bound=5)
-  for define, name, default, help_text in (
-    (flags.DEFINE_list, 'mode', list(measure.MODES), 'What to measure.'),
-    (text, 'config', None, 'Recipe, a Python file.'),
-    (text, 'json', None, 'File to append the JSON lines to.'),
-    (text, 'peer', None, 'Command to compare with.'),
-    (pairs, 'pairs', 5, 'Runs of ours and peer; times vary by a fifth.'),
-    (count, 'crop', None, 'Height and width of the images.'),
-    (count, 'batch', None, 'Images of a batch.'),
-    (count, 'classes', 21, 'Classes of the labels.'),
-    (count, 'repeat', None, 'Timed calls; by default 3, more within 3 s.'),
-    (switch, 'in_process', False, 'Measure here, and print JSON alone.'),
-    (switch, 'help', False, 'Show this text.'),
-  ):
-    define(name, default, help_text, flag_values=options)
+  kinds: Any = flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer
+  text, switch, count = (
+    functools.partial(define, flag_values=options) for define in kinds
+  )
+  modes = list(measure.MODES)
+  flags.DEFINE_list('mode', modes, 'What to measure.', flag_values=options)
+  text('config', None, 'Recipe, a Python file.')
+  text('json', None, 'File to append the JSON lines to.')
+  text('peer', None, 'Command to compare with.')
+  text('trace', None, 'Folder for a trace of a call, which XProf shows.')
+  count('pairs', 5, 'Runs of ours and peer; times vary by a fifth.', 5)
+  count('crop', None, 'Height and width of the images.', 1)
+  count('batch', None, 'Images of a batch.', 1)
+  count('classes', 21, 'Classes of the labels.', 1)
+  count('repeat', None, 'Timed calls; by default 3, more within 3 s.', 1)
+  switch('in_process', False, 'Measure here, and print JSON alone.')
+  switch('help', False, 'Show this text.')
   options.set_gnu_getopt()
   return options
 
@@ -147,24 +146,14 @@ def format_pairs(result: dict[str, Any]) -> str:
 
 
 def format_measurement(result: dict[str, Any]) -> Iterator[str]:
-  """The lines of a table of a measurement and its most expensive layers."""
-  title = f'== {result["mode"]}'
-  if 'batch' in result:
-    crop = 'x'.join(map(str, result.get('crop', ())))
-    batch = f'batch {result["batch"]}'
-    parts = result['backbone'], result['dtype'], crop, batch, result['device']
-    title += f': {", ".join(filter(None, parts))}'
-  yield title
+  """The lines of a table of a measurement."""
+  about = 'backbone', 'dtype', 'crop', 'batch', 'device'
+  parts = [f'{name} {result[name]}' for name in about if name in result]
+  yield ', '.join([f'== {result["mode"]}', *parts])
   for name, value in result.items():
     for pattern, unit, text in _ROWS:
       if re.fullmatch(pattern, name):
         yield f'  {name.replace("_", " "):<26}{text.format(value / unit)}'
-  for row in result.get('layers', ()):
-    rate = row.get('flops_on_map_per_second')
-    speed = f'{rate / 1e9:.0f} GFLOP/s' if rate else ''
-    name = row['name'] + (' (backward)' if row['backward'] else '')
-    time = f'{row["share"]:6.1%} {1e3 * row["seconds"]:9.2f} ms'
-    yield f'  {time} {speed:>13}  {name}'
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
-from deeplab_jax.benchmark import flops, profile, timing
+from deeplab_jax.benchmark import timing
 from deeplab_jax.config import from_recipe, get_config, override, validate
 from deeplab_jax.data.pipeline import cores
 from deeplab_jax.runtime import distributed, host
@@ -22,7 +22,6 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
 
 _WINDOW = 256  # images that the input pipeline loads for one timing
-_LAYERS = 10
 
 
 def measure(options: FlagValues, settings: Sequence[str]) -> dict[str, Any]:
@@ -72,10 +71,11 @@ def default_network() -> ConfigDict:
 def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   """A forward pass on one device, or a training step on all.
 
-  The utilization is the share of a matrix product's speed. The operations are
-  those of direct convolutions; other forms may need fewer.
+  The utilization is the share of a matrix product's speed. XLA counts the
+  operations of its own convolutions, without products by padding, and twice
+  what is computed twice; the forms for CPUs need fewer.
   """
-  training, data = options.mode == ['train'], config.data
+  training = options.mode == ['train']
   model, step, state = _create(config, options)
   batch = _batch(config, options.classes)
   if training:
@@ -92,25 +92,16 @@ def _network(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
     return result
 
   result = timing.timed(call, options.repeat)
-  result['devices'] = jax.local_device_count() if training else 1
-  rate = timing.matmul_rate(config.model.dtype) * result['devices']
+  devices = result['devices'] = jax.local_device_count() if training else 1
+  rate = timing.matmul_rate(config.model.dtype) * devices
+  with ops.use('xla'):
+    counted = step.lower(*arguments).cost_analysis()
   result['matmul_flops_per_second'] = rate
-  forward = flops.count_flops(model, data.crop_size, config.train.batch_size)
-  backward = flops.backward(forward) if training else {}
-  done = flops.total([*forward.values(), *backward.values()])
-  for name, number in ('', done.padded), ('_on_map', done.on_map):
-    result[f'flops{name}'] = number
-    result[f'utilization{name}'] = number / result['seconds'] / rate
-  if not options.peer:
-    layers = profile.profile(call, step.lower(*arguments).compile().as_text())
-    if config.model.rematerialization == 'block':
-      backward = {}  # the time of these layers includes another forward pass
-    whole, rows = sum(layer.seconds for layer in layers), []
-    for layer in layers[:_LAYERS]:
-      rows.append({**layer._asdict(), 'share': layer.seconds / whole})
-      if count := (backward if layer.backward else forward).get(layer.name):
-        rows[-1]['flops_on_map_per_second'] = count.on_map / layer.seconds
-    result['layers'] = rows
+  result['flops'] = counted['flops'] * devices
+  result['utilization'] = result['flops'] / result['seconds'] / rate
+  if options.trace:
+    with jax.profiler.trace(options.trace):
+      jax.block_until_ready(call())
   return result
 
 
@@ -184,22 +175,18 @@ def _compilation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
   jax.config.update('jax_enable_compilation_cache', False)
   batch, seconds = _batch(config, options.classes), {}
 
-  @contextlib.contextmanager
-  def part(name: str) -> Iterator[None]:
+  def part(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     start = time.perf_counter()
-    yield
+    result = jax.block_until_ready(function(*arguments))
     seconds[f'{name}_seconds'] = time.perf_counter() - start
+    return result
 
-  with part('create'):
-    model, step, state = jax.block_until_ready(_create(config, options))
-  with part('cache_kernels'):
-    forward = jax.block_until_ready(_forward(config, model, state, batch))
+  model, step, state = part('create', _create, config, options)
+  forward = part('cache_kernels', _forward, config, model, state, batch)
   train = step, (distributed.replicate(state), distributed.put(batch))
   for name, (function, arguments) in ('forward', forward), ('train', train):
-    with part(f'{name}_trace'):
-      lowered = function.lower(*arguments)
-    with part(f'{name}_compile'):
-      lowered.compile()
+    lowered = part(f'{name}_trace', function.lower, *arguments)
+    part(f'{name}_compile', lowered.compile)
   return {**seconds, 'seconds': sum(seconds.values())}
 
 

@@ -1,10 +1,10 @@
 """A few common sizes for many images, and batches of one size each."""
 
 import collections
-import dataclasses
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ _PAIRED_UP_TO = 256
 _STEP = 64  # pixels by which a bucket of a stream grows
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedBatch:
+class PlannedBatch(NamedTuple):
   """One batch of all hosts together."""
 
   size: Size  # to which its images are padded
@@ -33,15 +32,26 @@ def merge_sizes(counts: Mapping[Size, int], limit: int | None) -> list[Size]:
   hundred sizes, those that lie close together are merged first. None merges
   none. Returns the sizes left, by area.
   """
-  if limit is None or len(counts) <= limit:
-    return sorted(counts, key=math.prod)
+  limit = limit or len(counts)
   sizes = np.array(list(counts), np.int64)
   images = np.array(list(counts.values()), np.int64)
   most = max(limit, _PAIRED_UP_TO)
   if len(sizes) > most:
     sizes, images = _merge_neighbors(sizes, images, most)
-  if len(sizes) > limit:
-    sizes = _merge_pairs(sizes, images, limit)
+  while len(sizes) > limit:
+    (heights, widths), area = sizes.T, sizes.prod(-1) * images
+    merged = np.maximum.outer(heights, heights)
+    merged *= np.maximum.outer(widths, widths)
+    added = merged * np.add.outer(images, images) - np.add.outer(area, area)
+    np.fill_diagonal(added, _NEVER)
+    pair = list(np.unravel_index(added.argmin(), added.shape))
+    size, total = sizes[pair].max(0), images[pair].sum()
+    sizes, images = np.delete(sizes, pair, 0), np.delete(images, pair)
+    same = (sizes == size).all(-1)
+    if same.any():
+      images[same] += total
+    else:
+      sizes, images = np.vstack([sizes, size]), np.append(images, total)
   return sorted(map(tuple, sizes.tolist()), key=math.prod)
 
 
@@ -60,32 +70,6 @@ def _merge_neighbors(
   largest = np.zeros((len(cells), 2), np.int64)
   np.maximum.at(largest, of_each, sizes)
   return largest, np.bincount(of_each, images).astype(np.int64)
-
-
-def _merge_pairs(sizes: Array, images: Array, limit: int) -> Array:
-  """Merges the pair that adds the least padding until `limit` are left."""
-  added = _added(sizes[:, None], images[:, None], sizes, images)
-  np.fill_diagonal(added, _NEVER)
-  while len(sizes) > limit:
-    pair = list(np.unravel_index(added.argmin(), added.shape))
-    size, total = sizes[pair].max(0), images[pair].sum()
-    kept = np.ones(len(sizes), bool)
-    kept[pair] = False
-    sizes, images, added = sizes[kept], images[kept], added[kept][:, kept]
-    if not (sizes == size).all(-1).any():
-      sizes, images = np.vstack([sizes, size]), np.append(images, 0)
-      added = np.pad(added, (0, 1))
-    place = (sizes == size).all(-1).argmax()
-    images[place] += total
-    row = _added(size, images[place], sizes, images)
-    added[place], added[:, place], added[place, place] = row, row, _NEVER
-  return sizes
-
-
-def _added(sizes: Array, images: Array, others: Array, more: Array) -> Array:
-  """Area of padding that merging sizes of so many images adds."""
-  merged = np.maximum(sizes, others).prod(-1) * (images + more)
-  return merged - sizes.prod(-1) * images - others.prod(-1) * more
 
 
 def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:

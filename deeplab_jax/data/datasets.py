@@ -95,8 +95,7 @@ class Tally:
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
     sizes = [[*size, count] for size, count in sorted(self.sizes.items())]
-    arrays = {k: v for k, v in vars(self).items() if k.startswith('class_')}
-    lists = {name: array.tolist() for name, array in arrays.items()}
+    lists = {k: v.tolist() for k, v in vars(self).items() if 'class_' in k}
     return vars(self) | lists | {'sizes': sizes}
 
   @classmethod
@@ -117,13 +116,9 @@ def voc_palette(num: int) -> np.ndarray:
   As in `VOClabelcolormap.m` of the devkit, the bits of the index go to red,
   green and blue in turn, the lowest to the highest places.
   """
-  index = np.arange(num, dtype=np.uint8)
-  palette = np.zeros((num, 3), np.uint8)
-  for place in range(7, -1, -1):
-    for channel in range(3):
-      palette[:, channel] |= ((index >> channel) & 1) << place
-    index >>= 3
-  return palette
+  index, place = np.arange(num)[:, None, None], np.arange(8)
+  bits = index >> (3 * place + np.arange(3)[:, None]) & 1  # [num, 3, 8]
+  return (bits << (7 - place)).sum(-1).astype(np.uint8)
 
 
 _SHAPES = ('background', 'disc', 'square', 'triangle', 'star', 'ring')

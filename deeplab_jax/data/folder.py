@@ -5,6 +5,7 @@ training prepared. Its files are read and checked once, here. The name of the
 set has a fingerprint of the source: a split that changed is prepared again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,7 +19,6 @@ import tensorflow_datasets as tfds
 
 from deeplab_jax.data import folder_files, labels, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
-from deeplab_jax.data.folder_files import Item
 from deeplab_jax.data.image_files import turn
 from deeplab_jax.data.images import Picture, open_picture
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
@@ -32,7 +32,7 @@ class FolderConfig(records.SourceConfig):
   directory: str
   split: str
   meaning: labels.Meaning = dataclasses.field(repr=False)
-  items: tuple[Item, ...] = dataclasses.field(repr=False)
+  items: tuple[records.Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
 
 
@@ -55,13 +55,12 @@ def load(
   configs = {
     split: _make_config(root, split, meaning, on_bad_image) for split in splits
   }
-  builders = {
-    split: records.prepared(FolderSegmentation, prepared_dir, config)
-    for split, config in configs.items()
-  }
+  builders: records.Builders = {}
   palettes = labels.Palettes()
-  for builder in builders.values():
+  for split, config in configs.items():
+    builder = records.prepared(FolderSegmentation, prepared_dir, config)
     palettes.add(builder.info.metadata['colors'])
+    builders[split] = builder
   return builders
 
 
@@ -91,7 +90,7 @@ def _make_config(
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
-  options = (meaning.ignore_label, label_map, on_bad_image)
+  options = (meaning.void_value, label_map, on_bad_image)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
@@ -134,7 +133,7 @@ class FolderSegmentation(records.RecordsBuilder):
 
 
 def read_pair(
-  item: Item, meaning: labels.Meaning
+  item: records.Item, meaning: labels.Meaning
 ) -> tuple[bytes, np.ndarray, list[list[Any]]]:
   """Reads both files of an id; raises `UserError` if they cannot be used.
 
@@ -148,7 +147,7 @@ def read_pair(
     item,
     values,
     len(meaning.lines),
-    meaning.ignore_label,
+    meaning.void_value,
     remedy='the file, classes.txt or config.data.ignore_label, or say what '
     'the value stands for with config.data.label_map',
   )
@@ -156,7 +155,7 @@ def read_pair(
 
 
 def fit_label(
-  item: Item, picture: Picture, file: LabelFile, values: np.ndarray
+  item: records.Item, picture: Picture, file: LabelFile, values: np.ndarray
 ) -> np.ndarray:
   """Returns the label values [H, W] with the same side up as the picture.
 
@@ -181,7 +180,7 @@ def fit_label(
 
 def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   meaning = config.meaning
-  values, void = meaning.file_values(), meaning.ignore_label
+  values, void = meaning.file_values(), meaning.void_value
   palette = meaning.colors
   if palette is None:
     palette = voc_palette(256)[list(meaning.values)]
@@ -207,10 +206,7 @@ def _first_palette(root: str) -> np.ndarray:
   # Of the whole folder, so that all splits have the same colors.
   for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
     if path.suffix.lower() in LABEL_SUFFIXES:
-      try:
-        palette = open_label(path).palette
-      except UserError:
-        continue  # the check of the records reports it
-      if palette is not None:
-        return palette
+      with contextlib.suppress(UserError):  # the check of records reports it
+        if (palette := open_label(path).palette) is not None:
+          return palette
   return np.zeros((0, 3), np.uint8)

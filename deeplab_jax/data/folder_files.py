@@ -9,15 +9,16 @@ ImageSets/Segmentation/SPLIT.txt     one ID a line
 """
 
 import collections
+import functools
 import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from deeplab_jax.data import labels
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
+from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file
 
@@ -25,14 +26,6 @@ from deeplab_jax.runtime.files import near, near_file
 _Kind = tuple[str, str, Sequence[str]]
 _IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
 _LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
-
-
-class Item(NamedTuple):
-  """One listed image: its id and its two files."""
-
-  name: str
-  image: pathlib.Path
-  label: pathlib.Path
 
 
 def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -70,9 +63,7 @@ def read_classes(root: pathlib.Path) -> list[str]:
     )
   lines = _read_lines(path)
   if not 1 <= len(lines) <= 256 or '' in lines:
-    raise UserError(
-      f'{path}: needs 1 to 256 lines with one class name each, none blank'
-    )
+    raise UserError(f'{path}: needs 1 to 256 lines, a class name in each')
   with naming(str(path)):
     names, _ = labels.parse_classes(lines)
   refuse_repeats(path, names)
@@ -129,11 +120,11 @@ def find_items(
 
 
 class _Files:
-  """The images and labels of a folder; reads every directory once."""
+  """The images and labels of a folder."""
 
   def __init__(self, root: pathlib.Path) -> None:
     self._root = root
-    self._folders: dict[pathlib.Path, dict[str, list[pathlib.Path]]] = {}
+    self._listing = functools.cache(_listing)  # reads every directory once
     self._hints = 5  # comparing with all names takes its time
 
   def item(self, name: str) -> Item:
@@ -151,22 +142,20 @@ class _Files:
       found = self._find(_IMAGES, bare)
       own = [f for f in found if _normal(f.name) == os.path.basename(name)]
       found, name = own or found, bare if found else name
-    if not found:
-      raise self._missing(_IMAGES, name)
     masks = self._find(_LABELS, name) or self._find(_LABELS, f'{name}_mask')
-    if not masks:
-      raise self._missing(_LABELS, name)
-    for files in (found, masks):
+    for kind, files in ((_IMAGES, found), (_LABELS, masks)):
+      if not files:
+        raise self._missing(kind, name)
       if len(files) > 1:
         raise UserError(
           f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
         )
       if not files[0].is_file():
-        kind = 'no file; put a file there'
+        what = 'no file; put a file there'
         if files[0].is_symlink():
-          kind = f'a symbolic link to {os.readlink(files[0])}, which is not '
-          kind += 'there; mend the link'
-        raise UserError(f'{files[0]} is {kind} or take {name!r} off the list')
+          what = f'a symbolic link to {os.readlink(files[0])}, which is not '
+          what += 'there; mend the link'
+        raise UserError(f'{files[0]} is {what} or take {name!r} off the list')
     return Item(name, found[0], masks[0])
 
   def _find(self, kind: _Kind, name: str) -> list[pathlib.Path]:
@@ -174,16 +163,6 @@ class _Files:
     path = self._root / part / name  # an id may name a subfolder
     files = self._listing(path.parent).get(path.name, ())
     return [file for file in files if file.suffix.lower() in suffixes]
-
-  def _listing(self, folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """The entries of a folder by stem; none where there is no such folder."""
-    if folder not in self._folders:
-      files = self._folders[folder] = collections.defaultdict(list)
-      forms = (unicodedata.normalize(x, str(folder)) for x in ('NFC', 'NFD'))
-      place = next(filter(os.path.isdir, forms), None)
-      for file in sorted(pathlib.Path(place).iterdir()) if place else ():
-        files[_normal(file.stem)].append(file)
-    return self._folders[folder]
 
   def _missing(self, kind: _Kind, name: str) -> UserError:
     """Says what is there instead."""
@@ -202,6 +181,16 @@ class _Files:
       f'{path}{".png" if what == "label" else ""}: listed, but there is no '
       f'{what} file of that name{hint}; add it or take {name!r} off the list'
     )
+
+
+def _listing(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """The entries of a folder by stem; none where there is no such folder."""
+  files: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+  forms = (unicodedata.normalize(x, str(folder)) for x in ('NFC', 'NFD'))
+  place = next(filter(os.path.isdir, forms), None)
+  for file in sorted(pathlib.Path(place).iterdir()) if place else ():
+    files[_normal(file.stem)].append(file)
+  return files
 
 
 def _normal(name: str) -> str:

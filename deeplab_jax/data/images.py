@@ -111,14 +111,6 @@ def read_size(path: Path) -> tuple[int, int]:
     return image.size if turned else image.size[::-1]
 
 
-def storable_image(
-  path: Path, data: bytes | None = None
-) -> tuple[bytes, tuple[int, int]]:
-  """Returns the bytes to store of a picture, and its (height, width)."""
-  picture = open_picture(path, data)
-  return picture.storable(), picture.pixels.shape[:2]
-
-
 def _refuse_pages(image: Image.Image) -> None:
   """Refuses a TIFF whose second page is as large: which one is the image?"""
   if isinstance(image, TiffImageFile) and image.n_frames > 1:
@@ -128,9 +120,7 @@ def _refuse_pages(image: Image.Image) -> None:
     alike = image.size == size and not image.tag_v2.get(254, 0) & 5
     image.seek(0)
     if alike:
-      raise Unusable(
-        f'{image.n_frames} pages of {width}x{height}; store one image'
-      )
+      raise Unusable(f'{image.n_frames} pages of {width}x{height}; store one')
 
 
 def _deep_gray(image: Image.Image, raw: str) -> np.ndarray:
@@ -176,9 +166,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     half = np.mean((alpha > 0) & (alpha < 255))
     if half > _HALF_TRANSPARENT or not alpha.any():
       kind = f'{half:.0%} of its pixels are half' if half else 'all of it is'
-      raise Unusable(
-        f'{kind} transparent, so the picture is unclear; store it without alpha'
-      )
+      raise Unusable(f'{kind} transparent; store what it shows without alpha')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
   return np.array(image.convert('RGB'))

@@ -42,11 +42,6 @@ class LabelFile:
     return self.pixels
 
 
-def read_label(path: Path, data: bytes | None = None) -> np.ndarray:
-  """Reads class indices, uint8 [H, W], as `open_label`; refuses colors."""
-  return open_label(path, data).indices()
-
-
 def open_label(path: Path, data: bytes | None = None) -> LabelFile:
   """Reads gray values, palette indices or colors; `data` is the file, if known.
 
@@ -55,11 +50,8 @@ def open_label(path: Path, data: bytes | None = None) -> LabelFile:
   """
   with image_files.opened(path, data) as image:
     _refuse_lossy(image)
-    frames = getattr(image, 'n_frames', 1)
-    if frames > 1:
-      raise Unusable(
-        f'a label of {frames} frames or pages; store only that of the image'
-      )
+    if (frames := getattr(image, 'n_frames', 1)) > 1:
+      raise Unusable(f'{frames} frames or pages; store only that of the image')
     image_files.refuse_extra_channels(image)
     _refuse_scaled(image)
     raw, palette = image_files.raw_mode(image), None
@@ -114,9 +106,7 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
   mode, pixels = image.mode, np.array(image)
   if mode in ('LA', 'RGBA'):
     if (pixels[..., -1] != 255).any():
-      raise Unusable(
-        f'a label of mode {mode} with transparent pixels; remove the alpha'
-      )
+      raise Unusable(f'transparent pixels (mode {mode}); remove the alpha')
     mode = mode[:-1]
     pixels = pixels[..., 0] if mode == 'L' else pixels[..., :3]
   if mode not in ('P', 'L', '1', 'RGB') and not mode.startswith('I'):
@@ -124,10 +114,9 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
       'a label must be a palette or gray PNG of class indices, but its mode is '
       f'{mode}; store class indices'
     )
-  top, bottom = pixels.max(initial=0), pixels.min(initial=0)
-  if top > 255 or bottom < 0:
-    value = top if top > 255 else bottom
-    raise Unusable(f'label value {value} is no class index, 0 to 255')
+  for value in (pixels.max(initial=0), pixels.min(initial=0)):
+    if not 0 <= value <= 255:
+      raise Unusable(f'label value {value} is no class index, 0 to 255')
   scale = _GRAY_SCALE.get(raw[:3], 1) if mode == 'L' else 1
   return pixels.astype(np.uint8) // np.uint8(scale)
 

@@ -77,7 +77,7 @@ class Meaning:
     line_colors: uint8 [len(lines), 3], or None where the lines have none.
     classes: the names without those of void; `values` are their label values,
       and `colors`, uint8 [C, 3] or None, their colors.
-    void_values: the label values of void; `ignore_label` is one of them.
+    void_values: the label values of void; `void_value` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
     label_map: the label values of those file values that mean another one.
   """
@@ -88,7 +88,7 @@ class Meaning:
     """Takes the lines of classes.txt; raises `UserError` if parts disagree."""
     self.lines, self.line_colors = parse_classes(lines)
     count = len(self.lines)
-    self.ignore_label = ignore_label
+    self.void_value = ignore_label
     self.void_values = {ignore_label}
     if self.line_colors is not None:  # one line may give void its color
       named = (v for v in range(count) if self.lines[v].casefold() == _VOID)
@@ -122,14 +122,11 @@ class Meaning:
 
     Of several values of one class it is the first that the label map names.
     """
-    chosen: list[int | None] = []
-    for value in self.values:
-      named = [v for v, target in self.label_map.items() if target == value]
-      own = value if self._table[value] == value else None
-      chosen.append(named[0] if named else own)
-    taken = {*chosen, *self.label_map, self.ignore_label}
+    own = {v: v for v in self.values if v not in self.label_map}
+    own |= {t: v for v, t in reversed(self.label_map.items())}
+    taken = {*own.values(), *self.label_map, self.void_value}
     free = (v for v in range(256) if v not in taken)
-    return tuple(next(free) if v is None else v for v in chosen)
+    return tuple(own[v] if v in own else next(free) for v in self.values)
 
   def label_values(self, file: LabelFile) -> np.ndarray:
     """Returns label values uint8 [H, W]; refuses the color of no class."""
@@ -168,12 +165,12 @@ class Meaning:
     return [
       [index, *padded[index].tolist(), str(file.path)]
       for index in np.flatnonzero(_counts(file.pixels)).tolist()
-      if self._table[index] != self.ignore_label
+      if self._table[index] != self.void_value
     ]
 
   def _of_palette(self, file: LabelFile, palette: np.ndarray) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
-    counts, void = _counts(file.pixels), self.ignore_label
+    counts, void = _counts(file.pixels), self.void_value
     if void >= len(self.lines):
       color = tuple(palette[void : void + 1].ravel().tolist())
       value = self._value_of.get(color)

@@ -71,10 +71,8 @@ class Dataset:
 
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:
-      raise UserError(
-        f'no split {split!r} in {self.info.name}; known: '
-        f'{", ".join(self.builders)}'
-      )
+      known = ', '.join(self.builders)
+      raise UserError(f'no split {split!r} in {self.info.name}; known: {known}')
     return self.builders[split]
 
 
@@ -116,9 +114,8 @@ def load_dataset(
   """
   loader = name if callable(name) else LOADERS.get(name)
   if loader is None:
-    raise UserError(
-      f'config.data.name: no data set {name!r}; known: {", ".join(LOADERS)}'
-    )
+    known = ', '.join(LOADERS)
+    raise UserError(f'config.data.name: no data set {name!r}; known: {known}')
   if not 0 <= ignore_label <= 255:
     raise UserError(f'config.data.ignore_label={ignore_label} is not in 0..255')
   if on_bad_image not in ('stop', 'skip'):

@@ -64,19 +64,13 @@ def make_train_iterator(
   def load(step: int) -> Batch:
     # Rows are numbered across all steps and hosts. A row's number picks its
     # record, in an order that is new in every epoch, and seeds its transforms.
-    # Rows load one at a time: each image reuses the memory of the last one,
-    # still in the cache, and is copied once.
-    batch: Batch = {}
-    rows = range(step * batch_size + host, (step + 1) * batch_size, hosts)
-    for place, row in enumerate(rows):
+    pairs = []
+    for row in range(step * batch_size + host, (step + 1) * batch_size, hosts):
       epoch, index = divmod(row, len(source))
       record = source[_order(len(source), seed, epoch)[index]]
-      pair = load_example(record, transforms, (seed, 1, row))
-      for name, picture in zip(('image', 'label'), pair, strict=True):
-        if not place:
-          batch[name] = np.empty((len(rows), *picture.shape), np.uint8)
-        batch[name][place] = picture
-    return batch
+      pairs.append(load_example(record, transforms, (seed, 1, row)))
+    image, label = map(np.stack, zip(*pairs, strict=True))
+    return {'image': image, 'label': label}
 
   return _iterate(load, range(start_step, sys.maxsize), threads, workers)
 
@@ -113,12 +107,11 @@ def make_eval_iterator(
   def load(number: int) -> Batch:
     size, indices = plan[number].size, plan[number].indices[host::hosts]
     batch: Batch = {
-      'image': np.empty((len(indices), *size, 3), np.uint8),
+      'image': np.full((len(indices), *size, 3), MEAN_COLOR, np.uint8),
       'label': np.full((len(indices), *size), ignore_label, np.uint8),
       'size': np.full((len(indices), 2), size, np.int32),
       'index': np.array(indices, np.int32),
     }
-    batch['image'][:] = MEAN_COLOR
     for row, index in enumerate(indices):
       if index == FILLER:
         continue

@@ -60,6 +60,14 @@ def split_key(split: str) -> str:
   return f'list_{readable}_{fingerprint(split)[:8]}'
 
 
+class Item(NamedTuple):
+  """A listed image, before its files are read."""
+
+  name: str  # its id
+  image: Any  # the file; its `str` names it in messages
+  label: Any  # likewise; None means that all of it is void
+
+
 class Sample(NamedTuple):
   """What a builder generates of one image."""
 
@@ -141,16 +149,16 @@ def require_ignore_label(info: DatasetInfo, given: int) -> None:
 
 
 def readable(
-  items: Sequence[Any], read: Callable, *, origin: object, on_bad_image: str
-) -> Iterator[tuple[Any, Any]]:
+  items: Sequence[Item], read: Callable, *, origin: object, on_bad_image: str
+) -> Iterator[tuple[Item, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  Items have a `name`, and are listed at `origin`. `read` is called on all
-  cores. An `UnreadableError` stops with a `UserError`, or with
-  `on_bad_image='skip'` skips the item; if all are skipped, it stops as well.
+  The items are listed at `origin`. `read` is called on all cores. An
+  `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
+  skips the item; if all are skipped, it stops as well.
   """
 
-  def attempt(item: Any) -> Any:
+  def attempt(item: Item) -> Any:
     try:
       return read(item)
     except UnreadableError as error:
@@ -178,7 +186,7 @@ def in_threads(items: Iterable[Any], function: Callable) -> Iterator[Any]:
 
 
 def check_size(
-  item: Any, image_size: tuple[int, ...], label_size: tuple[int, ...]
+  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
 ) -> None:
   """Raises `UserError` unless both sizes (height, width) are the same."""
   if image_size != label_size:
@@ -189,7 +197,7 @@ def check_size(
 
 
 def check_values(
-  item: Any, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
+  item: Item, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
 ) -> None:
   """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
   counts = np.bincount(label.ravel(), minlength=256)

@@ -15,7 +15,6 @@ import numpy as np
 
 from deeplab_jax.data import folder, folder_files, labels, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
-from deeplab_jax.data.folder_files import Item
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
 from deeplab_jax.runtime.errors import UnreadableError, UserError
@@ -25,7 +24,6 @@ HUGE = 4096  # pixels; a huge image has a longer side
 EXAMPLES = 5  # of each kind of problem are named
 
 _LIST = 'lists that cannot be used'
-_CLASSES = 'no class names'
 _FILES = 'listed ids without exactly one image and a label'
 _UNREADABLE = 'unreadable files'
 _NO_PICTURES = 'images that cannot be read as what they show'
@@ -39,7 +37,6 @@ _ABSENT = 'classes without a pixel'
 _SHARED = 'ids in two lists, which makes the score worthless'
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
-_WARNINGS = (_ABSENT, _TINY, _HUGE)  # all other problems are errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +90,11 @@ class _Notes(collections.defaultdict[str, list[str]]):
       damaged = isinstance(error, UnreadableError)
       self[_UNREADABLE if damaged else title].append(str(error))
 
-  def findings(self, skip: bool = False) -> tuple[Finding, ...]:
-    """Returns the problems; `skip` says that unreadable files are no error."""
-    allowed = (*_WARNINGS, _UNREADABLE) if skip else _WARNINGS
+  def findings(self, *allowed: str) -> tuple[Finding, ...]:
+    """Returns the problems; titles in `allowed` are no error."""
+    warnings = (*allowed, _ABSENT, _TINY, _HUGE)
     return tuple(
-      Finding(title, len(found), tuple(found[:EXAMPLES]), title not in allowed)
+      Finding(title, len(found), tuple(found[:EXAMPLES]), title not in warnings)
       for title, found in self.items()
       if found
     )
@@ -119,7 +116,7 @@ def survey_folder(
   """
   root = folder_files.find_root(directory)
   notes = _Notes(list)
-  lines = notes.catch(_CLASSES, folder_files.read_classes, root)
+  lines = notes.catch('no class names', folder_files.read_classes, root)
   meaning = labels.Meaning(lines or (), ignore_label, label_map or '')
   listed = _read_lists(root, splits, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
@@ -141,16 +138,17 @@ def survey_folder(
           f'first {items[rows[0]].label}'
         )
     known, void = list(meaning.values), list(meaning.void_values)
-    pixels = {}
+    tallies = {split: Tally(len(known), ignore_label) for split in listed}
     for split, names in listed.items():
-      of_split = counts[[i for i, x in enumerate(items) if x.name in names]]
-      pixels[split] = of_split[:, known].sum(0), int(of_split[:, void].sum())
-    of_classes = label_findings(
-      pixels, meaning.classes, meaning.values, ignore_label, splits[0]
-    )
-  findings = notes.findings(skip=on_bad_image == 'skip') + of_classes
+      rows = [row for row, item in enumerate(items) if item.name in names]
+      of_split = counts[rows].sum(0)
+      tallies[split].class_pixels = of_split[known]
+      tallies[split].void_pixels = int(of_split[void].sum())
+    of_classes = label_findings(meaning, tallies, splits[0])
+  findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
   num_images, total = len(set().union(*listed.values())), counts.sum(0)
   num_classes, text = _propose(root / 'classes.txt', meaning, total)
+  findings += of_classes
   return Survey(root, num_images, num_classes, text, total, findings)
 
 
@@ -158,7 +156,7 @@ def _propose(
   path: pathlib.Path, meaning: labels.Meaning, pixels: np.ndarray
 ) -> tuple[int, str]:
   """Returns the number of classes for so many pixels of each value, and why."""
-  ignored, names = meaning.ignore_label, len(meaning.lines)
+  ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
   text = f'the labels hold {_ranges(values) or "no class"}'
@@ -178,14 +176,14 @@ def _propose(
 
 def _read_lists(
   root: pathlib.Path, splits: Sequence[str], notes: _Notes
-) -> dict[str, dict[str, Item | None]]:
+) -> dict[str, dict[str, records.Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
   read = folder_files.read_list
   found = {split: notes.catch(_LIST, read, root, split) for split in splits}
   lists = {split: names for split, names in found.items() if names}
   every = dict.fromkeys(itertools.chain(*lists.values()))
   items, missing = folder_files.find_items(root, every)
-  listed: dict[str, dict[str, Item | None]] = {split: {} for split in lists}
+  listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in lists}
   for split, names in lists.items():
     for name in names:
       item = items.get(name)
@@ -201,7 +199,7 @@ def _read_lists(
 
 
 def _read(
-  item: Item, meaning: labels.Meaning
+  item: records.Item, meaning: labels.Meaning
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
@@ -222,48 +220,42 @@ def _read(
 
 
 def label_findings(
-  split_pixels: Mapping[str, tuple[np.ndarray, int]],
-  classes: Sequence[str],
-  values: Sequence[int],
-  void_value: int,
+  info: DatasetInfo | labels.Meaning,
+  tallies: Mapping[str, Tally],
   trained: str,
 ) -> tuple[Finding, ...]:
-  """Finds splits that lack classes, and labels that nothing is learned from.
-
-  `split_pixels` are, for every split, the pixels of each class, int [C], and
-  those of void. The `values` of the classes are those in the label files.
-  """
-  notes = _Notes(list)
-  found: tuple[Finding, ...] = ()
-  for split, (pixels, void) in split_pixels.items():
-    present = np.count_nonzero(pixels)
-    if not present and not void:
+  """Finds splits that lack classes, and labels that nothing is learned from."""
+  notes, allowed = _Notes(list), ''
+  classes, values, void_value = info.classes, info.values, info.void_value
+  for split, tally in tallies.items():
+    present = np.flatnonzero(tally.class_pixels).tolist()
+    absent = np.flatnonzero(tally.class_pixels == 0).tolist()
+    if not present and not tally.void_pixels:
       continue  # nothing could be read, as other findings say
-    if not present and split == trained:
-      notes[_ALL_VOID].append(f'every pixel in {split} is void, {void_value}')
-    elif not present:
-      notes[_ABSENT].append(f'all {len(classes)} in {split}')
-    else:
-      absent = np.flatnonzero(np.equal(pixels, 0)).tolist()
-      notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
-    if split == trained and present == 1:
-      index = int(np.argmax(pixels))
-      text = f'{values[index]} ({classes[index]}) is the only value'
-      if void:
-        text += f' besides void, {void_value}, in {trained}; '
-        text += _remedy(pixels, values, void_value)
+    if split == trained and len(present) == 1:
+      text = f'{values[present[0]]} ({classes[present[0]]}) is the only value'
+      if tally.void_pixels:
+        text += f' besides void, {void_value}, in {split}; '
+        text += _remedy(absent, values, void_value)
       else:
-        text += f' in {trained}, so there is nothing to learn'
-      found = (Finding(_SAME, 1, (text,), fatal=bool(void)),)
-  return found + notes.findings()
+        text += f' in {split}, so there is nothing to learn'
+        allowed = _SAME
+      notes[_SAME].append(text)
+    if present:
+      notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
+    elif split == trained:
+      notes[_ALL_VOID].append(f'every pixel in {split} is void, {void_value}')
+    else:
+      notes[_ABSENT].append(f'all {len(classes)} in {split}')
+  return notes.findings(allowed)
 
 
-def _remedy(pixels: np.ndarray, values: Sequence[int], void_value: int) -> str:
+def _remedy(absent: list[int], values: Sequence[int], void_value: int) -> str:
   """What to do if the value of void marks a class."""
   text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
     return f'{text}ignore_label=255'
-  if absent := np.flatnonzero(np.equal(pixels, 0)).tolist():
+  if absent:
     return f'{text}label_map={void_value}:{values[absent[0]]}'
   text += f'label_map={void_value}:{max(values) + 1}'
   return f'{text} and give it a line in classes.txt'
@@ -273,9 +265,7 @@ def check_tallies(
   info: DatasetInfo, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
   """Returns what is suspect; raises `UserError` if nothing can be learned."""
-  pixels = {s: (t.class_pixels, t.void_pixels) for s, t in tallies.items()}
-  values, void = info.values, info.void_value
-  found = label_findings(pixels, info.classes, values, void, trained)
+  found = label_findings(info, tallies, trained)
   for finding in found:
     if finding.fatal:
       raise UserError(

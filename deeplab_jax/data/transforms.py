@@ -44,10 +44,8 @@ class RandomScaleCropFlip:
     low, high = self.scale if len(self.scale) == 2 else (0, 0)
     rule = 'scale must be (smallest, largest) above 0 and below 2^31'
     require(0 < low <= high < 2**31, rule, self.scale)
-    require(
-      0 <= self.flip <= 1, 'flip must be a probability, 0 to 1', self.flip
-    )
-    void = self.ignore_label
+    flip, void = self.flip, self.ignore_label
+    require(0 <= flip <= 1, 'flip must be a probability, 0 to 1', flip)
     require(0 <= void <= 255, 'ignore_label must be 0 to 255', void)
 
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
@@ -62,12 +60,9 @@ class RandomScaleCropFlip:
       (image, MEAN_COLOR, cv2.INTER_LINEAR),
       (label, self.ignore_label, cv2.INTER_NEAREST_EXACT),
     ):
-      result = np.empty((*self.size, *picture.shape[2:]), np.uint8)
       # numpy copies whole rows, but repeats colors one by one.
-      row = np.full(result.shape[1:], fill, np.uint8)
-      result[height:] = row
-      result[:height, :left] = row[:left]
-      result[:height, left + width :] = row[left + width :]
+      row = np.full((1, self.size[1], *picture.shape[2:]), fill, np.uint8)
+      result = row.repeat(self.size[0], axis=0)
       shown, size = result[:height, left : left + width], (width, height)
       # OpenCV writes into `result` itself.
       cv2.resize(picture[rows, columns], size, shown, 0, 0, interpolation)

@@ -12,8 +12,6 @@ are VOCtrainval_11-May-2012.tar (Everingham et al.) and benchmark.tgz of SBD
 (Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging
@@ -140,7 +138,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
     }
 
   def _generate_examples(
-    self, split: str, items: Sequence[_Item]
+    self, split: str, items: Sequence[records.Item]
   ) -> Iterator[records.Sample]:
     skip, origin = self.builder_config.on_bad_image, f'split {split!r}'
     read = records.readable(items, _read, origin=origin, on_bad_image=skip)
@@ -161,25 +159,20 @@ def _require_download_space(config: VocConfig, downloads: pathlib.Path) -> None:
   download.require_space(downloads, missing + prepared, what, _OTHER_DISK)
 
 
-class _Item(NamedTuple):
-  """An image and its mask; None means that all of it is void."""
-
-  name: str
-  image: sources.File
-  label: sources.File | None
-
-
-def _read(item: _Item) -> records.Sample:
-  image, size = images.storable_image(str(item.image), item.image.read())
+def _read(item: records.Item) -> records.Sample:
+  picture = images.open_picture(str(item.image), item.image.read())
+  size = picture.pixels.shape[:2]
   classes, void = _INFO.num_classes, _INFO.ignore_label
   label = np.full(size, void, np.uint8)
   if item.label:
     path, data = str(item.label), item.label.read()
-    mat = path.endswith('.mat')
-    read = label_files.read_mat_label if mat else label_files.read_label
-    label = read(path, data)
+    if path.endswith('.mat'):
+      label = label_files.read_mat_label(path, data)
+    else:
+      label = label_files.open_label(path, data).indices()
   records.check_size(item, size, label.shape)
   records.check_values(item, label, classes, void, remedy='or replace the file')
+  image = picture.storable()
   return records.Sample(item.name, f'{item.name}.jpg', image, label)
 
 
@@ -192,7 +185,7 @@ class _Ids(NamedTuple):
 
 def _find_splits(
   config: VocConfig, downloads: pathlib.Path
-) -> dict[str, list[_Item]]:
+) -> dict[str, list[records.Item]]:
   """Finds the images and the masks of each split."""
   place = config.places.get('voc') or sources.fetch('voc', downloads)
   files = sources.find_files('voc', place)
@@ -204,9 +197,7 @@ def _find_splits(
     if part == 'list'
   }
   if not lists.keys() >= {'train', 'val'}:
-    raise errors.UserError(
-      f'{place}: ImageSets/Segmentation has no train.txt or no val.txt'
-    )
+    raise errors.UserError(f'{place}: no train.txt or no val.txt in ImageSets')
   train, val = lists['train'], lists['val']
   items = {'train': [], 'val': _find_items(val, files)}  # without SBD's masks
   if config.variant == 'voc2012':
@@ -272,7 +263,7 @@ def _add_sbd(
 
 def _find_items(
   ids: _Ids, files: sources.Files, *, void: bool = False
-) -> list[_Item]:
+) -> list[records.Item]:
   """Finds the files of each id; masks only if the labels are not `void`."""
   items, lacking = [], []
   for name in ids.names:
@@ -282,7 +273,7 @@ def _find_items(
     elif label is None and not void:
       lacking.append(f'{name} (no mask)')
     else:
-      items.append(_Item(name, image, None if void else label))
+      items.append(records.Item(name, image, None if void else label))
   if lacking:
     raise errors.UserError(
       f'{ids.origin}: {len(lacking)} of {len(ids.names)} ids have no image or '

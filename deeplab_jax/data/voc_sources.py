@@ -4,14 +4,11 @@ Archives are read in place. Unpacked, they would need their size again on the
 disk, and half of an archive could pass for the whole.
 """
 
-from __future__ import annotations
-
-import functools
 import hashlib
 import io
 import pathlib
 import tarfile
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from os.path import dirname, relpath
 from typing import Any, NamedTuple
 
@@ -86,7 +83,8 @@ class File(NamedTuple):
 
   location: str
   size: int
-  contents: Callable[[], bytes]
+  source: pathlib.Path | bytes  # the file that has it at `offset`, or it
+  offset: int = 0
   time: int = 0  # of the last change in ns, in a folder
 
   def __str__(self) -> str:
@@ -94,8 +92,12 @@ class File(NamedTuple):
 
   def read(self) -> bytes:
     """Returns the contents; raises `UnreadableError` if the disk fails."""
+    if isinstance(self.source, bytes):
+      return self.source
     try:
-      return self.contents()
+      with self.source.open('rb') as file:
+        file.seek(self.offset)
+        return file.read(self.size)
     except OSError as error:
       raise errors.UnreadableError(
         f'{self}: cannot be read ({error.strerror}); replace the file'
@@ -169,7 +171,7 @@ def find_files(
     for part, pattern in _PARTS[source].items():
       for path in filter(pathlib.Path.is_file, place.glob(pattern)):
         size, time = path.stat().st_size, path.stat().st_mtime_ns
-        found[part, path.stem] = File(str(path), size, path.read_bytes, time)
+        found[part, path.stem] = File(str(path), size, path, 0, time)
     return found
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)
@@ -178,10 +180,9 @@ def find_files(
       for part, pattern in _PARTS[source].items():
         if name.match(pattern) and (part, name.stem) not in skip:
           offset, size = member.offset_data, member.size
-          contents = functools.partial(_read_part, place, offset, size)
-          if compressed and (file := tar.extractfile(member)):
-            contents = functools.partial(bytes, file.read())
-          found[part, name.stem] = File(f'{place}/{name}', size, contents)
+          file = tar.extractfile(member) if compressed else None
+          data = file.read() if file else place
+          found[part, name.stem] = File(f'{place}/{name}', size, data, offset)
     # tarfile takes a damaged header for the end, which is a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -189,12 +190,6 @@ def find_files(
     while tar.fileobj.read(1 << 20):  # The checksum is at the end.
       pass
   return found
-
-
-def _read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
-  with path.open('rb') as file:
-    file.seek(offset)
-    return file.read(size)
 
 
 def read_list_file(list_file: str) -> list[str]:

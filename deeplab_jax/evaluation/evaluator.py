@@ -192,9 +192,8 @@ class Evaluator:
     packed: dict[int, tuple[tuple[int, int], bytes]] = {}
 
     def count(results: Any) -> None:
-      nonlocal confusion
       results = jax.device_get(results)
-      confusion += results['confusion'].sum(0, np.int64)
+      confusion[:] += results['confusion'].sum(0, np.int64)
       values = metrics.image_metrics(results['confusion'])
       for row, index in enumerate(results['index'].tolist()):
         if index != FILLER:

@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deeplab_jax.ops import convolutions
 from deeplab_jax.ops.linear import linear_call
 from deeplab_jax.ops.padding import blank, padded, within
+from deeplab_jax.runtime.errors import check_choice, require
 
 __all__ = [
   'CachedKernel',
@@ -49,15 +50,15 @@ def use(form: str) -> Iterator[None]:
   Raises:
     ValueError: for any other form.
   """
-  if form not in FORMS:
-    raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
+  check_choice('form', form, FORMS)
   with _form(form):
     yield
 
 
 def _by_platform(
-  cpu: Callable[..., Any], xla: Callable[..., Any]
+  cpu: Callable[..., Any], xla: Callable[..., Any], **settings: Any
 ) -> Callable[..., Any]:
+  cpu, xla = (functools.partial(form, **settings) for form in (cpu, xla))
   if _form.value is not None:
     return cpu if _form.value == 'cpu' else xla
   return functools.partial(lax.platform_dependent, cpu=cpu, default=xla)
@@ -86,10 +87,11 @@ def conv2d(
   cached: tuple[jax.Array, ...] = ()
   if isinstance(kernel, CachedKernel):
     if kernel.note is not None:
-      kernel.note((x.shape, x.dtype, stride, rate))
+      kernel.note((jax.ShapeDtypeStruct(x.shape, x.dtype), stride, rate))
     kernel, cached = kernel.kernel, kernel.transformed
-  if kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
-    raise ValueError(f'the kernel must be odd and square, got {kernel.shape}')
+  height, width = kernel.shape[:2]
+  fits = height == width and height % 2 == 1
+  require(fits, 'the kernel must be odd and square', kernel.shape)
   kernel = kernel.astype(x.dtype)
   if kernel.shape[0] == 1:
     x, stride, rate = x[:, ::stride, ::stride], 1, 1
@@ -97,68 +99,59 @@ def conv2d(
     x = blank(x)
   if _form.value == 'xla':
     y = convolutions.by_xla(x, kernel, stride, rate)
-  elif cached:
-    y = _cached_conv2d(x, kernel, cached, stride, rate)
   else:
-    y = _conv2d(x, kernel, stride, rate)
+    y = _conv2d(x, kernel, cached, stride, rate)
   return checkpoint_name(y, 'conv')
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _conv2d(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
-) -> jax.Array:
-  own = functools.partial(functools.partial, stride=stride, rate=rate)
-  form = _by_platform(own(convolutions.on_cpu), own(convolutions.by_xla))
-  return form(x, kernel)
-
-
-@_conv2d.defjvp
-def _conv2d_differential(
-  stride: int, rate: int, values: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-  y = _conv2d(*values, stride, rate)
-  own = functools.partial(functools.partial, stride=stride, rate=rate)
-
-  def tangent(x: Any, kernel: Any, x_dot: Any, kernel_dot: Any) -> jax.Array:
-    return _conv2d(x_dot, kernel, stride, rate) + _conv2d(
-      x, kernel_dot, stride, rate
-    )
-
-  gradients = _by_platform(
-    own(convolutions.gradients_on_cpu), own(convolutions.xla_gradients)
-  )
-  return y, linear_call(tangent, gradients, values, tangents, like=y)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _cached_conv2d(
+def _conv2d(
   x: jax.Array, kernel: jax.Array, cached: Any, stride: int, rate: int
 ) -> jax.Array:
   form = _by_platform(
-    functools.partial(convolutions.cached_on_cpu, stride=stride, rate=rate),
-    lambda x, kernel, _: convolutions.by_xla(x, kernel, stride, rate),
+    convolutions.on_cpu,
+    lambda x, kernel, _, **own: convolutions.by_xla(x, kernel, **own),
+    stride=stride,
+    rate=rate,
   )
   return form(x, kernel, cached)
 
 
-@functools.partial(_cached_conv2d.defjvp, symbolic_zeros=True)
-def _cached_conv2d_differential(
+@functools.partial(_conv2d.defjvp, symbolic_zeros=True)
+def _conv2d_differential(
   stride: int, rate: int, values: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
   x, kernel, cached = values
-  constant = jax.custom_derivatives.SymbolicZero
-  if not all(
-    isinstance(dot, constant) for dot in jax.tree.leaves(tangents[1:])
-  ):
-    raise ValueError(
-      'kernels of cache_kernels are for inference: gradients would not reach'
-      ' them; take the variables that it was given'
+  y = _conv2d(x, kernel, cached, stride, rate)
+  constant = [
+    isinstance(dot, jax.custom_derivatives.SymbolicZero)
+    for dot in jax.tree.leaves(tangents)
+  ]
+  x_dot, kernel_dot = (
+    jnp.zeros(dot.shape, dot.dtype) if zero else dot
+    for dot, zero in zip(tangents[:2], constant, strict=False)
+  )
+  if cached:
+    if not all(constant[1:]):
+      raise ValueError(
+        'kernels of cache_kernels are for inference: gradients would not reach'
+        ' them; take the variables that it was given'
+      )
+    return y, _conv2d(x_dot, kernel, cached, stride, rate)
+
+  def tangent(x: Any, kernel: Any, x_dot: Any, kernel_dot: Any) -> jax.Array:
+    return _conv2d(x_dot, kernel, (), stride, rate) + _conv2d(
+      x, kernel_dot, (), stride, rate
     )
-  y = _cached_conv2d(x, kernel, cached, stride, rate)
-  if isinstance(tangents[0], constant):
-    return y, jnp.zeros_like(y)
-  return y, _cached_conv2d(tangents[0], kernel, cached, stride, rate)
+
+  gradients = _by_platform(
+    convolutions.gradients_on_cpu,
+    convolutions.xla_gradients,
+    stride=stride,
+    rate=rate,
+  )
+  arguments = x_dot, kernel_dot
+  return y, linear_call(tangent, gradients, (x, kernel), arguments, like=y)
 
 
 @functools.partial(
@@ -213,18 +206,16 @@ def cache_kernels(
     {**variables, 'params': unflatten_dict(params | noted)},
     jnp.zeros((1, *size, 3), jnp.uint8),
   )
-
-  @jax.jit
-  def transform(kernels: Any) -> Any:
-    return {
-      path: convolutions.transform(kernels[path], *noted_use)
-      for path, noted_use in uses.items()
+  transformed = jax.jit(
+    lambda kernels: {
+      path: convolutions.transform(kernels[path], *use)
+      for path, use in uses.items()
     }
-
+  )(kernels)
   cached = {
-    path: CachedKernel(kernels[path], transformed)
-    for path, transformed in transform({p: kernels[p] for p in uses}).items()
-    if transformed
+    path: CachedKernel(kernels[path], arrays)
+    for path, arrays in transformed.items()
+    if arrays
   }
   return {**variables, 'params': unflatten_dict(params | kernels | cached)}
 

@@ -49,20 +49,33 @@ def xla_gradients(
   x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int, rate: int
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of `by_xla` with respect to x and to the kernel."""
-  (to_x,) = jax.linear_transpose(lambda x: by_xla(x, kernel, stride, rate), x)(
-    gradient
+  return (
+    _transpose(lambda x: by_xla(x, kernel, stride, rate), x, gradient),
+    _transpose(lambda k: by_xla(x, k, stride, rate), kernel, gradient),
   )
-  (to_kernel,) = jax.linear_transpose(
-    lambda kernel: by_xla(x, kernel, stride, rate), kernel
-  )(gradient)
-  return to_x, to_kernel
+
+
+def _transpose(function: Any, value: jax.Array, gradient: Any) -> jax.Array:
+  """The gradient of a linear function's argument, which `value` stands for."""
+  (result,) = jax.linear_transpose(function, value)(gradient)
+  return result
 
 
 def on_cpu(
-  x: jax.Array, kernel: jax.Array, stride: int, rate: int
+  x: jax.Array,
+  kernel: jax.Array,
+  cached: tuple[jax.Array, ...],
+  stride: int,
+  rate: int,
 ) -> jax.Array:
-  """The fastest form on CPUs."""
-  if winograd_pays(x.shape, x.dtype, kernel.shape, stride, rate):
+  """The fastest form on CPUs; `cached` is what `transform` gave, or empty.
+
+  A transformed kernel is used where it suits x.
+  """
+  fits = cached and winograd.fits(cached, x.shape[1:3], rate)
+  if fits and winograd_pays(x, kernel, stride, rate, _CACHED_UP_TO):
+    return winograd.convolve_transformed(x, cached, rate, transposed=True)
+  if winograd_pays(x, kernel, stride, rate):
     return winograd.convolve(x, kernel, rate)
   form = by_taps if _taps_pay(kernel, stride, rate) else by_xla
   return form(x, kernel, stride, rate)
@@ -77,7 +90,7 @@ def gradients_on_cpu(
   """
   # Tied to the gradient, so that the forward pass keeps no windows of x.
   x, kernel, gradient = lax.optimization_barrier((x, kernel, gradient))
-  if winograd_pays(x.shape, x.dtype, kernel.shape, stride, rate):
+  if winograd_pays(x, kernel, stride, rate):
     to_x = winograd.convolve(gradient, kernel, rate, transposed=True)
     to_kernel = winograd.kernel_gradient(x, gradient, rate)
   else:
@@ -85,13 +98,11 @@ def gradients_on_cpu(
       # JAX's transpose would add in the type of x.
       to_x = by_taps(gradient, kernel, rate=rate, transposed=True)
     else:
-      (to_x,) = jax.linear_transpose(
-        lambda x: by_xla(x, kernel, stride, rate), x
-      )(gradient)
+      to_x = _transpose(lambda x: by_xla(x, kernel, stride, rate), x, gradient)
     if kernel.shape[2] <= _PATCHES_TO_INPUTS:
-      (to_kernel,) = jax.linear_transpose(
-        lambda kernel: by_patches(x, kernel, stride, rate), kernel
-      )(gradient)
+      to_kernel = _transpose(
+        lambda k: by_patches(x, k, stride, rate), kernel, gradient
+      )
     else:
       to_kernel = taps_kernel_gradient(
         x, gradient, kernel.shape[0], stride, rate
@@ -101,53 +112,28 @@ def gradients_on_cpu(
   return lax.optimization_barrier((to_x, to_kernel))
 
 
-def cached_on_cpu(
-  x: jax.Array,
-  kernel: jax.Array,
-  transformed: tuple[jax.Array, ...],
-  stride: int,
-  rate: int,
-) -> jax.Array:
-  """`on_cpu` with a transformed kernel, where that suits x."""
-  pays = winograd_pays(
-    x.shape, x.dtype, kernel.shape, stride, rate, _CACHED_UP_TO
-  )
-  if pays and winograd.fits(transformed, x.shape[1:3], rate):
-    return winograd.convolve_transformed(x, transformed, rate, transposed=True)
-  return on_cpu(x, kernel, stride, rate)
-
-
 def transform(
-  kernel: jax.Array,
-  shape: tuple[int, ...],
-  dtype: Any,
-  stride: int,
-  rate: int,
+  kernel: jax.Array, x: jax.ShapeDtypeStruct, stride: int, rate: int
 ) -> tuple[jax.Array, ...]:
-  """What `cached_on_cpu` takes for maps of a shape; empty for nothing."""
-  if not winograd_pays(shape, dtype, kernel.shape, stride, rate, _CACHED_UP_TO):
+  """What `on_cpu` takes as `cached` for maps like x; empty for none."""
+  if not winograd_pays(x, kernel, stride, rate, _CACHED_UP_TO):
     return ()
   # Transposed: XLA's products of few rows take a matrix with the channels of
   # the result first in less time.
-  return winograd.transform(kernel.swapaxes(2, 3), shape[1:3], rate)
+  return winograd.transform(kernel.swapaxes(2, 3), x.shape[1:3], rate)
 
 
 def winograd_pays(
-  shape: tuple[int, ...],
-  dtype: Any,
-  kernel_shape: tuple[int, ...],
-  stride: int,
-  rate: int,
-  up_to: float = _WINOGRAD_UP_TO,
+  x: Any, kernel: Any, stride: int, rate: int, up_to: float = _WINOGRAD_UP_TO
 ) -> bool:
-  """Whether Winograd's algorithm is faster for maps of this shape."""
+  """Whether Winograd's algorithm is faster for maps like x."""
   return (
-    kernel_shape[0] == 3
+    kernel.shape[0] == 3
     and stride == 1
-    and dtype == jnp.float32
-    and min(shape[1:3]) >= _WINOGRAD_FROM_SIZE
-    and min(kernel_shape[2:]) >= _WINOGRAD_FROM_CHANNELS
-    and winograd.share(shape[1:3], rate) <= up_to
+    and x.dtype == jnp.float32
+    and min(x.shape[1:3]) >= _WINOGRAD_FROM_SIZE
+    and min(kernel.shape[2:]) >= _WINOGRAD_FROM_CHANNELS
+    and winograd.share(x.shape[1:3], rate) <= up_to
   )
 
 
@@ -159,12 +145,7 @@ def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
   """[..., Cin] times [Cin, Cout]."""
   # Of two dimensions, since the gradient with respect to `matrix` contracts
   # all but the last, and XLA transposes a copy to contract more than one.
-  y = lax.dot_general(
-    x.reshape(-1, x.shape[-1]),
-    matrix,
-    (((1,), (0,)), ((), ())),
-    preferred_element_type=dtype,
-  )
+  y = lax.dot(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype)
   return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 

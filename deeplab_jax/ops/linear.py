@@ -60,11 +60,9 @@ def _transpose(
   gradient: jax.Array, *values: Any, transpose: Any, count: int, **_: Any
 ) -> list[jax.Array | None]:
   gradients = transpose(*values[:count], gradient)
-  asked = map(ad.is_undefined_primal, values[count:])
-  own = [
-    g if linear else None for linear, g in zip(asked, gradients, strict=True)
-  ]
-  return [*[None] * count, *own]
+  own = zip(gradients, values[count:], strict=True)
+  asked = [g if ad.is_undefined_primal(value) else None for g, value in own]
+  return [*[None] * count, *asked]
 
 
 def _batch(

@@ -22,11 +22,13 @@ def initialize() -> None:
   """
   if jax.distributed.is_initialized():
     return
+  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  several = any(os.environ.get(count, '1') != '1' for count in counts)
   if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
     jax.distributed.initialize(
       address, _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
     )
-  elif _in_cluster():
+  elif several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
     jax.distributed.initialize()
 
 
@@ -38,12 +40,6 @@ def _number(variable: str) -> int:
       f' {value!r}'
     )
   return int(value)
-
-
-def _in_cluster() -> bool:
-  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-  several = any(os.environ.get(count, '1') != '1' for count in counts)
-  return several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
 
 
 def is_first_process() -> bool:

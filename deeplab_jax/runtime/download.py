@@ -153,13 +153,12 @@ def _receive(url: str, part: Path, size: int | None) -> None:
     if size is not None and total != size:
       raise URLError(f'has {total} bytes, expected {size}')
     part.touch()
-    options = {'unit': 'B', 'unit_scale': True, 'disable': None}  # if no screen
-    bar = tqdm(desc=part.stem, total=total, initial=start, **options)
-    with part.open('r+b') as file, bar:
+    bar = tqdm.wrapattr(  # disable=None: none without a screen
+      response, 'read', total, desc=part.stem, initial=start, disable=None
+    )
+    with part.open('r+b') as file, bar as stream:
       file.seek(start)
-      while chunk := response.read(1 << 20):
-        file.write(chunk)
-        bar.update(len(chunk))
+      shutil.copyfileobj(stream, file, 1 << 20)
       if total and file.tell() < total:
         raise IncompleteRead(b'', total - file.tell())
 

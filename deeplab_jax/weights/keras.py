@@ -57,15 +57,11 @@ def read_keras(path: str | Path) -> dict[str, np.ndarray]:
 
 def _layers(root: Any) -> dict[str, np.ndarray]:
   arrays = {}
-  for layer in map(_text, root.attrs['layer_names']):
-    for weight in map(_text, root[layer].attrs['weight_names']):
+  for layer in root.attrs['layer_names'].astype(str):  # bytes or str in a file
+    for weight in root[layer].attrs['weight_names'].astype(str):
       name = weight.rpartition('/')[2].removesuffix(':0')
       arrays[f'{layer}/{name}'] = root[layer][weight][()]
   return arrays
-
-
-def _text(value: Any) -> str:
-  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def map_keras(names: Iterable[str]) -> NameMap:

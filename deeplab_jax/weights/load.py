@@ -1,8 +1,12 @@
 """Weights from any source: found, identified by their content, and merged."""
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +14,18 @@ import numpy as np
 
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import near_file, reading_archive
 from deeplab_jax.weights import mapping
-from deeplab_jax.weights.files import kind_of, unpacked
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
 from deeplab_jax.weights.timm import hub_file, map_timm, read_timm
 
+SOURCES = (
+  "'keras', hf://timm/REPOSITORY, a TF-slim checkpoint or its .tar.gz, an .h5"
+  ' of Keras, a .safetensors of timm, or a workdir or checkpoint of this'
+  ' project'
+)
 _CLASS_LAYER = 'params/logits/'
 
 
@@ -71,12 +80,10 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
-    unknown = []
-    for name in self.names.unknown:
-      if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow):
-        unused[name] = 'allowed by name'
-      else:
-        unknown.append(name)
+    for pattern in allow:
+      found = fnmatch.filter(self.names.unknown, pattern)
+      unused |= dict.fromkeys(found, 'allowed by name')
+    unknown = [name for name in self.names.unknown if name not in unused]
     try:
       return mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
@@ -108,7 +115,7 @@ def load_pretrained(
   Given as `preset`, it is checked.
 
   Args:
-    source: one of `files.SOURCES`; 'keras' downloads Keras's ImageNet weights.
+    source: one of `SOURCES`; 'keras' downloads Keras's ImageNet weights.
     variables: `params` and `batch_stats`.
     preset: the preset that the model was built with.
     allow: patterns of names in the file that may fit nothing, and of paths of
@@ -124,7 +131,7 @@ def load_pretrained(
 
 
 def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
-  """Reads the weights of a source, one of `files.SOURCES`.
+  """Reads the weights of a source, one of `SOURCES`.
 
   'keras' means the Keras weights of `backbone`. Raises `UserError` if there is
   no such source, or it is damaged.
@@ -168,6 +175,90 @@ def _published(backbone: str) -> Path:
   )
 
 
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+  """Yields the file of the arrays: from a tar file, or `path` itself.
+
+  Any file of a TensorFlow checkpoint of version 2 stands for the checkpoint.
+  Raises `UserError` unless an archive is safe and holds one checkpoint.
+  """
+  part = re.fullmatch(r'(.+)\.(index|meta|data-\d+-of-\d+)', path.name)
+  if part and path.with_name(f'{part[1]}.index').is_file():
+    path = path.with_name(part[1])
+  head = _ends(path)[0] if path.is_file() else b''
+  if not (head.startswith(b'\x1f\x8b') or head[257:262] == b'ustar'):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    with reading_archive(path), tarfile.open(path) as tar:
+      regular = filter(tarfile.TarInfo.isfile, tar)
+      try:
+        tar.extractall(folder, regular, filter='data')
+      except tarfile.FilterError as error:
+        raise UserError(f'{path} is refused: {error}') from error
+    files = [x for x in sorted(Path(folder).rglob('*')) if x.is_file()]
+    found = [x.with_suffix('') for x in files if x.suffix == '.index']
+    found = found or [x for x in files if x.suffix == '.ckpt']
+    if len(found) != 1:
+      raise UserError(
+        f'{path} should hold one checkpoint (.ckpt, or .index and .data), found'
+        f' {", ".join(x.name for x in found) or "none"}'
+      )
+    yield found[0]
+
+
+def _ends(path: Path) -> tuple[bytes, bytes]:
+  """Returns the first 512 bytes of a file, and the last 8."""
+  try:
+    with path.open('rb') as file:
+      head = file.read(512)
+      file.seek(max(0, path.stat().st_size - 8))
+      return head, file.read()
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}') from error
+
+
+# Last bytes of a TensorFlow checkpoint of version 1, and of an index.
+_TABLE = bytes.fromhex('57fb808b247547db')
+
+# Why a file is refused, by its first bytes.
+_REFUSED = {
+  b'': 'is empty',
+  b'PK': 'is a zip file, as PyTorch and new Keras write; it may hold pickles'
+  ' and is refused unseen. Save safetensors, or .h5 from Keras',
+  b'\x80': 'is a pickle, which can run anything when it is opened, and is'
+  ' refused unseen. Save it as safetensors',
+  b'\x93NUMPY': 'is a single array',
+  b'<': 'is a web page, not a download',
+  b'version https://git-lfs': 'is a git-lfs pointer; fetch the file itself',
+}
+
+
+def kind_of(path: Path) -> str:
+  """Returns 'TensorFlow', 'HDF5' or 'safetensors', else raises `UserError`."""
+  if path.with_name(f'{path.name}.index').is_file():
+    return 'TensorFlow'
+  if path.is_dir():
+    raise UserError(f'{path} is a folder without checkpoints of this project')
+  if not path.exists():
+    raise UserError(
+      f'init_from: no file {path}{near_file(path)}; it may be {SOURCES}'
+    )
+  head, end = _ends(path)
+  if head.startswith(b'\x89HDF\r\n\x1a\n'):
+    return 'HDF5'
+  if head[8:9] == b'{':
+    return 'safetensors'
+  if end == _TABLE:
+    return 'TensorFlow'
+  for start, reason in _REFUSED.items():
+    if head.startswith(start) and (start or not head):
+      raise UserError(f'{path} {reason}')
+  raise UserError(
+    f'{path} is truncated or of no known kind; it may be {SOURCES}'
+  )
+
+
 def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """Returns the arguments of `deeplab_v3` that show in the shapes."""
   settings: dict[str, Any] = {}
@@ -199,7 +290,6 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
     step = saved.step_named(name)
     metadata = saved.metadata(step)
     arrays = mapping.flatten(saved.restore_variables(step))
-  arrays = {path: np.asarray(array) for path, array in arrays.items()}
   settings = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in metadata['model'].items()

@@ -2,13 +2,16 @@ import json
 import sys
 
 import jax
+import numpy as np
 import pytest
+from flax import linen as nn
 from miniature import SETTINGS, as_options
 
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
-from deeplab_jax.benchmark import flops, measure, timing
+from deeplab_jax.benchmark import measure, timing
 from deeplab_jax.config import get_config, override, validate
+from deeplab_jax.models.layers import Conv
 from deeplab_jax.runtime import host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
@@ -48,6 +51,31 @@ def measured(capsys):
   return run
 
 
+def operations():
+  """Multiplications and additions of convolutions, without padding, by path."""
+  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
+  counts = {}
+
+  def count(call, args, kwargs, context):
+    conv = context.module
+    if isinstance(conv, Conv) and context.method_name == '__call__':
+      batch, *sizes, channels = args[0].shape
+      done = 2 * batch * channels * conv.features
+      taps = conv.rate * (np.arange(conv.kernel_size) - conv.kernel_size // 2)
+      for size in sizes:
+        places = np.arange(0, size, conv.stride)[:, None] + taps
+        done *= np.count_nonzero((places >= 0) & (places < size))
+      counts['/'.join(conv.path)] = done
+    return call(*args, **kwargs)
+
+  images = np.zeros((4, 33, 33, 3), np.uint8)
+  with nn.intercept_methods(count):
+    jax.eval_shape(
+      lambda key: model.init(key, images, train=False), jax.random.key(0)
+    )
+  return counts
+
+
 def test_the_default_network_is_that_of_the_paper():
   config = measure.default_network()
   model = config.model
@@ -60,7 +88,7 @@ def test_the_default_network_is_that_of_the_paper():
   assert config.train.batch_size == jax.local_device_count()
 
 
-def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
+def test_a_train_step_compiles_once(measured, configured):
   result = measured('--mode=train')
   assert len(configured) == 1
   assert result['compilations'] == 1
@@ -68,18 +96,15 @@ def test_a_train_step_compiles_once_and_names_its_layers(measured, configured):
   assert result['crop'] == [33, 33] and result['batch'] == 4
   assert 0 < result['seconds'] < result['first_seconds']
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
-  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
-  counts = flops.count_flops(model, (33, 33), batch_size=4)
-  forward, stem = flops.total(counts.values()), counts['backbone/stem']
-  # The images need no gradient.
-  assert result['flops'] == 3 * forward.padded - stem.padded
-  assert result['flops_on_map'] == 3 * forward.on_map - stem.on_map
+  counts = operations()
+  # Result and both gradients take as many each; the images need no gradient.
+  # Each device updates all parameters, which counts in so small a network.
+  expected = 3 * sum(counts.values()) - counts['backbone/stem']
+  assert expected < result['flops'] < 1.5 * expected
   assert result['utilization'] == pytest.approx(
     result['flops'] / result['seconds'] / result['matmul_flops_per_second']
   )
   assert result['peak_memory'] > 10**8
-  assert len(result['layers']) == 10
-  assert any('block' in layer['name'] for layer in result['layers'])
 
 
 def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
@@ -87,14 +112,19 @@ def test_a_forward_pass_computes_the_logits_once(measured, monkeypatch):
   result = measured('--mode=forward', '--peer=true')
   assert result['compilations'] == result['devices'] == 1
   assert 0 < result['seconds'] < result['first_seconds']
-  model = deeplab_v3('resnet18', num_classes=4, width=0.125, aspp_features=8)
-  counts = flops.count_flops(model, (33, 33), batch_size=4)
-  done = flops.total(counts.values())
-  assert (result['flops'], result['flops_on_map']) == done
-  assert result['utilization_on_map'] == pytest.approx(
-    done.on_map / result['seconds'] / 1e9
+  expected = sum(operations().values())
+  assert expected < result['flops'] < 1.5 * expected
+  assert result['utilization'] == pytest.approx(
+    result['flops'] / result['seconds'] / 1e9
   )
-  assert 'layers' not in result  # they are of no use beside a peer
+
+
+def test_a_trace_of_a_call_is_written_where_it_was_asked_for(
+  measured, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(timing, 'matmul_rate', lambda dtype: 1e9)
+  measured('--mode=forward', f'--trace={tmp_path}')
+  assert len(list(tmp_path.rglob('*.xplane.pb'))) == 1
 
 
 def test_the_train_step_has_the_loss_that_training_has(measured, monkeypatch):

@@ -633,13 +633,13 @@ def test_bad_settings_are_named(disk, prepared, tmp_path):
 _SCRIPT = """
 import os, sys
 from deeplab_jax.data import images, load
-read, calls = images.storable_image, []
+read, calls = images.open_picture, []
 def counted(*args):
   calls.append(args)
   if len(calls) >= int(sys.argv[3]):
     os.kill(os.getpid(), 9)
   return read(*args)
-images.storable_image = counted
+images.open_picture = counted
 load.load_dataset('voc2012_segmentation/trainaug', directory=sys.argv[1],
                   prepared_dir=sys.argv[2])
 """
