@@ -29,7 +29,7 @@ from deeplab_jax.weights import load as sources
 log = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # height, width
-_Result = tuple[np.ndarray, np.ndarray | None]  # classes, probabilities
+_Result = tuple[np.ndarray, Any]  # classes; probabilities or None
 _FAR = 3  # times larger or smaller than in training
 _GRID = 64  # pixels; sizes are rounded up to it when there are too many
 
@@ -93,8 +93,8 @@ class Predictor:
     require(window >= 1, 'window must be at least 1', window)
     protocol = protocol or protocols.Protocol()
     if protocol.transform:
-      own = {'scales': protocol.scales, 'flip': protocol.flip}
-      protocol = protocols.Protocol(**own)
+      seen = protocol.scales, protocol.flip
+      protocol = protocols.Protocol(scales=seen[0], flip=seen[1])
     self.model, self.variables, self.info = model, variables, info
     self.protocol, self.settings = protocol, settings or {}
     self.step, self.metrics, self.trained_size = step, metrics, trained_size
@@ -229,8 +229,16 @@ class Predictor:
         yield (classes, scores) if probabilities else classes
 
   def plan(self, sizes: Iterable[Size]) -> None:
-    """Chooses what to pad to, where the sizes of all images are known."""
-    small = [s for s in map(self._size_seen, sizes) if not self._is_large(s)]
+    """Chooses what to pad to, where the sizes of all images are known.
+
+    Raises `UserError` if one is too large for the protocol.
+    """
+    small = []
+    for size in map(self._size_seen, sizes):
+      if self._is_large(size):
+        windows.check(self.model, self.protocol, size, self._window)
+      else:
+        small.append(size)
     self._buckets = buckets.Buckets(self._limit, small)
 
   def bucket(self, size: Size) -> Size:
@@ -297,7 +305,7 @@ class Predictor:
     self, size: Size, images: Sequence[np.ndarray], probabilities: bool
   ) -> Any:
     """Starts to segment images, padded to one size, on all devices."""
-    batch = {
+    batch: dict[str, np.ndarray] = {
       'image': np.zeros((self._rows, *size, 3), np.uint8),
       'size': np.full((self._rows, 2), size, np.int32),
     }

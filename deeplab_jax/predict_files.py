@@ -136,7 +136,7 @@ def _identity(predictor: Predictor, config: ConfigDict) -> str:
   kept = settings['model'], settings['predict'], protocol
   digest = hashlib.blake2b(json.dumps(kept).encode(), digest_size=4)
   for leaf in jax.tree.leaves(predictor.variables):
-    digest.update(np.ascontiguousarray(leaf))
+    digest.update(np.asarray(leaf).tobytes())
   return f'step {predictor.step} {digest.hexdigest()}'
 
 
@@ -239,7 +239,7 @@ def _write(
       for index, share in enumerate(np.moveaxis(scores, -1, 0)):
         deep = np.rint(share * 65535).astype(np.uint16)
         with replacing(below / f'{target.stem}_{index}.png') as temporary:
-          Path(temporary).write_bytes(cv2.imencode('.png', deep)[1])
+          cv2.imencode('.png', deep)[1].tofile(temporary)
   visualize.save_indexed_png(target, *info.in_file_values(label))
 
 

@@ -144,13 +144,18 @@ def test_several_threads_get_what_one_gets(predictor):
 
 
 def test_large_images_are_segmented_in_windows(network, logits):
-  image = draw(150, 700)
-  expected = logits(image)
-  small = Predictor(*network, INFO, window=560)
-  assert agree(small(image), expected.argmax(-1)) is not None
-  wide = Predictor(*network, INFO, window=320)  # 320 x 320 < 150 x 700
-  with pytest.raises(ValueError, match='side must be above 512'):
-    wide(image)
+  image = draw(600, 700)
+  predictor = Predictor(*network, INFO, window=560)
+  predictor.plan([(20, 30), (600, 700)])
+  assert agree(predictor(image), logits(image).argmax(-1))
+
+
+def test_images_that_are_too_large_for_the_windows_are_refused(network):
+  predictor = Predictor(*network, INFO, window=320)
+  with pytest.raises(UserError, match=r'config\.predict\.window=320'):
+    predictor(draw(600, 700))
+  with pytest.raises(UserError, match=r'600x700 pixels is too large'):
+    predictor.plan([(20, 30), (600, 700)])
 
 
 def test_max_side_and_scale_bring_results_back_to_the_size(network, predictor):

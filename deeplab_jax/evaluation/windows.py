@@ -27,7 +27,7 @@ from deeplab_jax.evaluation.protocols import (
 from deeplab_jax.models.aspp import ASPP, ImagePooling
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.models.layers import Conv
-from deeplab_jax.runtime.errors import UserError, require
+from deeplab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,34 @@ MARGIN = 256  # pixels
 _SECONDS = 10  # between two lines about an image
 Note = Callable[[int, int], None]  # of windows: done, in all
 Size = tuple[int, int]  # height, width
+
+
+def check(
+  model: DeepLabV3,
+  protocol: Protocol,
+  size: Size,
+  side: int,
+  margin: int = MARGIN,
+) -> None:
+  """Raises `UserError` if an image (height, width) cannot be cut into windows.
+
+  For `side` and `margin` see `map_logits`.
+  """
+  if isinstance(protocol, SlidingWindow):
+    return
+  advice = 'set config.predict.max_side, or config.eval.protocol=sliding_window'
+  place = f'an image of {size[0]}x{size[1]} pixels is too large for'
+  if not protocol.gives_logits:
+    raise UserError(f'{place} config.eval.scales and flip; {advice}')
+  if not isinstance(model.aspp, ASPP):
+    raise UserError(f'{place} the head {type(model.aspp).__name__}; {advice}')
+  stride = model.backbone.output_stride
+  least = 2 * stride * max(-(-margin // stride), *model.aspp.rates)
+  if side // stride * stride <= least:
+    raise UserError(
+      f'{place} windows of config.predict.window={side}, which must be from'
+      f' {least + stride}'
+    )
 
 
 def scores_in_windows(
@@ -51,7 +79,7 @@ def scores_in_windows(
 
   They are float32 [rows, W, C] and follow from the top; with `softmax` they are
   probabilities. For `side` and `margin` see `map_logits`. Logs how far it is.
-  Raises `UserError` for scales or `flip` of whole images.
+  Raises `UserError` as `check` does.
   """
   size, note = image.shape[:2], _progress(image.shape[:2])
   if isinstance(protocol, SlidingWindow):
@@ -61,12 +89,7 @@ def scores_in_windows(
       *(image, protocol.crop_size, protocol.overlap, model.num_classes),
       note=note,
     )
-  if not protocol.gives_logits:
-    raise UserError(
-      f'an image of {size[0]}x{size[1]} pixels is too large for'
-      ' config.eval.scales and flip; set config.predict.max_side, or'
-      ' config.eval.protocol=sliding_window'
-    )
+  check(model, protocol, size, side, margin)
   maps = map_logits(model, variables, image, side, margin=margin, note=note)
   places = []
   for length, cells in zip(size, maps.shape, strict=False):
@@ -121,16 +144,9 @@ def map_logits(
 
   Returns:
     float32 [h, w, num_classes], the map that `DeepLabV3` upsamples.
-
-  Raises:
-    ValueError: if the head is another one, or `side` is too small.
   """
-  kind, rates = type(model.aspp).__name__, getattr(model.aspp, 'rates', (0,))
-  require(isinstance(model.aspp, ASPP), 'windows need the head ASPP', kind)
-  stride, halo = model.backbone.output_stride, max(rates)
+  stride, halo = model.backbone.output_stride, max(model.aspp.rates)
   most, edge = side // stride, -(-margin // stride)
-  rule = f'side must be above {2 * stride * max(edge, halo)} pixels'
-  require(most > 2 * max(edge, halo), rule, side)
   # A window ends where the image would, or strided layers would differ.
   rest = [1 if model.pads_freely else (n - 1) % stride + 1 for n in image.shape]
   cells = tuple(
@@ -180,7 +196,8 @@ def _features(
   x = (window - jnp.asarray(model.mean)) / jnp.asarray(model.std)
   x = jnp.where(ops.within(size, window.shape[1:3]), x, 0).astype(model.dtype)
   own = {kind: tree['backbone'] for kind, tree in variables.items()}
-  return model.backbone.apply(own, x, train=False)[model.features]
+  maps: Any = model.backbone.apply(own, x, train=False)
+  return maps[model.features]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -196,7 +213,8 @@ def _logits(
   with nn.intercept_methods(pool):
     x = model.aspp.apply(own, maps, train=False)
   layer = Conv(model.num_classes, use_bias=True)
-  return layer.apply({'params': variables['params']['logits']}, x)
+  logits: Any = layer.apply({'params': variables['params']['logits']}, x)
+  return logits
 
 
 def _windows(

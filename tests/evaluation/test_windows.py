@@ -117,12 +117,12 @@ def test_progress_counts_the_windows(network, image, whole):
 
 
 def test_what_windows_cannot_do_is_refused(network, image):
-  with pytest.raises(ValueError, match='side must be above 320 pixels'):
-    in_windows(network, image, 320)
+  with pytest.raises(UserError, match=r'window=335, which must be from 336$'):
+    in_windows(network, image, 335)
   with pytest.raises(UserError, match=r'331x470 pixels is too large.*max_side'):
     in_windows(network, image, 600, protocols.Protocol(flip=True))
   model = network[0].clone(aspp=network[0].backbone)
-  with pytest.raises(ValueError, match='the head ASPP'):
+  with pytest.raises(UserError, match='the head ResNetV2; set'):
     in_windows((model, network[1]), image, 600)
 
 
