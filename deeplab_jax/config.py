@@ -133,6 +133,9 @@ def get_config() -> ConfigDict:
   evaluation.worst_and_best = 4  # images in each of these two pictures
   evaluation.save_predictions = False  # write an archive for a test server
 
+  log = config.log = ConfigDict()
+  log.to = _open(('tensorboard', 'jsonl'))  # or `wandb`, `mlflow`
+
   predict = config.predict = ConfigDict()
   predict.output_dir = placeholder(str)  # unset: WORKDIR/predictions
   config.lock().data.options.unlock()
@@ -195,7 +198,8 @@ def _read(key: str, value: Any, kind: Any, default: Any) -> Any:
   if default is None and unset:
     return None
   if isinstance(default, tuple):
-    value, kind = _parse_values(value), type((*default, object())[0])
+    first = type((*default, object())[0])  # a function may stand for a name
+    value, kind = _parse_values(value), _Open if first is str else first
   elif kind is _Open and not callable(value):
     kind = str
     if '.' in str(value):

@@ -12,20 +12,18 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, evaluate, import_weights, predict, prepare, train
 from deeplab_jax import config as settings
+from deeplab_jax import report as reports
 from deeplab_jax.runtime import console, distributed, host
 from deeplab_jax.runtime.errors import UserError
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run: checkpoints, logs and results.'
-)
-_MODES = 'prepare', 'train', 'import', 'eval', 'predict'
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_MODES = 'prepare', 'train', 'import', 'eval', 'predict', 'report'
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
   'config',
   None,
-  'Recipe: a name in experiments, or a Python file. Without it the settings of'
-  ' the workdir, else the default. --config.section.key=value changes one.',
+  'Recipe: a name in experiments or a file; else the settings of the workdir.',
 )
 
 
@@ -67,6 +65,8 @@ def main(argv: list[str]) -> None:
     import_weights.import_weights(config, workdir)
   elif mode == 'eval':
     evaluate.evaluate(config, workdir)
+  elif mode == 'report':
+    reports.report(workdir)
   else:
     predict.predict(config, workdir, inputs)
 
