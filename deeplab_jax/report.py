@@ -35,7 +35,7 @@ def report(workdir: Path) -> Path:
   if not any(data.values()):
     raise UserError(f'nothing to report in {workdir}; train there first')
   data['defaults'] = flatten_dict(to_json(get_config()), sep='.')
-  data['time'] = 1000 * time.time()
+  data['time'] = time.time()
   path = workdir / 'report.html'
   with replacing(path) as temporary:
     text = page(workdir.resolve().name, data)

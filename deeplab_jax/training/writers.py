@@ -1,6 +1,5 @@
 """What a run leaves behind: logs in several places, files, progress."""
 
-import datetime
 import html
 import importlib
 import json
@@ -83,14 +82,15 @@ class _JsonLines(Backend):
   """Writes `metrics.jsonl` and `sessions.json`, which the report reads.
 
   The first has a line {"step": ..., name: value, ...} per call, where NaN and
-  the infinities are null. The second says of each start of the run when it was,
-  how far it went and on what machine.
+  the infinities are null. The second says of each start of the run when it was
+  (in seconds since 1970, UTC), how far it went and on what machine.
   """
 
   def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
     path, self._path = workdir / 'metrics.jsonl', workdir / 'sessions.json'
     before = json.loads(self._path.read_text()) if self._path.exists() else []
-    self._session = host.describe() | {'first_step': start + 1, 'start': _now()}
+    self._session = {'first_step': start + 1, 'start': time.time()}
+    self._session |= host.describe()
     self._sessions = [*before, self._session]
     write_json(self._path, self._sessions)
     _drop_lines(path, start)
@@ -100,15 +100,12 @@ class _JsonLines(Backend):
   def scalars(self, step: int, values: dict[str, float]) -> None:
     self._lines.write(_json({'step': step, **values}) + '\n')
     self._lines.flush()
-    self._session.update(last_step=step, stop=_now())
+    self._session.update(last_step=step, stop=time.time())
     write_json(self._path, self._sessions)
 
 
 class _WeightsAndBiases(Backend):
-  """A run of Weights & Biases, whose environment variables count.
-
-  A resumed run goes on as the one that `workdir/wandb_run.txt` names.
-  """
+  """A run of Weights & Biases, whose environment variables count."""
 
   def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
     import wandb
@@ -139,19 +136,19 @@ class _WeightsAndBiases(Backend):
 
 
 class _MLflow(Backend):
-  """A run of MLflow, at MLFLOW_TRACKING_URI or else in `workdir/mlruns`.
-
-  A resumed run goes on as the one that `workdir/mlflow_run.txt` names.
-  """
+  """A run of MLflow, at MLFLOW_TRACKING_URI or else in `workdir/mlflow.db`."""
 
   def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
     import mlflow
 
     self._mlflow, path = mlflow, workdir / 'mlflow_run.txt'
-    if 'MLFLOW_TRACKING_URI' not in os.environ:
-      mlflow.set_tracking_uri((workdir / 'mlruns').resolve().as_uri())
-    if 'MLFLOW_EXPERIMENT_NAME' not in os.environ:
-      mlflow.set_experiment('deeplab_jax')
+    experiment = os.environ.get('MLFLOW_EXPERIMENT_NAME', 'deeplab_jax')
+    if 'MLFLOW_TRACKING_URI' not in os.environ:  # it refuses plain files now
+      mlflow.set_tracking_uri(f'sqlite:///{workdir.resolve()}/mlflow.db')
+      if mlflow.get_experiment_by_name(experiment) is None:
+        place = (workdir / 'mlflow').resolve().as_uri()
+        mlflow.create_experiment(experiment, place)
+    mlflow.set_experiment(experiment)
     earlier = _earlier_run(path, start)
     run = mlflow.start_run(earlier, run_name=workdir.resolve().name)
     path.write_text(run.info.run_id)
@@ -346,9 +343,6 @@ def _json(value: Any, **options: Any) -> str:
   return json.dumps(finite, **options)
 
 
-def _now() -> str:
-  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-
-
 def _earlier_run(path: Path, start: int) -> str | None:
+  """The run that a resumed one goes on with, as the file names it."""
   return path.read_text().strip() if start and path.exists() else None
