@@ -7,13 +7,15 @@ from `config`.
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from deeplab_jax.config import flat, get_config
+from deeplab_jax.config import flat, get_config, to_json
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
@@ -24,6 +26,7 @@ from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
+from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ def check(config: ConfigDict) -> None:
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
   make_protocol(config)
+  with naming('config.log'):
+    check_backends(config.log.to)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
     choose('name', loss.name, losses.LOSSES)
@@ -156,6 +161,17 @@ def make_evaluator(
   )
 
 
+def make_writer(config: ConfigDict, workdir: Path, start_step: int) -> Writer:
+  """Opens what `config.log.to` names, for a run that starts after a step."""
+  if 'jsonl' not in config.log.to:
+    log.warning(
+      'config.log.to has no jsonl: the report will show neither curves nor time'
+    )
+  with naming('config.log'):
+    settings = flatten_dict(to_json(config), sep='.')
+    return Writer(workdir, start_step, config.log.to, settings)
+
+
 def make_protocol(config: ConfigDict) -> Protocol:
   """Builds the evaluation protocol of `config.eval`."""
   with naming('config.eval'):
@@ -198,7 +214,7 @@ def check_machine(
   threads: int | None,
   hosts: int = 1,
 ) -> None:
-  """Refuses settings that need more memory or threads than the machine has.
+  """Refuses settings that need more than this machine has: memory, packages.
 
   The memory needed is a lower bound. `memory` is in bytes, `threads` the most
   that a process may have; None if unknown. The `hosts` share each batch.
@@ -206,6 +222,8 @@ def check_machine(
   """
   model, data, evaluation = config.model, config.data, config.eval
   trains, whole = mode == 'train', evaluation.protocol == 'whole'
+  with naming('config.log'):
+    check_backends(config.log.to, starts=trains)
   scores = mode == 'eval' or (trains and data.eval_split != '')
   loaders = {'threads': scores or trains, 'workers': trains}
   for name in loaders:

@@ -114,6 +114,9 @@ def get_config() -> ConfigDict:
   evaluation.worst_and_best = 4  # images in each of these two pictures
   evaluation.save_predictions = False  # write an archive for a test server
 
+  log = config.log = ConfigDict()
+  log.to = _open(('tensorboard', 'jsonl'))  # or `wandb`, `mlflow`
+
   predict = config.predict = ConfigDict()
   predict.output_dir = placeholder(str)  # unset: WORKDIR/predictions
   predict.overlay = True  # draw each prediction over its image, too

@@ -1,11 +1,11 @@
 """Evaluation of a checkpoint over a whole split."""
 
+import csv
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
@@ -13,11 +13,12 @@ from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
 from deeplab_jax.evaluation.evaluator import Scores, write_archive
-from deeplab_jax.evaluation.metrics import format_table
+from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.training.writers import write_json
+from deeplab_jax.runtime.files import replacing
+from deeplab_jax.training.writers import Progress, Writer, write_json
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import confusion_picture
 from deeplab_jax.weights import checkpoints
@@ -29,8 +30,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates a checkpoint of `workdir`; prints and returns its metrics.
 
   It writes them into the folder `eval` with pictures: NAME.json, NAME.png (the
-  first images), NAME_confusion.png, NAME_worst.png and NAME_best.png. NAME
-  tells the split, the protocol and what is not the default, as
+  first images), NAME_confusion.png and .csv, NAME_worst.png and NAME_best.png.
+  NAME tells the split, the protocol and what is not the default, as
   `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
   archive NAME.tar.gz, and for a split without labels nothing else. Raises
   `UserError` if the checkpoint or the data cannot be used.
@@ -69,10 +70,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     step = None if config.eval.step == 'best' else network.step
     name = result_name(evaluator.description, network.trained_stride, step)
     path = workdir / 'eval' / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # the archive needs it, too
     # All files before the first line, which nobody may be there to read.
     lines = _save_archive(path, scores) if saves else []
     if _has_labels(dataset, split):
+      _warn_of_another(Path(f'{path}.json'), network.step)
       lines += _save_metrics(path, scores, result, config.eval)
       print_report(result)
     print(*lines, sep='\n', flush=True)
@@ -97,21 +99,24 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
 def _save_metrics(
   path: Path, scores: Scores, result: dict[str, Any], settings: ConfigDict
 ) -> list[str]:
-  """Writes PATH.json and the pictures; returns the report about them."""
-  name, classes = scores.evaluator.name, scores.evaluator.info.classes
-  file = Path(f'{path}.json')
-  before = json.loads(file.read_text()) if file.exists() else None
-  if before and before != json.loads(json.dumps(result)):  # both as read
-    log.warning(
-      '%s: another evaluation, of step %s, is replaced', file, before['step']
-    )
-  write_json(file, result)
+  """Writes PATH.json, .csv and the pictures; returns the report about them."""
+  name, info = scores.evaluator.name, scores.evaluator.info
+  path.parent.mkdir(exist_ok=True)
+  write_json(f'{path}.json', result)
+  with (
+    replacing(f'{path}_confusion.csv') as temporary,
+    open(temporary, 'w', newline='', encoding='utf-8') as file,
+  ):
+    table = csv.writer(file)
+    table.writerow(['true class', 'color', *info.classes])
+    for row in zip(info.classes, info.palette, scores.confusion, strict=True):
+      table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),
-    '_confusion': confusion_picture(scores.confusion, classes),
+    '_confusion': confusion_picture(scores.confusion, info.classes),
   }
-  mious = {i: m['per_image_miou'] for i, m in scores.of_images.items()}
+  mious = scores.mious()
   for kind, chosen in extremes(mious, settings.worst_and_best).items():
     if chosen:
       pictures[f'_{kind}'] = scores.picture(chosen)
@@ -123,13 +128,34 @@ def _save_metrics(
   return lines
 
 
-def extremes(mious: dict[int, float], count: int) -> dict[str, list[int]]:
-  """The images of the lowest and the highest mIoU; ties in their order."""
-  rated = sorted(i for i, miou in mious.items() if not np.isnan(miou))
-  return {
-    'worst': sorted(rated, key=lambda i: mious[i])[:count],
-    'best': sorted(rated, key=lambda i: -mious[i])[:count],
-  }
+def _warn_of_another(path: Path, step: int) -> None:
+  before = json.loads(path.read_text())['step'] if path.exists() else step
+  if before != step:
+    log.warning('%s: another evaluation, of step %s, is replaced', path, before)
+
+
+def save_best(
+  config: ConfigDict, workdir: Path, scores: Scores, step: int
+) -> None:
+  """Writes the same files for an evaluation in training, the best so far."""
+  name = result_name(scores.evaluator.description, config.model.output_stride)
+  result = {**scores.metrics, 'step': step}
+  _save_metrics(workdir / 'eval' / name, scores, result, config.eval)
+
+
+def log_scores(
+  step: int, scores: Scores, panels: int, writer: Writer, progress: Progress
+) -> None:
+  """Shows an evaluation in training in the logs and on the screen."""
+  numbers = summary(scores.metrics)
+  writer.text(step, 'eval_table', format_table(scores.metrics))
+  writer.scalars(step, {f'eval_{k}': v for k, v in numbers.items()})
+  first = distributed.is_first_process()
+  shown = list(scores.packed)[:panels] if first else []
+  if (picture := scores.picture(shown)) is not None:
+    writer.image(step, 'eval', picture)
+  line = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
+  progress.write(f'step {step}: {line}')
 
 
 def result_name(

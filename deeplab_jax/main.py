@@ -1,8 +1,7 @@
 """The command: python -m deeplab_jax.main --workdir=DIR [--mode=...].
 
-It trains by default; `--mode=prepare` shows the data first. `--config=RECIPE`
-names a recipe, `--config.section.key=value` changes one setting, and
-`--mode=predict` takes files, folders or globs after the options.
+It trains by default. `--config=RECIPE` names a recipe, `--config.section.key=`
+changes a setting, `--mode=predict` takes images or folders after the options.
 """
 
 from collections.abc import Callable
@@ -12,35 +11,31 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from deeplab_jax import (
-  build,
-  evaluate,
-  import_weights,
-  predict_files,
-  prepare,
-  train,
-)
+from deeplab_jax import build, import_weights
 from deeplab_jax import config as settings
+from deeplab_jax.evaluate import evaluate
+from deeplab_jax.predict_files import predict
+from deeplab_jax.prepare import prepare
+from deeplab_jax.report import report
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.train import train_and_evaluate
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run: checkpoints, logs and results.'
-)
 _RUN: dict[str, Callable[..., Any]] = {
-  'prepare': prepare.prepare,
-  'train': train.train_and_evaluate,
+  'prepare': prepare,
+  'train': train_and_evaluate,
   'import': import_weights.import_weights,
-  'eval': evaluate.evaluate,
-  'predict': predict_files.predict,
+  'eval': evaluate,
+  'predict': predict,
+  'report': lambda _, workdir: report(workdir),
 }
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
   'config',
   None,
-  'Recipe: a name in experiments, or a Python file. Without it the settings of'
-  ' the workdir, else the default. --config.section.key=value changes one.',
+  'Recipe: a name in experiments or a file; else the settings of the workdir.',
 )
 
 
@@ -58,7 +53,7 @@ def main(argv: list[str]) -> None:
   if inputs and mode != 'predict':
     raise UserError(f'{inputs[0]}: not an option; --mode={mode} has no inputs')
   if mode == 'prepare':
-    prepare.prepare(config, workdir)
+    prepare(config, workdir)
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')

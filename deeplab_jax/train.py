@@ -11,16 +11,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, import_weights
+from deeplab_jax import build, evaluate, import_weights, report
 from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.evaluation.evaluator import Scores
-from deeplab_jax.evaluation.metrics import format_table, summary
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, StopSignal
-from deeplab_jax.training.writers import Progress, Writer, write_json
+from deeplab_jax.training.writers import Progress, write_json
 from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
@@ -42,8 +41,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
   Writes checkpoints, TensorBoard events, `metrics.jsonl`, `config.json`,
   pictures, and at the end the metrics of the best checkpoint (`eval.json`),
-  which it returns. With an empty `config.data.eval_split` there are none, and
-  it returns the `step` of the latest checkpoint.
+  which it returns, and `report.html`. With an empty `config.data.eval_split`
+  there are no metrics, and it returns the `step` of the latest checkpoint.
 
   Raises:
     UserError: if settings, data or workdir do not fit, or the loss diverges.
@@ -138,7 +137,7 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
   batches = build.make_iterator(run.config, run.dataset, start)
   with (
     contextlib.closing(batches),
-    Writer(run.workdir, start) as writer,
+    build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
     CheckedMetrics(progress.write) as checked,
   ):
@@ -166,8 +165,9 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
         checked.fetch(saved.latest_step)
         scores = None
         if due and evaluator:
-          scores = evaluator.run(state.variables, run.config.eval.panels)
-          _log(step, scores, writer, progress)
+          shown = run.config.eval.panels, run.config.eval.worst_and_best
+          scores = evaluator.run(state.variables, *shown)
+          evaluate.log_scores(step, scores, shown[0], writer, progress)
         _save(run, start, state, scores)
       if stopping and not last:
         raise Preempted(stop.number, step)
@@ -175,26 +175,20 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
         since, then = step, time.monotonic()
 
 
-def _log(step: int, scores: Scores, writer: Writer, progress: Progress) -> None:
-  """Shows an evaluation in TensorBoard, in a picture and on the screen."""
-  numbers = summary(scores.metrics)
-  writer.text(step, 'eval_table', format_table(scores.metrics))
-  writer.scalars(step, {f'eval_{k}': v for k, v in numbers.items()})
-  shown = list(scores.packed) if distributed.is_first_process() else []
-  if (picture := scores.picture(shown)) is not None:
-    writer.image(step, 'eval', picture)
-  line = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-  progress.write(f'step {step}: {line}')
-
-
 def _save(run: _Run, start: int, state: Any, scores: Scores | None) -> None:
-  """Starts to save; after the first checkpoint it writes `config.json`."""
+  """Starts to save; after the first checkpoint it writes `config.json`.
+
+  Of the best checkpoint it writes what the report shows.
+  """
   is_new = run.saved.latest_step in (None, start)
   metadata = {'metrics': scores.metrics} if scores else {}
   run.saved.save(state, {**run.description, **metadata})
+  first, step = distributed.is_first_process(), int(state.step)
+  if scores and first and run.saved.step_named('best') == step:
+    evaluate.save_best(run.config, run.workdir, scores, step)
   if is_new:  # only now: a run that dies before leaves no trace
     run.saved.wait()
-    if distributed.is_first_process():
+    if first:
       write_json(run.workdir / 'config.json', to_json(run.config))
 
 
@@ -208,6 +202,7 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if first:
       why = 'config.data.eval_split is empty'
       print(f'{workdir} holds step {step}, not evaluated: {why}')
+      report.report(workdir)
     return {'step': step}
   if metrics is None:  # stopped by a signal, before its evaluation
     result = evaluate.evaluate(config, workdir)
@@ -217,6 +212,7 @@ def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       evaluate.print_report(result)
   if first:
     write_json(workdir / 'eval.json', result)
+    report.report(workdir)
   return result
 
 

@@ -155,9 +155,16 @@ def raising(error):
     ('--config.data={}', 'is missing: the section was replaced'),
     (
       '--mode=test',
-      '--mode=test: value should be one of <prepare|train|import|eval|predict>',
+      '--mode=test: value should be one of'
+      ' <prepare|train|import|eval|predict|report>',
     ),
     ('image.jpg', 'image.jpg: not an option; --mode=train has no inputs'),
+    (
+      '--config.log.to=jsonl,tensorbord',
+      'config.log: to must be tensorboard or jsonl or wandb or mlflow, got'
+      " 'tensorbord'",
+    ),
+    ('--config.log.to=5', 'config.log: to must be tensorboard or'),
   ],
 )
 def test_option_that_cannot_work_is_refused_in_one_line(
@@ -171,6 +178,41 @@ def test_option_that_cannot_work_is_refused_in_one_line(
   }
   line = refused(f'--workdir={tmp_path}', *as_options(settings), option)
   assert words in line
+
+
+@pytest.mark.parametrize('name', ['wandb', 'mlflow'])
+def test_a_missing_extra_is_named_before_training(
+  trained, tmp_path, refused, monkeypatch, name
+):
+  monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+  options = as_options(trained.settings), f'--config.log.to=jsonl,{name}'
+  line = refused(f'--workdir={tmp_path}/w', *options[0], options[1])
+  assert line.startswith(f'error: config.log: to={name}: ')
+  assert line.endswith(f"pip install 'deeplab_jax[{name}]'")
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_missing_extra_matters_to_training_alone(
+  trained, tmp_path, command, monkeypatch, received
+):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  options = f'--workdir={trained.workdir}', '--config.log.to=wandb'
+  assert command(*options, '--mode=eval')[0] == 0
+  assert [name for name, *_ in received] == ['evaluate']
+
+
+def test_the_mode_report_writes_the_page_again(trained, tmp_path, command):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  (workdir / 'report.html').unlink()
+  status, output, _ = command(f'--workdir={workdir}', '--mode=report')
+  assert (status, output) == (0, f'report: {workdir}/report.html\n')
+  assert (workdir / 'report.html').stat().st_size > 1000
+
+
+def test_a_workdir_without_a_run_has_no_report(refused, tmp_path):
+  line = refused(f'--workdir={tmp_path}/w', '--mode=report')
+  assert f'nothing to report in {tmp_path}/w; train there first' in line
+  assert not (tmp_path / 'w').exists()
 
 
 def test_missing_workdir_is_refused(refused):

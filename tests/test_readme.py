@@ -33,6 +33,7 @@ from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
 from deeplab_jax.evaluation.protocols import PROTOCOLS
+from deeplab_jax.training import writers
 from deeplab_jax.training.losses import LOSSES
 from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from deeplab_jax.training.steps import TrainState
@@ -111,7 +112,7 @@ def test_commands_have_recipes_modes_and_settings_that_exist(page):
   for words in commands(page):
     options = dict(word.partition('=')[::2] for word in words if '--' in word)
     assert '--workdir' in options or options['--mode'] == 'prepare'
-    modes = 'prepare', 'train', 'import', 'eval', 'predict'
+    modes = 'prepare', 'train', 'import', 'eval', 'predict', 'report'
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()
@@ -127,7 +128,7 @@ def test_settings_that_a_page_names_exist(page):
   if page.name in ('CHANGELOG.md', 'settings.md'):
     return  # one names old settings, the other is made from config.py
   keys = flatten_dict(get_config().to_dict(), sep='.')
-  sections = 'model|data|train|loss|optimizer|eval|predict'
+  sections = 'model|data|train|loss|optimizer|eval|log|predict'
   pattern = rf'`(?:--config\.|config\.)?((?:{sections})\.[a-z_.]+)(?:=(.*?))?`'
   for key, value in re.findall(pattern, page.read_text()):
     if re.fullmatch(r'model\.(apply|init)|.*\.(py|json|txt|png)', key):
@@ -268,6 +269,7 @@ def test_examples_of_extending_run(tmp_path):
   backbone = BACKBONES.pop('strided')
   loss, optimizer = LOSSES.pop('focal'), OPTIMIZERS.pop('lion')
   protocol, loader = PROTOCOLS.pop('half_size'), LOADERS.pop('halves')
+  table = writers.BACKENDS.pop('table')
 
   # At equal logits a pixel has the probability 1 / C.
   each = loss(jnp.zeros((2, 4)), jnp.array([1, 255]))
@@ -299,6 +301,11 @@ def test_examples_of_extending_run(tmp_path):
   np.testing.assert_allclose(
     seen[:, ::2, ::2], jax.nn.softmax(half), rtol=1e-4, atol=1e-5
   )
+
+  with writers.Writer(tmp_path / 'w', to=(table,)) as writer:
+    writer.scalars(3, {'loss': 0.5})
+    writer.text(3, 'note', 'what a table cannot hold')
+  assert (tmp_path / 'w' / 'losses.txt').read_text() == '3 0.5\n'
 
   dataset = names['dataset']
   assert inspect.signature(loader).parameters.keys() == {'prepared_dir'}

@@ -111,14 +111,25 @@ class Scores(NamedTuple):
     return np.frombuffer(zlib.decompress(data), np.uint8).reshape(shape)
 
   def picture(self, indices: Sequence[int]) -> np.ndarray | None:
-    """Image, label and prediction of records, a row each; None for none."""
+    """The panel of records, with names, mIoU and legend; None for none."""
     if not indices:
       return None
     info, predictions = self.evaluator.info, map(self.prediction, indices)
     images, labels = zip(*map(self.evaluator.example, indices), strict=True)
     return visualize.panel(
-      images, labels, list(predictions), info.palette, info.ignore_label
+      images,
+      labels,
+      list(predictions),
+      info.palette,
+      info.ignore_label,
+      classes=info.classes,
+      names=list(map(self.evaluator.name, indices)),
+      mious=[self.mious()[i] for i in indices],
     )
+
+  def mious(self) -> dict[int, float]:
+    """The mIoU of each record; NaN for one without a counted pixel."""
+    return {i: m['per_image_miou'] for i, m in self.of_images.items()}
 
 
 class Evaluator:
@@ -172,11 +183,13 @@ class Evaluator:
       ignore_label=self.info.ignore_label,
     )
 
-  def run(self, variables: dict[str, Any], keep: int) -> Scores:
+  def run(
+    self, variables: dict[str, Any], keep: int, worst_and_best: int = 0
+  ) -> Scores:
     """Scores every image of all hosts once, on every host.
 
     The variables must be replicated over the devices. It keeps the predictions
-    of the first `keep` records.
+    of the first `keep` records, and of as many worst and best ones as asked.
     """
     iterator = make_eval_iterator(
       self._source,
@@ -189,19 +202,27 @@ class Evaluator:
     )
     confusion = np.zeros((self.info.num_classes,) * 2, np.int64)
     of_images: dict[int, dict[str, float]] = {}
+    mious: dict[int, float] = {}
     packed: dict[int, tuple[tuple[int, int], bytes]] = {}
 
     def count(results: Any) -> None:
       results = jax.device_get(results)
       confusion[:] += results['confusion'].sum(0, np.int64)
       values = metrics.image_metrics(results['confusion'])
-      for row, index in enumerate(results['index'].tolist()):
-        if index != FILLER:
-          of_images[index] = {k: float(v[row]) for k, v in values.items()}
-        if 0 <= index < keep:
+      rows = {i: row for row, i in enumerate(results['index'].tolist())}
+      rows.pop(FILLER, None)
+      for index, row in rows.items():
+        of_images[index] = {k: float(v[row]) for k, v in values.items()}
+        mious[index] = of_images[index]['per_image_miou']
+      chosen = metrics.extremes(mious, worst_and_best)
+      shown = {*chosen['worst'], *chosen['best']}
+      for index in rows:
+        if index < keep or index in shown:
           height, width = self._sizes[index]
-          data = results['prediction'][row, :height, :width].tobytes()
+          data = results['prediction'][rows[index], :height, :width].tobytes()
           packed[index] = (height, width), zlib.compress(data, level=1)
+      for index in [i for i in packed if i >= keep and i not in shown]:
+        del packed[index]
 
     with contextlib.closing(iterator):
       pending = None  # one batch, so that the devices never wait for the host

@@ -13,7 +13,7 @@ import numpy as np
 
 from deeplab_jax.runtime.errors import require
 
-_NAMES = {
+NAMES = {
   'miou': 'mIoU',
   'pixel_accuracy': 'pixel accuracy',
   'mean_accuracy': 'mean accuracy',
@@ -123,19 +123,28 @@ def image_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
 
 def average(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
   """Averages `image_metrics` of images, without NaN; None where no value is."""
-  keys = [f'per_image_{key}' for key in _NAMES]
+  keys = [f'per_image_{key}' for key in NAMES]
   return {key: _mean([row[key] for row in rows]) for key in keys}
+
+
+def extremes(mious: dict[int, float], count: int) -> dict[str, list[int]]:
+  """The images of the lowest and the highest mIoU; ties in their order."""
+  rated = sorted(i for i, miou in mious.items() if not np.isnan(miou))
+  return {
+    'worst': sorted(rated, key=lambda i: mious[i])[:count],
+    'best': sorted(rated, key=lambda i: -mious[i])[:count],
+  }
 
 
 def summary(metrics: dict[str, Any]) -> dict[str, float]:
   """The four numbers over the whole set, without those that have no value."""
-  return {key: metrics[key] for key in _NAMES if metrics[key] is not None}
+  return {key: metrics[key] for key in NAMES if metrics[key] is not None}
 
 
 def format_table(metrics: dict[str, Any]) -> str:
   """Writes a table, in percent, of `compute_metrics` and perhaps `average`."""
   ious, accuracies = metrics['per_class_iou'], metrics['per_class_accuracy']
-  width = max(map(len, [*ious, *_NAMES.values()]))
+  width = max(map(len, [*ious, *NAMES.values()]))
   head = f'{"class":<{width}}  {"IoU %":>7}  {"accuracy %":>10}'
   rule = '-' * len(head)
 
@@ -145,10 +154,10 @@ def format_table(metrics: dict[str, Any]) -> str:
   lines = [head, rule]
   for name, iou in ious.items():
     lines.append(f'{row(name, iou)}  {_percent(accuracies[name]):>10}')
-  lines += [rule, *(row(n, metrics[key]) for key, n in _NAMES.items())]
+  lines += [rule, *(row(n, metrics[key]) for key, n in NAMES.items())]
   if 'per_image_miou' in metrics:
     lines += [rule, "averaged over images (the seed's)"]
-    lines += [row(n, metrics[f'per_image_{k}']) for k, n in _NAMES.items()]
+    lines += [row(n, metrics[f'per_image_{k}']) for k, n in NAMES.items()]
   return '\n'.join(lines)
 
 

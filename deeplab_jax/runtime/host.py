@@ -1,8 +1,12 @@
 """What a process sets before JAX starts, and what its machine offers."""
 
+import collections
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ _XLA_FLAGS = (
 _MAPPINGS = Path('/proc/sys/vm/max_map_count')
 _THREADS = Path('/proc/sys/kernel/threads-max')
 _LOG_FATAL = 3  # the highest of absl's log levels
+_PACKAGES = 'deeplab_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy'
 
 
 def start(workdir: Path, *, debug: bool = False) -> None:
@@ -87,3 +92,28 @@ def limits() -> dict[str, Any]:
   except (OSError, ValueError):  # not Linux
     threads = None
   return {'memory': memory, 'threads': threads, 'hosts': jax.process_count()}
+
+
+def describe() -> dict[str, Any]:
+  """Returns what speed and results depend on, as JSON values.
+
+  That is the machine with its devices, and the versions of Python and packages.
+  """
+  versions = {'Python': platform.python_version()}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  cpu = platform.machine()
+  with contextlib.suppress(OSError):  # not Linux
+    info = Path('/proc/cpuinfo').read_text()
+    if found := re.search(r'model name\s*: (.+)', info):
+      cpu = found[1]
+  kinds = collections.Counter(d.device_kind for d in jax.devices())
+  return {
+    'system': f'{platform.system()} {platform.release()}',
+    'cpu': cpu,
+    'cores': os.cpu_count(),
+    'devices': ', '.join(f'{n} × {kind}' for kind, n in kinds.items()),
+    'hosts': jax.process_count(),
+    'versions': versions,
+  }

@@ -41,7 +41,8 @@ def read_value(key: str, value: Any, kind: Any, default: Any) -> Any:
   if default is None and unset:
     return None
   if isinstance(default, tuple):
-    value, kind = _parse_values(value), type((*default, object())[0])
+    first = type((*default, object())[0])  # a function may stand for a name
+    value, kind = _parse_values(value), _Open if first is str else first
   elif kind is _Open and not callable(value):
     kind = str
     if '.' in str(value):

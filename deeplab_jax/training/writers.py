@@ -1,13 +1,15 @@
-"""What a run leaves behind: TensorBoard events, metrics.jsonl, progress."""
+"""What a run leaves behind: logs in several places, files, progress."""
 
+import html
+import importlib
 import json
 import operator
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,70 +17,241 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, host
+from deeplab_jax.runtime.errors import choose, first_line
 from deeplab_jax.runtime.files import replacing
 
+_Settings = dict[str, Any]
 
-class Writer(AbstractContextManager):
-  """Writes the scalars, images and text of a run into its workdir.
 
-  TensorBoard finds all of it in `workdir/tensorboard`. Scalars also go to
-  `workdir/metrics.jsonl`: one line {"step": ..., name: value, ...} a call.
-  Processes other than the first write nothing.
-  """
+class Backend:
+  """A place that a run is logged to; a subclass overrides what it can hold."""
 
-  def __init__(self, workdir: str | os.PathLike, start_step: int = 0) -> None:
-    """Opens the files, and creates the workdir if it does not exist.
+  def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
+    """Opens it for a run that goes on after step `start`.
 
-    What a killed run wrote after `start_step` is dropped from metrics.jsonl and
-    hidden in TensorBoard.
+    The steps of a killed run after that one are logged again. `settings` are
+    JSON values by key, as 'train.steps'.
     """
-    self._enabled = distributed.is_first_process()
-    if not self._enabled:
-      return
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """Logs numbers by name."""
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Logs a picture uint8 [H, W, 3]."""
+
+  def text(self, step: int, name: str, text: str) -> None:
+    """Logs text whose lines stay as they are."""
+
+  def close(self) -> None:
+    """Writes what is left, at the end of the run or after an error."""
+
+
+class _TensorBoard(Backend):
+  """Events in `workdir/tensorboard`; it hides steps that are logged again."""
+
+  def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
     # A late import: tensorboardX loads torch where torch is installed.
     from tensorboardX import SummaryWriter
 
-    self._panels = Path(workdir, 'panels')
-    path = Path(workdir, 'metrics.jsonl')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_lines(path, start_step)
-    self._lines = path.open('a', encoding='utf-8')
     self._events = SummaryWriter(
-      str(path.with_name('tensorboard')),
-      purge_step=start_step + 1,
+      str(workdir / 'tensorboard'),
+      purge_step=start + 1,
       flush_secs=10,
       # Two writers of the same second would share a file.
       filename_suffix=f'.{time.time_ns()}',
     )
 
-  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes numbers by name; in the line, NaN and the infinities are null."""
-    if self._enabled:
-      self._lines.write(_json({'step': step, **values}) + '\n')
-      self._lines.flush()
-      for name, value in values.items():
-        self._events.add_scalar(name, float(value), int(step))
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+      self._events.add_scalar(name, float(value), step)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    """Writes a picture uint8 [H, W, 3] to TensorBoard and `workdir/panels`."""
+    self._events.add_image(name, image, step, dataformats='HWC')
+
+  def text(self, step: int, name: str, text: str) -> None:
+    # TensorBoard reads Markdown, where four spaces make a verbatim block.
+    block = '\n'.join('    ' + line for line in text.splitlines())
+    self._events.add_text(name, block, step)
+
+  def close(self) -> None:
+    self._events.close()
+
+
+class _JsonLines(Backend):
+  """Writes `metrics.jsonl` and `sessions.json`, which the report reads.
+
+  The first has a line {"step": ..., name: value, ...} per call, where NaN and
+  the infinities are null. The second says of each start of the run when it was
+  (in seconds since 1970, UTC), how far it went and on what machine.
+  """
+
+  def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
+    path, self._path = workdir / 'metrics.jsonl', workdir / 'sessions.json'
+    before = json.loads(self._path.read_text()) if self._path.exists() else []
+    self._session = {'first_step': start + 1, 'start': time.time()}
+    self._session |= host.describe()
+    self._sessions = [*before, self._session]
+    write_json(self._path, self._sessions)
+    _drop_lines(path, start)
+    self._lines = path.open('a', encoding='utf-8')
+    self.close = self._lines.close  # type: ignore[method-assign]
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._lines.write(_json({'step': step, **values}) + '\n')
+    self._lines.flush()
+    self._session.update(last_step=step, stop=time.time())
+    write_json(self._path, self._sessions)
+
+
+class _WeightsAndBiases(Backend):
+  """A run of Weights & Biases, whose environment variables count."""
+
+  def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
+    import wandb
+
+    self._wandb, path = wandb, workdir / 'wandb_run.txt'
+    self._run = wandb.init(
+      project=os.environ.get('WANDB_PROJECT', 'deeplab_jax'),
+      name=workdir.resolve().name,
+      dir=workdir,
+      config=settings,
+      id=_earlier_run(path, start),
+      resume='allow',
+    )
+    path.write_text(self._run.id)
+
+  def scalars(self, step: int, values: dict[str, Any]) -> None:
+    self._run.log(values, step=step)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    self.scalars(step, {name: self._wandb.Image(image)})
+
+  def text(self, step: int, name: str, text: str) -> None:
+    page = f'<pre>{html.escape(text)}</pre>'
+    self.scalars(step, {name: self._wandb.Html(page)})
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class _MLflow(Backend):
+  """A run of MLflow, at MLFLOW_TRACKING_URI or else in `workdir/mlflow.db`."""
+
+  def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
+    import mlflow
+
+    self._mlflow, path = mlflow, workdir / 'mlflow_run.txt'
+    experiment = os.environ.get('MLFLOW_EXPERIMENT_NAME', 'deeplab_jax')
+    if 'MLFLOW_TRACKING_URI' not in os.environ:  # it refuses plain files now
+      mlflow.set_tracking_uri(f'sqlite:///{workdir.resolve()}/mlflow.db')
+      if mlflow.get_experiment_by_name(experiment) is None:
+        place = (workdir / 'mlflow').resolve().as_uri()
+        mlflow.create_experiment(experiment, place)
+    mlflow.set_experiment(experiment)
+    earlier = _earlier_run(path, start)
+    run = mlflow.start_run(earlier, run_name=workdir.resolve().name)
+    path.write_text(run.info.run_id)
+    if not earlier:  # they are fixed then
+      mlflow.log_params(settings)
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._mlflow.log_metrics(values, step=step)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    self._mlflow.log_image(image, key=name, step=step)
+
+  def text(self, step: int, name: str, text: str) -> None:
+    self._mlflow.log_text(text, f'{name}/step_{step:08d}.txt')
+
+  def close(self) -> None:
+    self._mlflow.end_run()
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {
+  'tensorboard': _TensorBoard,
+  'jsonl': _JsonLines,
+  'wandb': _WeightsAndBiases,
+  'mlflow': _MLflow,
+}
+_EXTRAS = 'wandb', 'mlflow'  # names of packages, and of extras of this one
+
+
+def check_backends(to: Sequence[Any], *, starts: bool = False) -> None:
+  """Raises `ValueError` for a name that is none of `BACKENDS`.
+
+  If a run `starts`, their packages must be there, too.
+  """
+  for name in to:
+    choose('to', name, BACKENDS)
+    if starts and name in _EXTRAS:
+      try:
+        importlib.import_module(name)
+      except ImportError as error:
+        pip = f"pip install 'deeplab_jax[{name}]'"
+        raise ValueError(f'to={name}: {first_line(error)}; {pip}') from error
+
+
+class Writer(AbstractContextManager):
+  """Logs a run to its backends, and pictures to `workdir/panels` as well.
+
+  Processes other than the first write nothing.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    start_step: int = 0,
+    to: Sequence[Any] = ('tensorboard', 'jsonl'),
+    settings: _Settings | None = None,
+  ) -> None:
+    """Opens the backends, and creates the workdir if it does not exist.
+
+    They are names of `BACKENDS`, or functions that take what `Backend` takes.
+    What a killed run wrote after `start_step` is dropped or hidden. Raises
+    `ValueError` if a backend cannot be used.
+    """
+    self._workdir, self._enabled = Path(workdir), distributed.is_first_process()
+    self._opened, self._backends = ExitStack(), list[Any]()
+    if not self._enabled:
+      return
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    with self._opened as opened:
+      for name in dict.fromkeys(to):
+        make = choose('to', name, BACKENDS)
+        try:
+          backend = make(self._workdir, start_step, settings or {})
+        except (OSError, ValueError):
+          raise
+        except Exception as error:  # a service may raise anything
+          raise ValueError(f'to={name}: {first_line(error)}') from error
+        opened.callback(backend.close)
+        self._backends.append(backend)
+      self._opened = opened.pop_all()
+
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    """Logs numbers by name; arrays of one element become numbers."""
+    numbers = {name: np.asarray(value).item() for name, value in values.items()}
+    for backend in self._backends:
+      backend.scalars(int(step), numbers)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Logs a picture uint8 [H, W, 3]."""
+    for backend in self._backends:
+      backend.image(int(step), name, image)
     if self._enabled:
-      self._events.add_image(name, image, int(step), dataformats='HWC')
-      self._panels.mkdir(exist_ok=True)
-      with replacing(self._panels / f'step_{step:08d}.png') as temporary:
+      panels = self._workdir / 'panels'
+      panels.mkdir(exist_ok=True)
+      with replacing(panels / f'step_{step:08d}.png') as temporary:
         Image.fromarray(image).save(temporary, 'png')
 
   def text(self, step: int, name: str, text: str) -> None:
-    """Writes text to TensorBoard, which shows its lines as they are."""
-    if self._enabled:
-      # TensorBoard reads Markdown, where four spaces make a verbatim block.
-      block = '\n'.join('    ' + line for line in text.splitlines())
-      self._events.add_text(name, block, int(step))
+    """Logs text, whose lines are shown as they are."""
+    for backend in self._backends:
+      backend.text(int(step), name, text)
 
   def __exit__(self, *_: object) -> None:
-    if self._enabled:
-      self._lines.close()
-      self._events.close()
+    self._opened.close()
 
 
 class Progress(AbstractContextManager):
@@ -168,3 +341,8 @@ def _json(value: Any, **options: Any) -> str:
   text = json.dumps(value, default=operator.methodcaller('tolist'))
   finite = json.loads(text, parse_constant=lambda _: None)
   return json.dumps(finite, **options)
+
+
+def _earlier_run(path: Path, start: int) -> str | None:
+  """The run that a resumed one goes on with, as the file names it."""
+  return path.read_text().strip() if start and path.exists() else None

@@ -19,6 +19,7 @@ from deeplab_jax.visualize.lettering import WHITE, draw_text, text_length
 
 VOID_COLOR = (224, 224, 192)
 _OUTLINE = (144, 144, 144)
+_WIDEST = 640  # pixels of a picture below a title
 
 
 def colorize(
@@ -97,21 +98,59 @@ def panel(
   palette: np.ndarray,
   ignore_label: int = 255,
   separator: int = 4,
+  *,
+  classes: Sequence[str] | None = None,
+  names: Sequence[str] | None = None,
+  mious: Sequence[float] | None = None,
 ) -> np.ndarray:
   """Puts image, label and prediction side by side, one row per image.
 
   Images may differ in size. Without `labels` a row is image and prediction.
-  White lines, `separator` pixels wide, separate the pictures.
+  White lines, `separator` pixels wide, separate the pictures. With `names` of
+  the images, and perhaps their `mious` in 0..1, each picture has a title, and
+  wide ones are shrunk. With `classes` a legend of those that occur is below.
   """
   columns = [c for c in (images, labels, predictions) if c is not None]
   counts = [len(column) for column in columns]
   fits = counts[0] > 0 and len(set(counts)) == 1
   require(fits, 'a panel needs at least one image and as many maps', counts)
-  rows = []
+  rows: list[list[np.ndarray]] = []
   for image, *maps in zip(*columns, strict=True):
     painted = [colorize(label, palette, ignore_label) for label in maps]
-    rows.append([_checked_image(image, *maps), *painted])
-  return grid(rows, separator)
+    row = [_checked_image(image, *maps), *painted]
+    if names is not None:
+      miou = mious[len(rows)] if mious is not None else np.nan
+      score = '' if np.isnan(miou) else f', mIoU {100 * miou:.1f} %'
+      titles = [f'image {names[len(rows)]}', 'label', f'prediction{score}']
+      titles = titles[: len(maps)] + titles[-1:]
+      row = [_titled(*each) for each in zip(row, titles, strict=True)]
+    rows.append(row)
+  sheet = grid(rows, separator)
+  if classes is None:
+    return sheet
+  present = np.unique(
+    np.concatenate([np.ravel(x) for c in columns[1:] for x in c])
+  )
+  entries = [
+    ('void', VOID_COLOR) if i == ignore_label else (classes[i], palette[i])
+    for i in present.tolist()
+  ]
+  width = sheet.shape[1]
+  return grid(
+    [[sheet], [legend(entries, width, max(13, width // 72))]], separator
+  )
+
+
+def _titled(picture: np.ndarray, title: str) -> np.ndarray:
+  """Writes a title above a picture, which has at most `_WIDEST` columns."""
+  height, width = picture.shape[:2]
+  if width > _WIDEST:
+    size = _WIDEST, max(1, height * _WIDEST // width)
+    shown = Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
+    picture = np.asarray(shown)
+  width = picture.shape[1]
+  strip = legend([(title, None)], width, max(13, width // 24))
+  return grid([[strip], [picture]], 0)
 
 
 def legend(
@@ -149,10 +188,11 @@ def grid(rows: Sequence[Sequence[np.ndarray]], separator: int) -> np.ndarray:
   """Puts rows of pictures below one another on white.
 
   The pictures of a row have one height, and no row has more pictures than the
-  first. White lines, `separator` pixels wide, separate them.
+  first. All columns are as wide as the widest picture, with white lines of
+  `separator` pixels between.
   """
   tops = np.cumsum([0] + [row[0].shape[0] + separator for row in rows])
-  pitch = max(row[0].shape[1] for row in rows) + separator
+  pitch = max(p.shape[1] for row in rows for p in row) + separator
   shape = tops[-1] - separator, pitch * len(rows[0]) - separator, 3
   sheet = np.full(shape, WHITE, np.uint8)
   for top, row in zip(tops, rows, strict=False):

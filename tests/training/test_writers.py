@@ -8,10 +8,12 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +164,9 @@ def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
   write_steps(tmp_path, range(0, 60, 10), start_step=0)
   write_steps(tmp_path, (30, 40), start_step=20)
   assert [line['step'] for line in read_lines(tmp_path)] == [0, 10, 20, 30, 40]
-  assert sorted(os.listdir(tmp_path)) == ['metrics.jsonl', 'tensorboard']
+  assert sorted(os.listdir(tmp_path)) == [
+    *('metrics.jsonl', 'sessions.json', 'tensorboard')
+  ]
 
 
 def test_resuming_tells_tensorboard_to_hide_the_steps_after_it(tmp_path):
@@ -222,10 +226,141 @@ def test_a_killed_run_resumes_with_every_line_once(tmp_path):
   assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_importing_the_module_does_not_import_tensorboardx():
+class Recorder(writers.Backend):
+  """Notes how it is called."""
+
+  calls: list = []  # noqa: RUF012
+
+  def __init__(self, *arguments):
+    self.calls.append(arguments)
+
+  def scalars(self, step, values):
+    self.calls.append((step, values))
+
+  def close(self):
+    self.calls.append('closed')
+
+
+def test_a_backend_from_outside_gets_settings_numbers_and_an_end(tmp_path):
+  Recorder.calls.clear()
+  settings = {'train.steps': 8}
+  with writers.Writer(tmp_path, 3, ('jsonl', Recorder), settings) as writer:
+    writer.scalars(np.int64(4), {'loss': jnp.float32(0.25), 'n': np.int32(7)})
+    writer.image(4, 'eval', np.zeros((2, 2, 3), np.uint8))
+    writer.text(4, 'table', 'it has no place for text')
+  opened, logged, closed = Recorder.calls
+  assert opened == (tmp_path, 3, settings)
+  assert logged == (4, {'loss': 0.25, 'n': 7}) and closed == 'closed'
+  assert [type(value) for value in logged[1].values()] == [float, int]
+  assert [line['step'] for line in read_lines(tmp_path)] == [4]
+  assert sorted(os.listdir(tmp_path)) == [
+    *('metrics.jsonl', 'panels', 'sessions.json')
+  ]
+
+
+def test_no_backend_at_all_keeps_the_panels(tmp_path):
+  with writers.Writer(tmp_path, to=()) as writer:
+    writer.scalars(1, {'loss': 1.0})
+    writer.image(1, 'eval', np.zeros((2, 2, 3), np.uint8))
+  assert os.listdir(tmp_path) == ['panels']
+
+
+def test_a_backend_that_cannot_open_closes_the_others_and_is_named(tmp_path):
+  Recorder.calls.clear()
+
+  def broken(*_):
+    raise RuntimeError('no api key\nsecond line')
+
+  with pytest.raises(ValueError, match=r'no api key$'):
+    writers.Writer(tmp_path, to=(Recorder, broken))
+  assert Recorder.calls[1:] == ['closed']
+  with pytest.raises(ValueError, match="or mlflow, got 'tensorbord'"):
+    writers.Writer(tmp_path, to=('tensorbord',))
+
+
+def test_each_start_of_a_run_is_a_session(tmp_path):
+  write_steps(tmp_path, (10, 20))
+  write_steps(tmp_path, (30,), start_step=20)
+  write_steps(tmp_path, (), start_step=30)
+  sessions = json.loads((tmp_path / 'sessions.json').read_text())
+  steps = [(s['first_step'], s.get('last_step')) for s in sessions]
+  assert steps == [(1, 20), (21, 30), (31, None)]
+  assert all('stop' in s for s in sessions[:2]) and 'stop' not in sessions[2]
+  for session in sessions:
+    assert session['cores'] == os.cpu_count() and session['hosts'] == 1
+    assert session['devices'] == f'{jax.device_count()} × cpu'
+    assert session['versions']['jax'] == jax.__version__
+    assert -1 < time.time() - session['start'] < 3600
+
+
+# W&B and MLflow keep threads and processes, so they log in a process of their
+# own: twice, as a run that was resumed after step 20.
+LOG_TWICE = """
+import sys
+import numpy as np
+from deeplab_jax.training import writers
+
+workdir, name = sys.argv[1:]
+settings = {'train.steps': 40, 'model.multi_grid': [1, 2, 4], 'data.dir': None}
+for start in (0, 20):
+  with writers.Writer(workdir, start, (name,), settings) as writer:
+    for step in (start + 10, start + 20):
+      writer.scalars(step, {'loss': 1 / step, 'rate': np.float32('nan')})
+    writer.image(start + 20, 'eval', np.full((20, 30, 3), start, np.uint8))
+    writer.text(start + 20, 'eval_table', 'class  IoU <&>')
+"""
+
+
+def log_twice(workdir, name, **variables):
+  pytest.importorskip(name, reason=f"needs pip install 'deeplab_jax[{name}]'")
+  command = [sys.executable, '-c', LOG_TWICE, str(workdir), name]
+  # Both keep files at home and among temporary ones.
+  own = dict.fromkeys(('HOME', 'TMPDIR'), str(workdir.parent))
+  environment = os.environ | own | variables
+  subprocess.run(command, check=True, env=environment, cwd=workdir.parent)
+
+
+@pytest.mark.slow
+def test_mlflow_holds_the_run_in_its_local_store(tmp_path):
+  workdir = tmp_path / 'my run'
+  log_twice(workdir, 'mlflow', MLFLOW_DISABLE_TELEMETRY='true')
+  name = (workdir / 'mlflow_run.txt').read_text()
+  with contextlib.closing(sqlite3.connect(workdir / 'mlflow.db')) as store:
+    runs = store.execute('SELECT run_uuid, name FROM runs').fetchall()
+    params = dict(store.execute('SELECT key, value FROM params').fetchall())
+    query = "SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY step"
+    losses = store.execute(query).fetchall()
+  assert runs == [(name, 'my run')]
+  assert losses == [(step, 1 / step) for step in (10, 20, 30, 40)]
+  assert params['train.steps'] == '40'
+  assert params['model.multi_grid'] == '[1, 2, 4]'
+  run = workdir / 'mlflow' / name
+  text = run / 'artifacts' / 'eval_table' / 'step_00000040.txt'
+  assert text.read_text() == 'class  IoU <&>'
+  pictures = sorted((run / 'artifacts' / 'images').glob('eval*.png'))
+  assert {int(np.asarray(Image.open(p)).max()) for p in pictures} == {0, 20}
+
+
+@pytest.mark.slow
+def test_wandb_holds_the_run_offline(tmp_path):
+  workdir = tmp_path / 'my run'
+  log_twice(workdir, 'wandb', WANDB_MODE='offline', WANDB_SILENT='true')
+  name = (workdir / 'wandb_run.txt').read_text()
+  runs = sorted((workdir / 'wandb').glob(f'offline-run-*-{name}*'))
+  assert runs
+  stored = b''.join(p.read_bytes() for p in workdir.rglob('*.wandb'))
+  for words in (b'train.steps', b'my run', b'deeplab_jax', b'loss'):
+    assert words in stored
+  pages = [p.read_text() for p in workdir.rglob('*.html')]
+  assert any('class  IoU &lt;&amp;&gt;' in page for page in pages)
+  assert any(workdir.rglob('eval*.png'))
+
+
+def test_importing_the_module_imports_no_backend():
   script = (
     'import sys, deeplab_jax.training.writers; '
-    "sys.exit('tensorboardX' in sys.modules or 'torch' in sys.modules)"
+    "names = {'tensorboardX', 'torch', 'wandb', 'mlflow'}; "
+    'sys.exit(bool(names.intersection(sys.modules)))'
   )
   assert subprocess.run([sys.executable, '-c', script]).returncode == 0
 

@@ -288,6 +288,46 @@ def test_panel_takes_images_of_different_size_and_whole_batches():
   assert visualize.panel(images, labels, labels, PALETTE).shape[0] == 68
 
 
+def test_panel_with_names_and_classes_adds_titles_and_a_legend():
+  image, label = scene(20, 30)
+  words = {'classes': CLASSES, 'names': ['a', 'b'], 'mious': [0.4567, np.nan]}
+  pair = [image] * 2, [label] * 2
+  sheet = visualize.panel(*pair, pair[1], PALETTE, **words)
+  titles = (
+    'image a',
+    'image b',
+    'label',
+    'prediction',
+    'prediction, mIoU 45.7 %',
+  )
+  for text in (*titles, 'background', 'circle', 'long_triangle', 'void'):
+    assert shows_text(sheet, text), text
+  for text in ('square', 'mIoU nan'):  # absent, and not known
+    assert not shows_text(sheet, text), text
+  strip = visualize.legend([('label', None)], 30).shape[0]
+  # All columns are as wide as the longest title.
+  pitch = visualize.legend([(titles[-1], None)], 30).shape[1] + 4
+  for top in (strip, 2 * strip + 20 + 4):
+    row = sheet[top : top + 20]
+    np.testing.assert_array_equal(row[:, :30], image)
+    painted = visualize.colorize(label, PALETTE)
+    np.testing.assert_array_equal(row[:, pitch : pitch + 30], painted)
+  sheet = visualize.panel([image], None, [label], PALETTE, names=['c'])
+  assert shows_text(sheet, 'image c') and shows_text(sheet, 'prediction')
+  assert not shows_text(sheet, 'label')
+
+
+def test_panel_shrinks_wide_pictures_below_titles():
+  image, label = scene(20, 30)
+  wide, labels = np.tile(image, (40, 60, 1)), np.tile(label, (40, 60))
+  sheet = visualize.panel([wide], [labels], [labels], PALETTE, names=['a'])
+  assert sheet.shape[1] == 3 * 640 + 2 * 4
+  assert sheet.shape[0] < 800 * 640 / 1800 + 60
+  colors = {tuple(c) for c in sheet[60:, 644:1284].reshape(-1, 3).tolist()}
+  painted = visualize.colorize(label, PALETTE).reshape(-1, 3).tolist()
+  assert colors <= {(255, 255, 255), *map(tuple, painted)}  # none in between
+
+
 def test_panel_says_what_does_not_fit():
   image, label = scene(20, 30)
   with pytest.raises(ValueError, match=r'\[2, 1\]'):

@@ -1,0 +1,87 @@
+"""The report of a run, WORKDIR/report.html: one file that needs no other."""
+
+import csv
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from deeplab_jax.config import get_config, to_json
+from deeplab_jax.runtime.errors import UserError, first_line
+from deeplab_jax.runtime.files import replacing
+from deeplab_jax.visualize.report import page, picture_url
+
+log = logging.getLogger(__name__)
+
+_CURVES = 'eval_miou', 'loss', 'learning_rate', 'images_per_second'
+_POINTS = 500  # at most, of a curve
+
+
+def report(workdir: Path) -> Path:
+  """Writes `workdir/report.html` from what the workdir holds; returns its path.
+
+  It shows the newest evaluation in full and lists the others. A part without
+  data says what is missing. Raises `UserError` if there is nothing to show.
+  """
+  data = {
+    'settings': flatten_dict(_read(workdir / 'config.json') or {}, sep='.'),
+    'sessions': _read(workdir / 'sessions.json') or [],
+    'curves': _curves(workdir / 'metrics.jsonl'),
+    'evaluations': _evaluations(workdir),
+  }
+  if not any(data.values()):
+    raise UserError(f'nothing to report in {workdir}; train there first')
+  data['defaults'] = flatten_dict(to_json(get_config()), sep='.')
+  data['time'] = time.time()
+  path = workdir / 'report.html'
+  with replacing(path) as temporary:
+    text = page(workdir.resolve().name, data)
+    Path(temporary).write_text(text, encoding='utf-8')
+  print(f'report: {path}')
+  return path
+
+
+def _read(path: Path) -> Any:
+  """Returns a JSON value, or None if the file is missing or damaged."""
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except (OSError, ValueError) as error:
+    log.warning('%s: %s; left out of the report', path, first_line(error))
+    return None
+
+
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+  """Values by step in metrics.jsonl, thinned; without those not finite."""
+  text = path.read_text('utf-8', 'replace') if path.exists() else ''
+  # A killed run may leave its last line half done.
+  lines = [json.loads(x) for x in text.splitlines() if x.endswith('}')]
+  curves = {}
+  for key in _CURVES:
+    points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]
+    if points:
+      curves[key] = points[:: -(-len(points) // _POINTS)]
+      curves[key] += points[-1:] if curves[key][-1] != points[-1] else []
+  return curves
+
+
+def _evaluations(workdir: Path) -> list[dict[str, Any]]:
+  """All evaluations, the newest first and with all that was written of it."""
+  paths = list((workdir / 'eval').glob('*.json'))
+  paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+  paths = paths or [workdir / 'eval.json']
+  found = [{'name': p.stem, **r} for p in paths if (r := _read(p))]
+  for newest in found[:1]:
+    start = paths[0].with_name(newest['name'])
+    file = Path(f'{start}_confusion.csv')
+    if file.exists():
+      with file.open(newline='', encoding='utf-8') as stream:
+        _, *rows = csv.reader(stream)
+      newest['colors'] = [row[1] for row in rows]
+      newest['confusion'] = [list(map(int, row[2:])) for row in rows]
+    for kind in 'worst', 'best':
+      if (picture := Path(f'{start}_{kind}.png')).exists():
+        newest[kind] = picture_url(picture)
+  return found
