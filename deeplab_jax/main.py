@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from deeplab_jax import (
   build,
   evaluate,
+  export,
   import_weights,
   predict_files,
   prepare,
@@ -24,23 +25,21 @@ from deeplab_jax import config as settings
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run: checkpoints, logs and results.'
-)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _RUN: dict[str, Callable[..., Any]] = {
   'prepare': prepare.prepare,
   'train': train.train_and_evaluate,
   'import': import_weights.import_weights,
   'eval': evaluate.evaluate,
   'predict': predict_files.predict,
+  'export': export.export,
 }
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
 _RECIPE = flags.DEFINE_string(
   'config',
   None,
-  'Recipe: a name in experiments, or a Python file. Without it the settings of'
-  ' the workdir, else the default. --config.section.key=value changes one.',
+  'Recipe: a name in experiments, or a Python file; else that of the workdir.',
 )
 
 
