@@ -124,6 +124,15 @@ def get_config() -> ConfigDict:
   predict.max_side = placeholder(int)  # shrink larger images to it first
   predict.scale = 1.0  # factor on the size of every image
   predict.window = 1536  # side of the windows of larger images, in pixels
+
+  export = config.export = ConfigDict()
+  export.format = 'stablehlo'  # or `savedmodel`, `onnx`
+  export.output_dir = placeholder(str)  # unset: WORKDIR/export/FORMAT
+  export.size = _open(())  # height and width of the images; empty for any
+  # Where it will run: `cpu`, `cuda`, `rocm`, `tpu`. ONNX needs to know none.
+  export.platforms = _open(('cpu', 'cuda', 'tpu'))
+  export.dtype = 'float32'  # to store kernels in; or float16, bfloat16
+  export.probabilities = False  # give them beside the classes
   config.lock().data.options.unlock()
   return config
 
@@ -216,8 +225,8 @@ def override(
 
 def make_paths_absolute(config: ConfigDict) -> None:
   """Lets paths mean the same in any folder, in place."""
-  paths = 'data.dir', 'data.prepared_dir', 'init_from', 'predict.output_dir'
-  for key in (*paths, 'data.options.list'):
+  paths = 'data.dir data.prepared_dir data.options.list init_from'
+  for key in f'{paths} predict.output_dir export.output_dir'.split():
     value = config_path.get_value(key, config)
     if value and '://' not in value and (key, value) != ('init_from', 'keras'):
       path = os.path.abspath(os.path.expanduser(value))

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from deeplab_jax import build, import_weights
 from deeplab_jax import config as settings
 from deeplab_jax.evaluate import evaluate
+from deeplab_jax.export import export
 from deeplab_jax.predict_files import predict
 from deeplab_jax.prepare import prepare
 from deeplab_jax.report import report
@@ -28,6 +29,7 @@ _RUN: dict[str, Callable[..., Any]] = {
   'eval': evaluate,
   'predict': predict,
   'report': lambda _, workdir: report(workdir),
+  'export': export,
 }
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')

@@ -134,7 +134,8 @@ def test_a_planted_import_is_found(file, line, found, tmp_path):
 def test_import_loads_no_other_framework(module):
   program = (
     f'import sys, {module}\n'
-    "heavy = {'tensorflow', 'torch', 'keras', 'h5py', 'huggingface_hub'}\n"
+    "heavy = {'tensorflow', 'torch', 'keras', 'h5py', 'huggingface_hub',\n"
+    "  'onnx', 'onnxruntime', 'flatbuffers'}\n"
     'print(*heavy.intersection(sys.modules))'
   )
   done = subprocess.run(

@@ -446,7 +446,7 @@ def test_workdir_that_is_a_file_is_refused(refused, tmp_path, mode):
   assert str(path) in refused(f'--workdir={path}/w', f'--mode={mode}')
 
 
-@pytest.mark.parametrize('mode', ['eval', 'predict'])
+@pytest.mark.parametrize('mode', ['eval', 'predict', 'export'])
 def test_workdir_without_checkpoint_is_refused(refused, tmp_path, mode):
   line = refused(f'--workdir={tmp_path}/w', f'--mode={mode}')
   assert f'no checkpoint in {tmp_path}/w' in line

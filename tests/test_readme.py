@@ -112,7 +112,7 @@ def test_commands_have_recipes_modes_and_settings_that_exist(page):
   for words in commands(page):
     options = dict(word.partition('=')[::2] for word in words if '--' in word)
     assert '--workdir' in options or options['--mode'] == 'prepare'
-    modes = 'prepare', 'train', 'import', 'eval', 'predict', 'report'
+    modes = 'prepare train import eval predict report export'.split()
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()
@@ -128,7 +128,7 @@ def test_settings_that_a_page_names_exist(page):
   if page.name in ('CHANGELOG.md', 'settings.md'):
     return  # one names old settings, the other is made from config.py
   keys = flatten_dict(get_config().to_dict(), sep='.')
-  sections = 'model|data|train|loss|optimizer|eval|log|predict'
+  sections = 'model|data|train|loss|optimizer|eval|log|predict|export'
   pattern = rf'`(?:--config\.|config\.)?((?:{sections})\.[a-z_.]+)(?:=(.*?))?`'
   for key, value in re.findall(pattern, page.read_text()):
     if re.fullmatch(r'model\.(apply|init)|.*\.(py|json|txt|png)', key):

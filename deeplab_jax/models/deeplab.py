@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from deeplab_jax import ops
 from deeplab_jax.models.aspp import ASPP
@@ -131,7 +132,7 @@ class DeepLabV3(nn.Module):
     # Pad until the pixel of the last feature is included.
     extended = tuple(self._extended(n) for n in size)
     bottom, right = (n - own for n, own in zip(extended, size, strict=True))
-    x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+    x = lax.pad(x, 0.0, ((0, 0, 0), (0, bottom, 0), (0, right, 0), (0, 0, 0)))
     mask, padding = None, contextlib.ExitStack()
     if sizes is not None and self.pads_freely:
       sizes = jnp.asarray(sizes)

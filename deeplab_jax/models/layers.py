@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -102,11 +101,9 @@ def resample(
 
 def _interpolation(
   length: int, out: int, step: float, lengths: jax.Array | None
-) -> np.ndarray | jax.Array:
+) -> jax.Array:
   """Weights [out, length] of `resample`; [B, out, length] with lengths [B]."""
-  positions, places = np.arange(out) * step, np.arange(length)
-  if lengths is None:
-    positions = np.minimum(positions, length - 1)
-    return np.maximum(0, 1 - np.abs(positions[:, None] - places))
-  own = jnp.minimum(positions, lengths[:, None] - 1)
-  return jnp.maximum(0, 1 - jnp.abs(own[..., None] - places))
+  last = length - 1 if lengths is None else lengths[:, None] - 1
+  positions = jnp.minimum(jnp.arange(out) * step, last)
+  places = jnp.arange(length)
+  return jnp.maximum(0, 1 - jnp.abs(positions[..., None] - places))

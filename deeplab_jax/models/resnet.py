@@ -103,7 +103,7 @@ class PreActBasicUnit(nn.Module):
 
     y = nn.relu(norm(name='preact')(x))
     if x.shape[-1] == self.features:
-      shortcut = x[:, ::stride, ::stride]
+      shortcut = ops.subsample(x, stride)
     else:
       shortcut = conv(stride=stride, use_bias=bias, name='shortcut')(y)
     y = conv(3, stride, rate, name='conv1')(y)
@@ -134,7 +134,7 @@ class PreActBottleneckUnit(nn.Module):
 
     y = nn.relu(norm(name='preact')(x))
     if x.shape[-1] == out:
-      shortcut = x[:, ::stride, ::stride]
+      shortcut = ops.subsample(x, stride)
     else:
       shortcut = conv(out, stride=stride, use_bias=bias, name='shortcut')(y)
     y = conv(self.features, name='conv1')(y)

@@ -35,6 +35,7 @@ __all__ = [
   'max_pool',
   'padded',
   'remat',
+  'subsample',
   'use',
   'within',
 ]
@@ -94,7 +95,7 @@ def conv2d(
   require(fits, 'the kernel must be odd and square', kernel.shape)
   kernel = kernel.astype(x.dtype)
   if kernel.shape[0] == 1:
-    x, stride, rate = x[:, ::stride, ::stride], 1, 1
+    x, stride, rate = subsample(x, stride), 1, 1
   else:
     x = blank(x)
   if _form.value == 'xla':
@@ -220,6 +221,14 @@ def cache_kernels(
   return {**variables, 'params': unflatten_dict(params | kernels | cached)}
 
 
+def subsample(x: jax.Array, stride: int) -> jax.Array:
+  """Every `stride`th row and column of [B, H, W, C], from the first on."""
+  # Of symbolic sizes, indexing would gather, and give them another name.
+  if stride == 1:
+    return x
+  return lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
+
+
 REMATERIALIZATIONS = ('none', 'elementwise', 'block')
 
 
@@ -257,5 +266,6 @@ def max_pool(x: jax.Array, padding: str = 'symmetric') -> jax.Array:
   x = blank(x, lowest=padding != 'zero')
   if padding == 'zero':
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  pads = {'symmetric': [(1, 1)] * 2, 'same': 'SAME', 'zero': 'VALID'}
+  same = [(n % 2, 1) for n in x.shape[1:3]]
+  pads = {'symmetric': [(1, 1)] * 2, 'same': same, 'zero': 'VALID'}
   return nn.max_pool(x, (3, 3), (2, 2), pads[padding])

@@ -392,3 +392,15 @@ def test_pooling_pads_as_asked(padding, size, expected):
     assert y.shape == (1, 3, 3, 1)
     line = y.transpose(axes)[0, 1, :, 0]
     np.testing.assert_array_equal(line, expected)
+
+
+@pytest.mark.parametrize('stride', [1, 2, 3])
+def test_subsampling_keeps_every_nth_pixel_also_of_symbolic_sizes(stride):
+  x = np.random.default_rng(0).normal(size=(2, 8, 7, 3)).astype(np.float32)
+  expected = x[:, ::stride, ::stride]
+  np.testing.assert_array_equal(ops.subsample(x, stride), expected)
+  shape = jax.export.symbolic_shape('b, h, w, 3')
+  exported = jax.export.export(jax.jit(lambda x: ops.subsample(x, stride)))(
+    jax.ShapeDtypeStruct(shape, jnp.float32)
+  )
+  np.testing.assert_array_equal(exported.call(x), expected)

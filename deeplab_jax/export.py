@@ -1,0 +1,317 @@
+"""Export of a trained network: StableHLO, a TensorFlow SavedModel, or ONNX.
+
+What is exported holds normalization, network, upsampling and argmax. It takes
+`images`, uint8 RGB [B, H, W, 3], and gives `segmentation_map`, uint8 [B, H, W],
+and on request `probabilities`, float32 [B, H, W, C].
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from deeplab_jax import ops
+from deeplab_jax.data import images, shapes
+from deeplab_jax.predict import Predictor
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
+from deeplab_jax.training.writers import write_json
+from deeplab_jax.weights import checkpoints
+
+Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results
+_SHAPE = 'b, {}, {}, 3'  # of images, by names where any number will do
+_DTYPES = ('float32', 'float16', 'bfloat16')
+_PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+_LARGEST = 1024  # height and width of the picture to compare on, at most
+
+
+def export(config: ConfigDict, workdir: Path) -> Path:
+  """Exports a checkpoint of `workdir` as `config.export` says.
+
+  It writes the artifact, loads it again, compares it with the Predictor on a
+  picture and prints the differences. Returns the folder of the artifact and its
+  `manifest.json`. Raises `UserError`, with nothing written, for what is
+  missing, impossible or there already.
+  """
+  settings = config.export
+  folder = Path(settings.output_dir or workdir / 'export' / settings.format)
+  _check(settings, folder)
+  checkpoints.check_workdir(workdir)
+  predictor = Predictor.from_config(config, workdir)
+  if not distributed.is_first_process():
+    return folder
+  variables = jax.tree.map(
+    lambda x: x.astype(settings.dtype if x.ndim == 4 else np.float32),
+    predictor.variables,
+  )
+  network = Exportable(
+    predictor.model,
+    variables,
+    size=settings.size,
+    platforms=settings.platforms,
+    probabilities=settings.probabilities,
+  )
+  picture = _picture(config.data.dir, settings.size)
+  with _new_folder(folder) as staging, naming('config.export'):
+    run = FORMATS[settings.format][0](network, staging)
+    # Of an image at its own size, seen whole once, as the artifact sees it.
+    plain = Predictor(predictor.model, predictor.variables, predictor.info)
+    compared = compare(run, plain, picture)
+    manifest = _manifest(settings, predictor, staging)
+    write_json(staging / 'manifest.json', {**manifest, 'compared': compared})
+  size = 'x'.join(map(str, settings.size)) or 'any size'
+  print(f'step {predictor.step} as {settings.format} in {folder}')
+  print(f'{size}, {settings.dtype} kernels; compared with the Predictor:')
+  shown = ', '.join(f'{key} {value:.6g}' for key, value in compared.items())
+  print(shown.replace('_', ' '), flush=True)
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Exportable:
+  """A network, and what is to be exported of it."""
+
+  model: nn.Module
+  variables: Mapping[str, Any]  # numpy arrays; kernels of any float type
+  size: tuple[int, ...] = ()  # height and width of the images; empty for any
+  platforms: tuple[str, ...] = ('cpu', 'cuda', 'tpu')
+  probabilities: bool = False
+
+  def segment(
+    self, variables: Mapping[str, Any], images: jax.Array
+  ) -> dict[str, jax.Array]:
+    """The function to export, made of XLA's own operations alone."""
+    with ops.use('xla'):
+      logits = self.model.apply(variables, images, train=False)
+    result = {'segmentation_map': jnp.argmax(logits, -1).astype(jnp.uint8)}
+    if self.probabilities:
+      result['probabilities'] = jax.nn.softmax(logits)
+    return result
+
+
+def write_stablehlo(network: Exportable, folder: Path) -> Run:
+  """Writes `model.stablehlo` for `jax.export`; returns it, loaded."""
+  shape = jax.export.symbolic_shape(_SHAPE.format(*(network.size or 'hw')))
+  segment = jax.jit(functools.partial(network.segment, network.variables))
+  exported = jax.export.export(segment, platforms=network.platforms)(
+    jax.ShapeDtypeStruct(shape, jnp.uint8)
+  )
+  path = folder / 'model.stablehlo'
+  path.write_bytes(exported.serialize())  # by flatbuffers
+  return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def write_savedmodel(network: Exportable, folder: Path) -> Run:
+  """Writes a SavedModel of TensorFlow into the folder 1; returns it, loaded.
+
+  The signature `predict_images` takes `images`, and `predict_bytes` takes
+  `image_bytes`, encoded JPEG or PNG images of one size.
+  """
+  import tensorflow as tf  # the extra 'tf'
+  from jax.experimental import jax2tf
+
+  spec = tf.TensorSpec([*(network.size or (None, None)), 3], tf.uint8)
+  batch = tf.TensorSpec([None, *spec.shape], tf.uint8, 'images')
+  encoded = tf.TensorSpec([None], tf.string, 'image_bytes')
+  weights = tf.nest.map_structure(tf.Variable, network.variables)
+  segment = jax2tf.convert(
+    network.segment,
+    polymorphic_shapes=[None, _SHAPE.format(*(network.size or 'hw'))],
+    with_gradient=False,
+    native_serialization_platforms=network.platforms,
+  )
+  decode = functools.partial(
+    tf.io.decode_image, channels=3, expand_animations=False
+  )
+  function = functools.partial(tf.function, autograph=False)
+  predict_images = function(
+    lambda images: segment(weights, images), input_signature=[batch]
+  )
+  predict_bytes = function(
+    lambda image_bytes: predict_images(
+      tf.map_fn(decode, image_bytes, fn_output_signature=spec)
+    ),
+    input_signature=[encoded],
+  )
+  module = tf.Module()
+  module.weights = tf.nest.flatten(weights)
+  signatures = {
+    'serving_default': predict_images,
+    'predict_images': predict_images,
+    'predict_bytes': predict_bytes,
+  }
+  # Older TensorFlow reads version 9 and no later one.
+  version = 'jax_export_calling_convention_version'
+  default = getattr(jax.config, version)
+  jax.config.update(version, 9)
+  try:
+    tf.saved_model.save(module, folder / '1', signatures)
+  finally:
+    jax.config.update(version, default)
+  loaded = tf.saved_model.load(folder / '1')
+  return lambda images: loaded.signatures['predict_images'](
+    images=tf.constant(images)
+  )
+
+
+def write_onnx(network: Exportable, folder: Path) -> Run:
+  """Writes `model.onnx`; returns it, loaded by onnxruntime."""
+  import onnxruntime  # the extra 'onnx'
+
+  from deeplab_jax.weights.onnx import onnx_model
+
+  made = onnx_model(
+    network.model,
+    network.variables,
+    size=network.size,
+    probabilities=network.probabilities,
+  )
+  path = folder / 'model.onnx'
+  path.write_bytes(made.SerializeToString())
+  session = onnxruntime.InferenceSession(
+    path, providers=['CPUExecutionProvider']
+  )
+  names = [output.name for output in session.get_outputs()]
+  return lambda images: dict(
+    zip(names, session.run(names, {'images': images}), strict=True)
+  )
+
+
+# How to write each format, its extra, the packages of that, what will load it.
+FORMATS: dict[str, tuple[Callable[..., Run], str, tuple[str, ...], str]] = {
+  'stablehlo': (
+    *(write_stablehlo, '', ()),
+    'jax that is at most 6 months newer or 3 weeks older than in versions',
+  ),
+  'savedmodel': (
+    *(write_savedmodel, 'tf', ('tensorflow',)),
+    'TensorFlow that reads version 9 of XlaCallModule, at least 6 months long',
+  ),
+  'onnx': (
+    *(write_onnx, 'onnx', ('onnx', 'onnxruntime')),
+    'all that reads opset 17 of ONNX',
+  ),
+}
+
+
+def _check(settings: ConfigDict, folder: Path) -> None:
+  """Raises `UserError` for what cannot be done, before anything is."""
+  size, here = settings.size, jax.default_backend().replace('gpu', 'cuda')
+  with naming('config.export'):
+    check_choice('format', settings.format, FORMATS)
+    check_choice('dtype', settings.dtype, _DTYPES)
+    fits = all(isinstance(n, int) and n >= 1 for n in size)
+    rule = 'size must be height,width from 1, or empty for any size'
+    require(fits and len(size) in (0, 2), rule, size)
+    for platform in settings.platforms:
+      check_choice('platforms', platform, _PLATFORMS)
+    rule = f'platforms must include {here}, where the artifact is tried'
+    require(here in settings.platforms, rule, settings.platforms)
+  _, extra, packages, _ = FORMATS[settings.format]
+  for package in packages:
+    if importlib.util.find_spec(package) is None:
+      raise UserError(
+        f'config.export.format={settings.format} needs {package}: pip install'
+        f" 'deeplab_jax[{extra}]'"
+      )
+  if folder.exists():
+    raise UserError(
+      f'{folder} exists; remove it, or name another folder:'
+      ' --config.export.output_dir=DIR'
+    )
+
+
+def _picture(directory: str | None, size: tuple[int, ...]) -> np.ndarray:
+  """A picture of the data set's folder, else a drawn one, uint8 [H, W, 3]."""
+  picture, _ = shapes.generate_scene(np.random.default_rng(0))
+  with contextlib.suppress(UserError):
+    if directory:
+      picture = images.read_image(images.list_images([directory])[0])
+  picture = picture[:_LARGEST, :_LARGEST]
+  return cv2.resize(picture, size[::-1]) if size else picture
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+  """Yields a temporary folder, which becomes `folder` if the body succeeds."""
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      prefix='.export_', dir=folder.parent
+    ) as temporary:
+      staging = Path(temporary, folder.name)
+      staging.mkdir()
+      yield staging
+      staging.rename(folder)
+  except OSError as error:
+    raise UserError(f'{folder}: {error.strerror or error}') from error
+
+
+def compare(
+  run: Run, predictor: Predictor, picture: np.ndarray
+) -> dict[str, float]:
+  """Compares an artifact with the Predictor on a picture, uint8 [H, W, 3].
+
+  Returns the share of pixels of equal classes; by how much, at most, the
+  Predictor's probability of its own class exceeds that of the artifact's; and
+  the largest difference of a probability, if the artifact gives them.
+  """
+  labels, probabilities = predictor(picture, probabilities=True)
+  found = {key: np.asarray(x)[0] for key, x in run(picture[None]).items()}
+  own = found['segmentation_map']
+  chosen = np.take_along_axis(probabilities, own[..., None].astype(int), -1)
+  result = {
+    'equal_classes': (own == labels).mean(),
+    'largest_preference': (probabilities.max(-1) - chosen[..., 0]).max(),
+  }
+  if 'probabilities' in found:
+    differences = np.abs(found['probabilities'] - probabilities)
+    result['largest_difference'] = differences.max()
+  return {key: float(value) for key, value in result.items()}
+
+
+def _manifest(
+  settings: ConfigDict, predictor: Predictor, folder: Path
+) -> dict[str, Any]:
+  """What a program has to know to use the files of a folder, as JSON values."""
+  _, _, packages, loads_in = FORMATS[settings.format]
+  model = predictor.model
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+  names = [str(path.relative_to(folder)) for path in files]
+  outputs = {'segmentation_map': 'uint8 [B, H, W]'}
+  if settings.probabilities:
+    outputs['probabilities'] = 'float32 [B, H, W, C]'
+  packages = 'deeplab_jax', 'jax', 'jaxlib', 'flax', *packages
+  return {
+    'format': settings.format,
+    'sha256': dict(zip(names, hashes, strict=True)),
+    'inputs': {'images': 'uint8 RGB [B, H, W, 3]'},
+    'outputs': outputs,
+    'size': settings.size or None,
+    'normalization': {'mean': model.mean, 'std': model.std, 'inside': True},
+    'dataset': predictor.info.to_json(),
+    'trained_size': predictor.trained_size,
+    'network': predictor.settings,
+    'kernels': settings.dtype,
+    'platforms': settings.platforms,
+    'checkpoint': {'step': predictor.step, 'metrics': predictor.metrics},
+    'date': datetime.datetime.now(datetime.UTC).isoformat(' ', 'seconds'),
+    'versions': {name: importlib.metadata.version(name) for name in packages},
+    'loads_in': loads_in,
+  }
