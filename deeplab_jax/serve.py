@@ -271,7 +271,9 @@ def read(data: bytes, most: int) -> np.ndarray:
       (width, height), kind = image.size, image.format
   except UserError as error:
     too_large = isinstance(error.__cause__, image_files.Unusable)
-    raise HTTPException(413 if too_large else 415, str(error)) from error
+    reason = str(error).partition('; replace')[0]
+    status = 413 if too_large else 415
+    raise HTTPException(status, f'{reason}; send a JPEG or PNG') from error
   known = Image.registered_extensions()
   if kind not in {known[suffix] for suffix in image_files.IMAGE_SUFFIXES}:
     # Pillow starts other programs for some formats.
@@ -283,7 +285,8 @@ def read(data: bytes, most: int) -> np.ndarray:
   try:
     return images.open_picture('image', data).pixels
   except UserError as error:
-    raise HTTPException(400, str(error)) from error
+    reason = str(error).partition('; replace')[0]
+    raise HTTPException(400, reason) from error
 
 
 def make_examples(paths: Sequence[str], info: DatasetInfo) -> list[bytes]:
@@ -354,7 +357,8 @@ def main(argv: Sequence[str]) -> None:
     url = 'http://{}:{}/'.format(*place.getsockname())
     print(f'step {predictor.step} of {workdir} at {url}', flush=True)
     server.run(sockets=[place])
-  print('stopped; every accepted request is answered', flush=True)
+  count = prometheus.REGISTRY.get_sample_value('deeplab_images_total')
+  print(f'stopped after {count:.0f} images; all accepted requests are answered')
 
 
 if __name__ == '__main__':
