@@ -26,11 +26,7 @@ from PIL import Image
 
 from deeplab_jax.data import image_files, images
 from deeplab_jax.data.datasets import DatasetInfo
-
-try:
-  from deeplab_jax.predict import Predictor
-except ImportError:
-  Predictor = None
+from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.visualize.encodings import MEDIA_TYPES, encode, list_classes
@@ -67,9 +63,7 @@ _POLICY = (  # the page may use itself, and nothing from elsewhere
 )
 _QUEUE = prometheus.Gauge('deeplab_queue_length', 'Requests without an answer')
 _IMAGES = prometheus.Counter('deeplab_images', 'Images segmented')
-_SECONDS = prometheus.Histogram(
-  'deeplab_request_seconds', 'From a request to its answer', ['status']
-)
+_SECONDS = prometheus.Histogram('deeplab_request_seconds', 'Time', ['status'])
 
 
 @dataclasses.dataclass(eq=False)
@@ -212,18 +206,14 @@ class Server:
     while own.result is None and self._jobs:
       size = min(len(self._jobs), self._limits['batch'])
       jobs = [self._jobs.popleft() for _ in range(size)]
-      batch = [(job, x) for job in jobs if (x := job.image) is not None]
-      # Images of one size go to the devices together.
-      batch.sort(key=lambda pair: pair[1].shape)
-      plain = [image for job, image in batch if not job.scores]
       try:
-        labels = iter(self._predictor.map(plain))
-        for job, image in batch:
-          if job.scores:
-            job.result = self._predictor(image, probabilities=True)
-          else:
-            job.result = next(labels), None
-          _IMAGES.inc()
+        for scores in (False, True):
+          part = [(job, job.image) for job in jobs if job.scores == scores]
+          part = [pair for pair in part if pair[1] is not None]
+          rows = self._predictor.map([x for _, x in part], probabilities=scores)
+          for (job, _), result in zip(part, rows, strict=True):
+            job.result = result if scores else (result, None)
+            _IMAGES.inc()
       except Exception as error:
         for job in jobs:
           job.result = job.result or error
@@ -241,23 +231,22 @@ async def _health() -> dict[str, str]:
 async def _refuse(request: Request, error: Any) -> Response:
   reason = getattr(error, 'detail', 'the server failed; its log says why')
   status = getattr(error, 'status_code', 500)
-  return JSONResponse(
-    {'error': reason}, status, getattr(error, 'headers', None)
-  )
+  headers = getattr(error, 'headers', None)
+  return JSONResponse({'error': reason}, status, headers)
 
 
 async def _body(request: Request, most: int) -> bytes:
-  parts: list[bytes] = []
-  size, more = int(request.headers.get('content-length', 0)), True
+  data, more = bytearray(), True
+  size = int(request.headers.get('content-length', 0))
   while more and size <= most:
     message = await request.receive()
     if message['type'] == 'http.disconnect':
       raise HTTPException(499, 'the client has left')
-    parts.append(message.get('body', b''))
-    size, more = sum(map(len, parts)), message.get('more_body', False)
+    data += message.get('body', b'')
+    size, more = len(data), message.get('more_body', False)
   if size > most:
     raise HTTPException(413, f'at most {most / 1e6:g} MB are accepted')
-  return b''.join(parts)
+  return bytes(data)
 
 
 def read(data: bytes, most: int) -> np.ndarray:
@@ -271,9 +260,8 @@ def read(data: bytes, most: int) -> np.ndarray:
       (width, height), kind = image.size, image.format
   except UserError as error:
     too_large = isinstance(error.__cause__, image_files.Unusable)
-    reason = str(error).partition('; replace')[0]
-    status = 413 if too_large else 415
-    raise HTTPException(status, f'{reason}; send a JPEG or PNG') from error
+    reason = f'{str(error).partition("; replace")[0]}; send a JPEG or PNG'
+    raise HTTPException(413 if too_large else 415, reason) from error
   known = Image.registered_extensions()
   if kind not in {known[suffix] for suffix in image_files.IMAGE_SUFFIXES}:
     # Pillow starts other programs for some formats.
@@ -336,10 +324,7 @@ def main(argv: Sequence[str]) -> None:
   if not options.workdir:
     raise UserError('--workdir=DIR is missing: the folder of a training run')
   workdir = Path(options.workdir).expanduser()
-  host.configure()
-  if not options.debug:
-    host.hide_alarms()
-  host.cache_programs(workdir / 'compilation_cache')
+  host.start(workdir, debug=options.debug)
   predictor = Predictor.from_workdir(workdir, step=options.step)
   examples = make_examples(options.examples, predictor.info)
   size = predictor.trained_size or (257, 257)
@@ -348,9 +333,7 @@ def main(argv: Sequence[str]) -> None:
   token = options.token or os.environ.get('DEEPLAB_JAX_TOKEN', '')
   app = Server(predictor, limits, token, examples).app()
   server = uvicorn.Server(uvicorn.Config(app, **UVICORN))
-  family = socket.AF_INET6 if ':' in options.host else socket.AF_INET
-  place = socket.create_server((options.host, options.port), family=family)
-  with place:
+  with socket.create_server((options.host, options.port)) as place:
     # uvicorn stops at these signals, and then raises them again.
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: setattr(server, 'should_exit', True))

@@ -46,13 +46,10 @@ class StrongestChannel:
     self.seconds = seconds
     self.gate.set()
 
-  def __call__(self, image, probabilities=False):
-    (label,) = self.map([image])
-    shares = np.eye(4, dtype=np.float32)[label]
-    return (label, shares) if probabilities else label
+  def __call__(self, image):
+    return next(self.map([image]))
 
-  def map(self, images):
-    images = list(images)
+  def map(self, images, probabilities=False):
     if images:
       self.batches.append([image.shape[:2] for image in images])
       time.sleep(self.seconds)
@@ -60,7 +57,9 @@ class StrongestChannel:
     for image in images:
       if self.error:
         raise self.error
-      yield image.argmax(-1).astype(np.uint8)
+      label = image.argmax(-1).astype(np.uint8)
+      scores = np.eye(4, dtype=np.float32)[label]
+      yield (label, scores) if probabilities else label
 
 
 @contextlib.contextmanager

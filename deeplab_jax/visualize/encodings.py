@@ -20,7 +20,7 @@ def encode(
   kind: str,
   info: DatasetInfo,
   label: np.ndarray,
-  probabilities: np.ndarray | None = None,
+  probabilities: Any = None,
 ) -> bytes:
   """Encodes classes uint8 [H, W] as one of `MEDIA_TYPES`.
 

@@ -108,16 +108,18 @@ def test_resized_scores_are_those_of_opencv():
 def test_progress_counts_the_windows(network, image, whole):
   seen = []
   windows.map_logits(
-    *network, image, 400, margin=MARGIN, note=lambda *counts: seen.append(counts)
+    *network,
+    image,
+    400,
+    margin=MARGIN,
+    note=lambda *counts: seen.append(counts),
   )
   assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)]
   assert len(seen) > 2
 
 
 def test_what_windows_cannot_do_is_refused(network, image):
-  with pytest.raises(
-    ValueError, match='side must be above 320 pixels'
-  ):
+  with pytest.raises(ValueError, match='side must be above 320 pixels'):
     in_windows(network, image, 320)
   with pytest.raises(UserError, match=r'331x470 pixels is too large.*max_side'):
     in_windows(network, image, 600, protocols.Protocol(flip=True))
