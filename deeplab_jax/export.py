@@ -22,11 +22,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deeplab_jax import ops
 from deeplab_jax.data import images, shapes
+from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
@@ -86,7 +86,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
 class Exportable:
   """A network, and what is to be exported of it."""
 
-  model: nn.Module
+  model: DeepLabV3
   variables: Mapping[str, Any]  # numpy arrays; kernels of any float type
   size: tuple[int, ...] = ()  # height and width of the images; empty for any
   platforms: tuple[str, ...] = ('cpu', 'cuda', 'tpu')
@@ -97,7 +97,7 @@ class Exportable:
   ) -> dict[str, jax.Array]:
     """The function to export, made of XLA's own operations alone."""
     with ops.use('xla'):
-      logits = self.model.apply(variables, images, train=False)
+      logits: Any = self.model.apply(variables, images, train=False)
     result = {'segmentation_map': jnp.argmax(logits, -1).astype(jnp.uint8)}
     if self.probabilities:
       result['probabilities'] = jax.nn.softmax(logits)

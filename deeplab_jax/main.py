@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   if inputs and mode != 'predict':
     raise UserError(f'{inputs[0]}: not an option; --mode={mode} has no inputs')
   if mode == 'prepare':
-    prepare(config, workdir)
+    _RUN[mode](config, workdir)
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')

@@ -79,7 +79,7 @@ class Server:
   def __init__(
     self,
     predictor: Predictor,
-    limits: Mapping[str, int],
+    limits: Mapping[str, Any],
     token: str = '',
     examples: Sequence[bytes] = (),
   ) -> None:

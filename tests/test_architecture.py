@@ -13,8 +13,9 @@ ROOT = Path(deeplab_jax.__file__).parent
 # Top-level files and the benchmark, from those that import to the imported.
 ORDER = (
   ('main', 'benchmark', 'serve'),
-  ('train', 'export'),
-  ('evaluate', 'predict', 'prepare', 'import_weights'),
+  ('train', 'export', 'predict_files'),
+  ('evaluate', 'predict', 'prepare', 'report'),
+  ('import_weights',),
   ('build',),
   ('config',),
 )
@@ -135,7 +136,7 @@ def test_import_loads_no_other_framework(module):
   program = (
     f'import sys, {module}\n'
     "heavy = {'tensorflow', 'torch', 'keras', 'h5py', 'huggingface_hub',\n"
-    "  'onnx', 'onnxruntime', 'flatbuffers'}\n"
+    "  'onnx', 'onnxruntime', 'fastapi', 'uvicorn', 'wandb', 'mlflow'}\n"
     'print(*heavy.intersection(sys.modules))'
   )
   done = subprocess.run(

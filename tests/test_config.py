@@ -195,7 +195,7 @@ def test_replaced_section_is_named(section, words):
 @pytest.mark.parametrize(
   'key, words',
   [
-    ('nokey', 'unknown key config.nokey; config has data, eval, init_allow'),
+    ('nokey', 'unknown key config.nokey; config has data, eval, export'),
     (
       'train.step',
       'unknown key config.train.step; did you mean config.train.steps?'

@@ -70,14 +70,9 @@ def refused(command):
 def received(monkeypatch):
   """What drivers that do nothing were called with."""
   calls = []
-  for module, name in (
-    (main.train, 'train_and_evaluate'),
-    (main.evaluate, 'evaluate'),
-    (main.predict, 'predict'),
-    (main.prepare, 'prepare'),
-    (main.import_weights, 'import_weights'),
-  ):
-    monkeypatch.setattr(module, name, functools.partial(_note, calls, name))
+  for mode in main._RUN:
+    note = functools.partial(_note, calls, mode)
+    monkeypatch.setitem(main._RUN, mode, note)
   return calls
 
 
@@ -198,7 +193,7 @@ def test_a_missing_extra_matters_to_training_alone(
   monkeypatch.setitem(sys.modules, 'wandb', None)
   options = f'--workdir={trained.workdir}', '--config.log.to=wandb'
   assert command(*options, '--mode=eval')[0] == 0
-  assert [name for name, *_ in received] == ['evaluate']
+  assert [name for name, *_ in received] == ['eval']
 
 
 def test_the_mode_report_writes_the_page_again(trained, tmp_path, command):
@@ -367,7 +362,7 @@ def test_a_recipe_by_name_decides_before_the_weights(
 
 def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):
   stop = raising(KeyboardInterrupt())
-  monkeypatch.setattr(main.train, 'train_and_evaluate', stop)
+  monkeypatch.setitem(main._RUN, 'train', stop)
   status, output, errors = command(f'--workdir={tmp_path}')
   assert (status, output, errors) == (130, '', 'interrupted\n')
   with pytest.raises(KeyboardInterrupt):
@@ -378,7 +373,7 @@ def test_a_preempted_run_ends_with_the_status_of_the_signal(
   command, monkeypatch, tmp_path
 ):
   stop = raising(Preempted(signal.SIGTERM, 3))
-  monkeypatch.setattr(main.train, 'train_and_evaluate', stop)
+  monkeypatch.setitem(main._RUN, 'train', stop)
   line = 'stopped at step 3; the same command goes on from there\n'
   assert command(f'--workdir={tmp_path}') == (143, '', line)
 
@@ -393,7 +388,7 @@ def test_a_preempted_run_ends_with_the_status_of_the_signal(
 def test_what_the_system_refuses_is_one_line(
   command, monkeypatch, tmp_path, error, line
 ):
-  monkeypatch.setattr(main.prepare, 'prepare', raising(error))
+  monkeypatch.setitem(main._RUN, 'prepare', raising(error))
   arguments = f'--workdir={tmp_path}', '--mode=prepare'
   assert command(*arguments) == (1, '', f'error: {line}\n')
   with pytest.raises(OSError, match=line.split(': ')[-1]):
@@ -555,7 +550,7 @@ def test_without_recipe_a_new_workdir_takes_the_default(
 ):
   assert command(f'--workdir={tmp_path}/w')[0] == 0
   ((name, config, workdir),) = received
-  assert name == 'train_and_evaluate' and workdir == tmp_path / 'w'
+  assert name == 'train' and workdir == tmp_path / 'w'
   assert config.to_dict() == default_config.get_config().to_dict()
 
 

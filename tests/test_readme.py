@@ -112,7 +112,8 @@ def test_commands_have_recipes_modes_and_settings_that_exist(page):
   for words in commands(page):
     options = dict(word.partition('=')[::2] for word in words if '--' in word)
     assert '--workdir' in options or options['--mode'] == 'prepare'
-    modes = 'prepare train import eval predict report export'.split()
+    modes = ['prepare', 'train', 'import', 'eval', 'predict']
+    modes += ['report', 'export']
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()

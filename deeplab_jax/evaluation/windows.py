@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from deeplab_jax import ops
 from deeplab_jax.evaluation.protocols import (
   Protocol,
   SlidingWindow,
@@ -162,7 +161,7 @@ def map_logits(
     pixels = image[starts[0] : ends[0], starts[1] : ends[1]]
     window = np.zeros((1, *np.subtract(ends, starts), 3), np.uint8)
     window[0, : pixels.shape[0], : pixels.shape[1]] = pixels
-    return _features(model, variables, window, np.array([pixels.shape[:2]]))
+    return _features(model, variables, window, np.array(pixels.shape[:2]))
 
   def logits(place: tuple[slice, ...]) -> jax.Array:
     return _logits(model, variables, maps[place][None], mean)
@@ -194,7 +193,9 @@ def _features(
   model: DeepLabV3, variables: Any, window: jax.Array, size: jax.Array
 ) -> jax.Array:
   x = (window - jnp.asarray(model.mean)) / jnp.asarray(model.std)
-  x = jnp.where(ops.within(size, window.shape[1:3]), x, 0).astype(model.dtype)
+  height, width = (np.arange(n) for n in window.shape[1:3])
+  inside = (height[:, None] < size[0]) & (width < size[1])
+  x = jnp.where(inside[None, ..., None], x, 0).astype(model.dtype)
   own = {kind: tree['backbone'] for kind, tree in variables.items()}
   maps: Any = model.backbone.apply(own, x, train=False)
   return maps[model.features]

@@ -198,11 +198,13 @@ class _Graph:
       kernel = kernel * factor
       bias = shift + ((0 if bias is None else bias) - mean) * factor
     kernel = kernel.transpose(3, 2, 0, 1).astype(stored.dtype)
-    weights = [kernel] if bias is None else [kernel, np.float32(bias)]
+    weights: list[Any] = (
+      [kernel] if bias is None else [kernel, np.float32(bias)]
+    )
     if kernel.dtype != np.float32:
       weights[0] = self.op('Cast', kernel, to=_FLOAT)
     pad = rate * (kernel.shape[-1] // 2)
-    two = {'strides': [stride] * 2, 'dilations': [rate] * 2}
+    two: dict[str, Any] = {'strides': [stride] * 2, 'dilations': [rate] * 2}
     x = self.op('Conv', x, *weights, pads=[pad] * 4, **two)
     return self.op('Relu', x) if relu else x
 
