@@ -82,7 +82,7 @@ def _network(graph: '_Graph', model: DeepLabV3) -> str:
   op, stride = graph.op, model.backbone.output_stride
   x = op('Cast', op('Transpose', 'images', perm=[0, 3, 1, 2]), to=_FLOAT)
   for kind, values in (('Sub', model.mean), ('Div', model.std)):
-    x = op(kind, x, np.reshape(np.float32(values), (3, 1, 1)))
+    x = op(kind, x, np.array(values, np.float32).reshape(3, 1, 1))
   size = shown = op('Gather', op('Shape', 'images'), np.array([1, 2]))
   if model.pads_freely:  # until the pixel of the last feature is included
     up, by = np.array([stride - 2]), np.array([stride])
@@ -95,8 +95,8 @@ def _network(graph: '_Graph', model: DeepLabV3) -> str:
   leading = op('Gather', op('Shape', x), np.array([0, 1]))
   full = op('Concat', leading, shown, axis=0)
   # ONNX has the same names for the two ways.
-  kind = {'mode': 'linear', 'coordinate_transformation_mode': model.upsampling}
-  x = op('Resize', x, '', '', full, **kind)
+  way = {'mode': 'linear', 'coordinate_transformation_mode': model.upsampling}
+  x = op('Resize', x, '', '', full, **way)
   return op('Slice', x, np.zeros(2, int), size, np.array([2, 3]))
 
 
@@ -106,7 +106,10 @@ def _backbone(graph: '_Graph', x: str, backbone: Any, postnorm: bool) -> str:
   x = graph.conv(x, 'backbone/stem', 2)
   if backbone.stem_pool == 'zero':
     x = graph.op('Pad', x, np.array([0, 0, 1, 1] * 2))
-  border = {'same': {'auto_pad': 'SAME_UPPER'}, 'symmetric': {'pads': [1] * 4}}
+  border: dict[str, Any] = {
+    'same': {'auto_pad': 'SAME_UPPER'},
+    'symmetric': {'pads': [1] * 4},
+  }
   pads = border.get(backbone.stem_pool, {})
   x = graph.op('MaxPool', x, kernel_shape=[3] * 2, strides=[2] * 2, **pads)
   own = (backbone.output_stride, backbone.multi_grid, backbone.stride_unit)
@@ -127,7 +130,7 @@ def _unit(
   if f'params/{path}/shortcut/kernel' in graph.variables:
     shortcut = graph.conv(y, f'{path}/shortcut', stride)
   elif stride > 1:  # every second pixel, in the layout of convolutions
-    two = {'kernel_shape': [1] * 2, 'strides': [stride] * 2}
+    two: Any = {'kernel_shape': [1] * 2, 'strides': [stride] * 2}
     shortcut = graph.op('MaxPool', x, **two)
   norm1, norm2 = f'{path}/norm1', f'{path}/norm2'
   if unit is PreActBasicUnit:
@@ -140,7 +143,7 @@ def _unit(
   return graph.op('Add', shortcut, y)
 
 
-def _aspp(graph: '_Graph', x: str, aspp: ASPP) -> str:
+def _aspp(graph: '_Graph', x: str, aspp: Any) -> str:
   """`ASPP` with its image pooling."""
   graph.epsilon = aspp.norm(use_running_average=True).epsilon
 
