@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from miniature import make_config
 from PIL import Image
 
-from deeplab_jax import deeplab_v3, main
+from deeplab_jax import deeplab_v3
 from deeplab_jax.data.images import read_image
 from deeplab_jax.export import Exportable, export, write_stablehlo
 from deeplab_jax.predict import Predictor
@@ -219,7 +220,7 @@ def test_the_loader_of_the_page_needs_jax_alone(trained, exported, tmp_path):
     'import sys, numpy as np\n'
     f'images = np.load({str(path)!r})\n'
     + code.replace('EXPORTED', str(folder))
-    + f"\nnp.save({str(path)!r}, classes)\n"
+    + f'\nnp.save({str(path)!r}, classes)\n'
     "print(*found, '|', *{m.partition('.')[0] for m in sys.modules})"
   )
   done = subprocess.run(
@@ -287,7 +288,7 @@ def test_impossible_settings_are_refused(trained, tmp_path, changes, words):
 def test_a_missing_package_is_named(
   trained, tmp_path, monkeypatch, kind, package, install
 ):
-  find = main.export.importlib.util.find_spec
+  find = importlib.util.find_spec
   monkeypatch.setattr(
     'importlib.util.find_spec',
     lambda name: None if name == package else find(name),
