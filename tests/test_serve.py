@@ -31,6 +31,7 @@ from loopback import (
   wait_until,
 )
 from PIL import Image
+from web_server import without_proxies
 
 from deeplab_jax import serve
 from deeplab_jax.runtime.errors import UserError
@@ -334,6 +335,19 @@ def test_examples_are_generated_scenes_or_files_of_the_user(tmp_path):
     with Image.open(io.BytesIO(answer.body)) as picture:
       np.testing.assert_array_equal(np.asarray(picture), flag()[0])
     assert json.loads(ask(port, '/v1/model').body)['examples'] == 1
+
+
+def test_example_of_the_documentation_runs(port, tmp_path, monkeypatch):
+  page = (Path(__file__).parents[1] / 'docs/serving.md').read_text()
+  (code,) = re.findall('```python\n(.*?)```', page, re.DOTALL)
+  image, label = flag()
+  (tmp_path / 'photo.jpg').write_bytes(encoded(image))
+  monkeypatch.chdir(tmp_path)
+  without_proxies(monkeypatch)
+  names = {}
+  exec(code.replace('8000', str(port)), names)
+  np.testing.assert_array_equal(names['label'], label)
+  np.testing.assert_array_equal(names['probabilities'], np.eye(4)[label])
 
 
 @pytest.mark.parametrize(
