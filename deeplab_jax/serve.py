@@ -220,7 +220,7 @@ class Server:
 
 
 async def _page() -> Response:
-  page = Path(__file__).with_name('page.html').read_text()
+  page = (Path(__file__).parent / 'visualize/page.html').read_text()
   return HTMLResponse(page, headers={'Content-Security-Policy': _POLICY})
 
 
