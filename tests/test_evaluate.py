@@ -466,7 +466,8 @@ def test_evaluating_a_checkpoint_repeats_its_metrics(
   table = capsys.readouterr().out
   assert table.startswith('step 6, 3 images\n')
   assert f'{100 * result["miou"]:.2f}' in table
-  assert not list(workdir.rglob('*worst.png')) and 'worst images' not in table
+  assert not list(workdir.rglob('*step6_worst.png'))
+  assert 'worst images' not in table
 
 
 def test_unknown_step_is_named(trained):

@@ -151,7 +151,7 @@ def raising(error):
     (
       '--mode=test',
       '--mode=test: value should be one of'
-      ' <prepare|train|import|eval|predict|report>',
+      ' <prepare|train|import|eval|predict|report|export>',
     ),
     ('image.jpg', 'image.jpg: not an option; --mode=train has no inputs'),
     (
@@ -679,7 +679,8 @@ def test_workdir_alone_is_enough_to_evaluate_and_predict(
     f'--workdir={workdir}', '--mode=predict', pictures
   )
   assert (status, errors) == (0, '')
-  assert len(output.splitlines()) == 4
+  # A head, a rule, four classes, and where the results are.
+  assert len(output.splitlines()) == 7
   for index in range(3):
     name = f'val_{index}'
     with (

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -48,16 +49,17 @@ def browser(tmp_path):
   options.set_capability(
     'goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'}
   )
-  environment = {'HOME': str(tmp_path), 'TMPDIR': str(tmp_path)}
-  service = webdriver.ChromeService(
-    DRIVER, env={**environment, 'PATH': '/usr/bin:/bin'}
-  )
-  driver = webdriver.Chrome(options, service)
-  try:
-    driver.set_window_size(1280, 900)
-    yield driver
-  finally:
-    driver.quit()
+  # Chromium puts a socket there, whose path may have a hundred characters.
+  with tempfile.TemporaryDirectory(dir='/tmp') as short:
+    environment = {'HOME': short, 'TMPDIR': short, 'PATH': '/usr/bin:/bin'}
+    driver = webdriver.Chrome(
+      options, webdriver.ChromeService(DRIVER, env=environment)
+    )
+    try:
+      driver.set_window_size(1280, 900)
+      yield driver
+    finally:
+      driver.quit()
 
 
 def find(browser, name):

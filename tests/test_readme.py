@@ -254,6 +254,7 @@ def test_three_lines_segment_with_the_network_of_the_first_command(
   Image.fromarray(pixels).save(photo)
   for page in (code, *blocks(section(PREDICTION, '## From Python'), 'python')):
     names = {'paths': [photo], 'workdir': str(workdir)}
+    names['Predictor'] = Predictor
     page = page.replace('/tmp/deeplab', str(workdir))
     names['predictor'] = Predictor.from_workdir(workdir)
     exec(page.replace('photo.jpg', str(photo)), names)
