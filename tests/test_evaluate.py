@@ -334,9 +334,8 @@ def test_picture_holds_as_many_rows_as_asked_for(run, panels):
     assert picture is None
   else:
     heights = [height for height, _ in dataset.sizes('val')]
-    title = labels.legend([('0', None)], 40).shape[0]
-    legend = picture.shape[0] - sum(heights[:2]) - 2 * title - 2 * 4
-    assert 13 < legend < 60  # what is left below both rows
+    line = labels.legend([('0', None)], 40).shape[0]  # a title, the legend
+    assert picture.shape[0] == sum(heights[:2]) + 3 * line + 2 * 4
 
 
 def test_worst_and_best_images_are_chosen_with_ties_in_order():
@@ -357,7 +356,10 @@ def test_worst_and_best_are_drawn_and_named(evaluated):
     values = [sign * float(value) for _, value in entries]
     assert len(values) == 2 and values == sorted(values)
     with Image.open(workdir / f'eval/val_whole_{kind}.png') as picture:
-      assert picture.height == sum(heights[name] for name, _ in entries) + 4
+      # Two titles, two rows, a legend of one line, and what separates them.
+      line = labels.legend([('0', None)], 40).shape[0]
+      rows = sum(heights[name] for name, _ in entries)
+      assert picture.height == 3 * line + rows + 2 * 4
   with Image.open(workdir / 'eval/val_whole_confusion.png') as picture:
     assert picture.mode == 'RGB' and picture.width == picture.height
 
