@@ -368,3 +368,17 @@ def test_the_page_of_settings_is_current_and_explains_each():
   keys = set(default_config.flat(default_config.get_config()))
   assert keys <= set(meanings)
   assert all(meanings[key] for key in keys)
+
+
+def test_a_log_may_be_a_class_beside_names():
+  config = default_config.get_config()
+  config.log.to = ('jsonl', Path)
+  default_config.validate(config)
+  assert config.log.to == ('jsonl', Path)
+  assert default_config.to_json(config)['log'] == {
+    'to': ['jsonl', 'pathlib.Path']
+  }
+  for text, names in (('wandb', ('wandb',)), ('a, b', ('a', 'b')), ('', ())):
+    config.log.to = text
+    default_config.validate(config)
+    assert config.log.to == names
