@@ -284,7 +284,7 @@ def test_second_step_starts_where_that_of_pytorch_does(five_steps):
   _, metrics, _ = five_steps
   np.testing.assert_allclose(metrics[1]['loss'], golden['losses'][1], atol=2e-4)
   norm = golden['grad_norms'][1]
-  np.testing.assert_allclose(metrics[1]['grad_norm'], norm, rtol=1e-3)
+  np.testing.assert_allclose(metrics[1]['grad_norm'], norm, rtol=1e-2)
 
 
 # From the third step on rounding decides: weights that differ by 1e-7 of
