@@ -265,8 +265,10 @@ def _merge_rows(folder: Path) -> dict[str, Row]:
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(rows[mask] for mask in sorted(rows))
-  for path in folder.glob('.class_shares_*.csv'):
-    path.unlink()
+  # And what killed runs left half written.
+  for pattern in ('.class_shares_*.csv', '.*.png.*.tmp'):
+    for path in folder.glob(pattern):
+      path.unlink()
   return rows
 
 

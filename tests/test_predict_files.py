@@ -263,6 +263,7 @@ def test_a_run_that_was_killed_goes_on(segment, tmp_path):
   assert after[:2] == before[:2] and after[2] > before[2]
   assert (folder / 'class_shares.csv').read_text().splitlines() == table
   assert written[3].exists()
+  assert not [path for path in folder.iterdir() if path.name[0] == '.']
 
 
 def test_images_are_divided_among_the_hosts(segment, tmp_path, monkeypatch):

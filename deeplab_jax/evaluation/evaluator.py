@@ -63,11 +63,11 @@ def eval_step(
 def predict_step(
   variables: Any, batch: dict[str, jax.Array], *, scores: Callable[..., Any]
 ) -> tuple[jax.Array, jax.Array]:
-  """Predicts `image` of a batch, padded from `size` [b, 2].
+  """Predicts `image` of a batch, padded from `size` [b, 2], if it is there.
 
   Returns classes uint8 [b, H, W] and the scores [b, H, W, C].
   """
-  found = scores(variables, batch['image'], batch['size'])
+  found = scores(variables, batch['image'], batch.get('size'))
   return jnp.argmax(found, -1).astype(jnp.uint8), found
 
 
