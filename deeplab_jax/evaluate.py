@@ -118,6 +118,7 @@ def _save_metrics(
   }
   mious = scores.mious()
   for kind, chosen in extremes(mious, settings.worst_and_best).items():
+    Path(f'{path}_{kind}.png').unlink(missing_ok=True)  # of an earlier one
     if chosen:
       pictures[f'_{kind}'] = scores.picture(chosen)
       names = [f'{name(i)} {100 * mious[i]:.1f}' for i in chosen]
