@@ -265,7 +265,7 @@ def from_json(path: Path) -> ConfigDict:
     with config.ignore_type():
       config.update_from_flattened_dict(saved)
     check_types(config)
-  except (ValueError, LookupError, TypeError, AssertionError) as error:
+  except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
     raise UserError(
       f'{path} cannot be used: {_one_line(error)}; pass --config, or remove it'
     ) from error

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from deeplab_jax import ops
 from deeplab_jax.data import images, shapes
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights import checkpoints
@@ -70,7 +69,8 @@ def export(config: ConfigDict, workdir: Path) -> Path:
   with _new_folder(folder) as staging, naming('config.export'):
     run = FORMATS[settings.format][0](network, staging)
     # Of an image at its own size, seen whole once, as the artifact sees it.
-    plain = Predictor(predictor.model, predictor.variables, predictor.info)
+    parts = predictor.model, predictor.variables, predictor.info
+    plain = Predictor(*parts, window=max(picture.shape))
     compared = compare(run, plain, picture)
     manifest = _manifest(settings, predictor, staging)
     write_json(staging / 'manifest.json', {**manifest, 'compared': compared})
@@ -312,6 +312,6 @@ def _manifest(
     'platforms': settings.platforms,
     'checkpoint': {'step': predictor.step, 'metrics': predictor.metrics},
     'date': datetime.datetime.now(datetime.UTC).isoformat(' ', 'seconds'),
-    'versions': {name: importlib.metadata.version(name) for name in packages},
+    'versions': host.versions(*packages),
     'loads_in': loads_in,
   }

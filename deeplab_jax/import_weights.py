@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
 from deeplab_jax.config import from_json, get_config, to_json
-from deeplab_jax.data.datasets import DATASETS, DatasetInfo
+from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError, naming
@@ -65,6 +66,33 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
     print(f'{workdir} holds the weights for --mode=eval and --mode=predict')
     if config.data.to_dict() == default_data:
       print('eval needs a data set of these classes: --config.data.*')
+
+
+def open_network(source: str, info: DatasetInfo | None) -> dict[str, Any]:
+  """Opens weights that have a class layer, as the arguments of `Predictor`.
+
+  `info` says what the classes are; 21 are PASCAL VOC's by default.
+  """
+  pretrained, config = open_source(config_of(source, None))
+  if (count := pretrained.num_classes) is None:
+    raise UserError(
+      f'{source} holds a backbone alone, which knows no classes; train on it'
+      f' first: --config.init_from={source}'
+    )
+  if info is None and count == DATASETS['voc2012'].num_classes:
+    info = DATASETS['voc2012']
+  model = build.make_model(config, count)
+  image = np.zeros((1, 65, 65, 3), np.uint8)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), image, train=False)
+  )
+  classes = tuple(f'class {i}' for i in range(count))
+  return {
+    'model': model,
+    'variables': pretrained.merge_into(shapes)[0],
+    'info': info or DatasetInfo(source, classes, voc_palette(count)),
+    'settings': to_json(config)['model'],
+  }
 
 
 def config_of(source: str | None, backbone: Any) -> ConfigDict:

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from deeplab_jax import build, import_weights, ops
 from deeplab_jax.config import from_json, to_json, validate, with_preset
 from deeplab_jax.data import buckets, pipeline
-from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.images import as_pixels
 from deeplab_jax.evaluation import evaluator, protocols, windows
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
+from deeplab_jax.runtime.errors import check_choice, naming, require
 from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights import load as sources
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int]  # height, width
 _Result = tuple[np.ndarray, Any]  # classes; probabilities or None
 _FAR = 3  # times larger or smaller than in training
+_PROGRAMS = 32  # kept at once
 _GRID = 64  # pixels; sizes are rounded up to it when there are too many
 
 
@@ -45,7 +46,8 @@ class Predictor:
 
   An image is the path or the bytes of a file, which looks as in a viewer, a PIL
   image, or an array uint8 [H, W, 3] of RGB. Images are padded to a few sizes,
-  so that few programs are compiled, without a change of their results. Images
+  so that few programs are compiled, without a change of their results (but not
+  with the upsampling 'asymmetric', where padding would count). Images
   of more than `window` by `window` pixels are segmented in overlapping windows,
   and the seams do not show.
 
@@ -87,10 +89,14 @@ class Predictor:
     at most `sizes` sizes. As many `threads` decode images, 0 for one per core.
     Raises `ValueError` for a number out of its range.
     """
-    side = max_side is None or max_side >= 1
-    require(side, 'max_side must be at least 1', max_side)
+    numbers = {'max_side': max_side, 'window': window, 'sizes': sizes}
+    for name, number in {**numbers, 'batch_size': batch_size}.items():
+      least = number is None or number >= 1
+      require(least, f'{name} must be at least 1', number)
     require(0 < scale <= 4, 'scale must be above 0, at most 4', scale)
-    require(window >= 1, 'window must be at least 1', window)
+    require(threads >= 0, 'threads must be at least 0', threads)
+    fits = info.num_classes == model.num_classes
+    require(fits, f'info must have {model.num_classes} classes', info.classes)
     protocol = protocol or protocols.Protocol()
     if protocol.transform:
       seen = protocol.scales, protocol.flip
@@ -101,16 +107,13 @@ class Predictor:
     self._max_side, self._scale, self._window = max_side, scale, window
     devices = jax.local_device_count()
     each = 1 if jax.default_backend() == 'cpu' else -(-batch_size // devices)
-    self._rows, self._per_device = each * devices, each
+    self._rows = each * devices
     self._limit = sizes if model.pads_freely else None
-    self._buckets = buckets.Buckets(self._limit)
+    self.plan([])
     self.threads = threads or pipeline.cores()
     self._lock, self._on_devices = threading.Lock(), None
     self._warned: set[bool] = set()
-    self._steps = {
-      wanted: evaluator.pmap_predict_step(model, protocol, probabilities=wanted)
-      for wanted in (False, True)
-    }
+    self._steps: dict[Any, Any] = {}
 
   @classmethod
   def from_workdir(
@@ -131,7 +134,8 @@ class Predictor:
     sections['output_stride'] = 'model'
     for key, value in settings.items():
       check_choice('a setting', key, sections)
-      config[sections[key]][key] = value
+      with config.ignore_type():  # `validate` looks at types
+        config[sections[key]][key] = value
     validate(config)
     return cls.from_config(config, workdir)
 
@@ -173,29 +177,9 @@ class Predictor:
     """
     source = str(source)
     if own := sources.own_checkpoint(Path(source).expanduser()):
+      require(info is None, 'a workdir says what its classes are', info)
       return cls.from_workdir(*own, **settings)
-    config = import_weights.config_of(source, None)
-    pretrained, config = import_weights.open_source(config)
-    if (count := pretrained.num_classes) is None:
-      raise UserError(
-        f'{source} holds a backbone alone, which knows no classes; train on it'
-        f' first: --config.init_from={source}'
-      )
-    if info is None and count == DATASETS['voc2012'].num_classes:
-      info = DATASETS['voc2012']
-    classes = tuple(f'class {i}' for i in range(count))
-    model = build.make_model(config, count)
-    image = np.zeros((1, 65, 65, 3), np.uint8)
-    shapes = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), image, train=False)
-    )
-    return cls(
-      model,
-      pretrained.merge_into(shapes)[0],
-      info or DatasetInfo(source, classes, voc_palette(count)),
-      settings=to_json(config)['model'],
-      **settings,
-    )
+    return cls(**import_weights.open_network(source, info), **settings)
 
   def __call__(self, image: Any, *, probabilities: bool = False) -> Any:
     """Segments an image, or a batch uint8 [B, H, W, 3].
@@ -233,13 +217,19 @@ class Predictor:
 
     Raises `UserError` if one is too large for the protocol.
     """
-    small = []
-    for size in map(self._size_seen, sizes):
-      if self._is_large(size):
-        windows.check(self.model, self.protocol, size, self._window)
-      else:
-        small.append(size)
-    self._buckets = buckets.Buckets(self._limit, small)
+    small = [self._size_seen(size) for size in sizes if self.check(size)]
+    most = 2 * self._window**2
+    self._buckets = buckets.Buckets(self._limit, small, most)
+
+  def check(self, size: Size) -> bool:
+    """Returns whether an image (height, width) is seen in one pass.
+
+    Raises `UserError` if it is too large for that and for windows.
+    """
+    seen = self._size_seen(size)
+    if self._is_large(seen):
+      windows.check(self.model, self.protocol, seen, self._window)
+    return not self._is_large(seen)
 
   def bucket(self, size: Size) -> Size:
     """Returns what an image of (height, width) is padded to, once scaled."""
@@ -248,7 +238,8 @@ class Predictor:
 
   def _size_seen(self, size: Size) -> Size:
     """The size at which the network sees an image."""
-    factor = min(self._scale, (self._max_side or math.inf) / max(size))
+    shrunk = min(1, (self._max_side or math.inf) / max(size))
+    factor = self._scale * shrunk
     height, width = (max(1, round(n * factor)) for n in size)
     return height, width
 
@@ -314,8 +305,19 @@ class Predictor:
       batch['image'][row, :height, :width] = image
     if self.protocol.gives_logits and (batch['size'] == size).all():
       del batch['size']  # nothing is padded, and the program is faster
-    step = self._steps[probabilities]
+    step = self._step(size, probabilities)
     return step(self._ready(size), distributed.shard(batch))
+
+  def _step(self, *kind: Any) -> Any:
+    """The compiled step for a size, with probabilities or without."""
+    with self._lock:
+      if kind not in self._steps:
+        while len(self._steps) >= _PROGRAMS:  # the oldest is forgotten
+          del self._steps[next(iter(self._steps))]
+        self._steps[kind] = evaluator.pmap_predict_step(
+          self.model, self.protocol, probabilities=kind[-1]
+        )
+      return self._steps[kind]
 
   def _ready(self, size: Size) -> Any:
     """The variables on all devices, with transformed kernels."""

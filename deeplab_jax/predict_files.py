@@ -1,6 +1,7 @@
 """Masks for image files: --mode=predict."""
 
 import collections
+import contextlib
 import csv
 import hashlib
 import io
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 _SECONDS = 10  # between two lines of progress
 _TABLE = 'class_shares.csv'
+_COLUMNS = 'mask', 'image', 'version', 'network', 'height', 'width'
+_TEXT: dict[str, Any] = {
+  'encoding': 'utf-8',
+  'errors': 'surrogateescape',
+  'newline': '',
+}
 Row = dict[str, str]  # of that table
 
 
@@ -50,51 +57,54 @@ def predict(
   `class_shares.csv` holds the share of each class in each image; a table over
   all images is printed. What the same network has segmented with the same
   settings is not done again, so a run that was stopped goes on. Hosts divide
-  the images.
+  the images; one command at a time may write into a folder.
 
-  Raises `UserError` without a checkpoint; at the end, for images it could not
-  read.
+  Raises `UserError` without a checkpoint, for results inside a folder of
+  `inputs`, and at the end, for images it could not read.
   """
   checkpoints.check_workdir(workdir)
   paths = images.list_images(inputs)
   predictor = Predictor.from_config(config, workdir)
   folder = Path(config.predict.output_dir or workdir / 'predictions')
   deepest = folder / 'probabilities' if config.predict.probabilities else folder
+  place = f'config.predict.output_dir={folder}'
+  for source in map(Path, inputs):
+    source = source.expanduser().resolve()
+    if source.is_dir() and folder.resolve().is_relative_to(source):
+      raise UserError(
+        f'{place} is inside {source}, which is read; name another'
+      )
   try:
     deepest.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    place = f'config.predict.output_dir={folder}'
     raise UserError(f'{place}: {error.strerror}') from error
   targets, info = _targets(paths, folder), predictor.info
   network, rows = _identity(predictor, config), _read_rows(folder)
   host, hosts = jax.process_index(), jax.process_count()
-  own = paths[host::hosts]
+  origins = {path: _origin(path, network) for path in paths[host::hosts]}
   todo = [
     path
-    for path in own
+    for path, origin in origins.items()
     if not targets[path].exists()
-    or not _origin(path, network).items()
-    <= rows.get(targets[path].name, {}).items()
+    or not origin.items() <= rows.get(targets[path].name, {}).items()
   ]
-  if len(todo) < len(own):
-    log.info('%d images are done already', len(own) - len(todo))
+  if len(todo) < len(origins):
+    log.info('%d images are done already', len(origins) - len(todo))
   if earlier := sum(targets[path].exists() for path in todo):
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
-  columns = ['mask', *_origin(paths[0], network), 'height', 'width']
-  unread = len(todo)
+  unread, names = len(todo), _class_columns(info)
   journal = folder / f'.class_shares_{time.time_ns()}_{host}.csv'
-  with journal.open('w', newline='', encoding='utf-8') as file:
-    writer = csv.DictWriter(file, [*columns, *info.classes])
+  with open(journal, 'w', **_TEXT) as file:
+    writer = csv.DictWriter(file, [*_COLUMNS, *names])
     writer.writeheader()
+    # What was noted of these images holds no more.
+    writer.writerows({'mask': targets[path].name} for path in todo)
+    file.flush()
     for path, label in _segment(predictor, config, todo, targets):
       shares = visualize.class_shares(label, info.num_classes)
-      values = (
-        targets[path].name,
-        *_origin(path, network).values(),
-        *label.shape,
-      )
-      row = dict(zip(columns, values, strict=True))
-      by_class = zip(info.classes, (f'{x:.6f}' for x in shares), strict=True)
+      size = {'height': label.shape[0], 'width': label.shape[1]}
+      by_class = zip(names, (f'{x:.6f}' for x in shares), strict=True)
+      row = {'mask': targets[path].name, **origins[path], **size}
       writer.writerow(row | dict(by_class))
       file.flush()
       unread -= 1
@@ -102,7 +112,8 @@ def predict(
     unread = int(multihost_utils.process_allgather(np.array(unread)).sum())
   if distributed.is_first_process():
     rows = _merge_rows(folder)
-    done = [rows[t.name] for t in targets.values() if t.name in rows]
+    done = [rows.get(target.name, {}) for target in targets.values()]
+    done = [row for row in done if row.get('network') == network]
     print(_table(done, info))
     count = len(paths) - unread
     print(f'{count} images segmented by step {predictor.step}, in {folder}')
@@ -115,14 +126,14 @@ def predict(
 
 def _targets(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
   """Where each image's result goes; equal names are told apart by a number."""
-  targets = {}
+  targets, numbers = {}, collections.Counter[str]()
   # No result takes the place of a picture.
   taken = {p.stem for p in paths if p.parent.resolve() == folder.resolve()}
   for path in paths:
-    name, number = path.stem, 1
+    name = path.stem
     while name in taken or f'{name}_overlay' in taken:
-      number += 1
-      name = f'{path.stem}_{number}'
+      numbers[path.stem] += 1
+      name = f'{path.stem}_{1 + numbers[path.stem]}'
     taken |= {name, f'{name}_overlay'}
     targets[path] = folder / f'{name}.png'
   return targets
@@ -142,8 +153,10 @@ def _identity(predictor: Predictor, config: ConfigDict) -> str:
 
 def _origin(path: Path, network: str) -> Row:
   """The columns that tell whether a row still holds."""
-  state = path.stat()
-  version = f'{state.st_size} bytes {state.st_mtime_ns}'
+  version = 'not there'
+  with contextlib.suppress(OSError):
+    state = path.stat()
+    version = f'{state.st_size} bytes {state.st_mtime_ns}'
   return {'image': str(path), 'version': version, 'network': network}
 
 
@@ -159,6 +172,7 @@ def _segment(
   named and left out.
   """
   threads, kind = predictor.threads, config.predict.probabilities
+  writers = 1 if kind else threads  # probabilities may be large
   sizes = {
     path: size
     for path, size in in_background(_reader(images.read_size), paths, threads)
@@ -185,7 +199,7 @@ def _segment(
     return path, label
 
   start = last = time.monotonic()
-  for count, done in enumerate(in_background(write, segmented(), threads), 1):
+  for count, done in enumerate(in_background(write, segmented(), writers), 1):
     yield done
     now = time.monotonic()
     if count == 1:
@@ -247,7 +261,10 @@ def _read_rows(folder: Path) -> dict[str, Row]:
   """Reads what earlier runs in a folder noted, by the name of the mask."""
   rows = {}
   for path in (folder / _TABLE, *sorted(folder.glob('.class_shares_*.csv'))):
-    text = path.read_text('utf-8') if path.exists() else ''
+    text = ''
+    if path.exists():
+      with open(path, **_TEXT) as file:
+        text = file.read()
     lines = text[: text.rfind('\n') + 1]  # without half a line of a killed run
     for row in csv.DictReader(io.StringIO(lines)):
       rows[row['mask']] = row
@@ -256,11 +273,11 @@ def _read_rows(folder: Path) -> dict[str, Row]:
 
 def _merge_rows(folder: Path) -> dict[str, Row]:
   """Joins the notes of all hosts and runs into one table; returns its rows."""
-  rows = _read_rows(folder)
+  rows = {k: row for k, row in _read_rows(folder).items() if row['network']}
   columns = list(dict.fromkeys(itertools.chain(*rows.values())))
   with (
     replacing(folder / _TABLE) as temporary,
-    open(temporary, 'w', newline='', encoding='utf-8') as file,
+    open(temporary, 'w', **_TEXT) as file,
   ):
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
@@ -272,14 +289,21 @@ def _merge_rows(folder: Path) -> dict[str, Row]:
   return rows
 
 
+def _class_columns(info: DatasetInfo) -> list[str]:
+  """The columns of the classes, apart from the others and from each other."""
+  names = info.classes
+  taken = [*_COLUMNS, *(name for name in names if names.count(name) > 1)]
+  return [f'{n} ({i})' if n in taken else n for i, n in enumerate(names)]
+
+
 def _table(rows: Sequence[Row], info: DatasetInfo) -> str:
   """Writes a table: the share of each class, and the images that show it."""
   areas = np.array([int(row['height']) * int(row['width']) for row in rows])
   width = max(map(len, ['class', *info.classes]))
   head = f'{"class":<{width}}  {"pixels %":>8}  {"images":>6}'
   lines = [head, '-' * len(head)]
-  for name in info.classes:
-    shares = np.array([float(row[name]) for row in rows])
+  for name, column in zip(info.classes, _class_columns(info), strict=True):
+    shares = np.array([float(row[column]) for row in rows])
     part = 100 * (shares * areas).sum() / max(areas.sum(), 1)
     lines.append(f'{name:<{width}}  {part:>8.2f}  {(shares > 0).sum():>6}')
   return '\n'.join(lines)

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hmac
-import importlib.metadata
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from PIL import Image
 
 from deeplab_jax.data import image_files, images
 from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.data.shapes import generate_scene
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
@@ -101,7 +101,7 @@ class Server:
     app.get('/v1/model')(self._model)
     app.get('/v1/examples/{number:int}')(self._example)
     app.get('/metrics')(self._metrics)
-    app.get('/healthz')(_health)
+    app.get('/healthz')(lambda: {'status': 'ok'})
     app.get('/')(_page)
     return app
 
@@ -117,7 +117,6 @@ class Server:
   async def _model(self, request: Request) -> dict[str, Any]:
     """Describes the network, its classes and the limits."""
     self._authorize(request)
-    packages = 'deeplab_jax', 'jax', 'flax'
     found = {
       'dataset': self._predictor.info.name,
       'classes': list_classes(self._predictor.info),
@@ -126,7 +125,7 @@ class Server:
       'settings': self._predictor.settings,
       'limits': dict(self._limits),
       'examples': len(self._examples),
-      'versions': {name: importlib.metadata.version(name) for name in packages},
+      'versions': host.versions('deeplab_jax', 'jax', 'flax'),
     }
     # A metric may be NaN, which JSON does not have.
     return json.loads(json.dumps(found), parse_constant=lambda _: None)
@@ -190,7 +189,12 @@ class Server:
     if kind == 'npz':
       most = min(most, _LARGEST_NPZ // (4 * info.num_classes))
     async with self._decoded:
-      job = _Job(await asyncio.to_thread(read, data, most), kind == 'npz')
+      image = await asyncio.to_thread(read, data, most)
+      try:
+        self._predictor.check(image.shape[:2])
+      except UserError as error:
+        raise HTTPException(413, str(error)) from error
+      job = _Job(image, kind == 'npz')
       self._jobs.append(job)
       try:
         loop = asyncio.get_running_loop()
@@ -222,10 +226,6 @@ class Server:
 async def _page() -> Response:
   page = (Path(__file__).parent / 'visualize/page.html').read_text()
   return HTMLResponse(page, headers={'Content-Security-Policy': _POLICY})
-
-
-async def _health() -> dict[str, str]:
-  return {'status': 'ok'}
 
 
 async def _refuse(request: Request, error: Any) -> Response:
@@ -284,10 +284,8 @@ def make_examples(paths: Sequence[str], info: DatasetInfo) -> list[bytes]:
     return [images.encode_image(images.read_image(file)) for file in files]
   if info.name != 'shapes':
     return []
-  from deeplab_jax.data.shapes import generate_scene  # loads TFDS
-
-  scenes = (generate_scene(np.random.default_rng((7, i))) for i in range(3))
-  return [images.encode_image(image) for image, _ in scenes]
+  rngs = (np.random.default_rng((7, i)) for i in range(3))
+  return [images.encode_image(generate_scene(rng)[0]) for rng in rngs]
 
 
 def _options() -> flags.FlagValues:

@@ -6,6 +6,7 @@ import logging
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from miniature import make, make_config, share_programs
@@ -251,6 +252,47 @@ def test_center_crops_are_seen_whole(trained):
 def test_wrong_settings_are_named(trained, settings, message):
   with pytest.raises(ValueError, match=message):
     Predictor.from_workdir(trained.workdir, **settings)
+
+
+def test_wrong_numbers_and_classes_are_refused(network):
+  for name in ('batch_size', 'sizes', 'window', 'max_side'):
+    with pytest.raises(ValueError, match=f'{name} must be at least 1, got 0'):
+      Predictor(*network, INFO, **{name: 0})
+  three = DatasetInfo('three', tuple('abc'), voc_palette(3))
+  with pytest.raises(ValueError, match='info must have 4 classes'):
+    Predictor(*network, three)
+
+
+def test_a_protocol_of_ones_own_is_used_as_it_is(network):
+  class Fixed(protocols.Protocol):
+    """Gives class 2 the probability 1."""
+
+    def scores(self, model):
+      def scores(variables, images, sizes):
+        assert sizes.shape == (len(images), 2)
+        return jnp.zeros((*images.shape[:3], 4)).at[..., 2].set(1)
+
+      return scores
+
+  predictor = Predictor(*network, INFO, protocol=Fixed(), window=50)
+  classes, shares = predictor(draw(), probabilities=True)
+  assert (classes == 2).all() and (shares[..., 2] == 1).all()
+  with pytest.raises(UserError, match='too large for the protocol whole with'):
+    predictor(draw(80, 80))
+
+
+def test_an_image_of_a_shape_of_its_own_swells_no_other(network):
+  predictor = Predictor(*network, INFO, sizes=1, window=300)
+  assert predictor.bucket((40, 60)) == (40, 60)
+  assert predictor.bucket((50, 90)) == (64, 128)
+  assert predictor.bucket((3, 20000)) == (3, 20000)
+  assert predictor.bucket((40, 60)) == (64, 128)
+
+
+def test_max_side_comes_before_scale(network):
+  predictor = Predictor(*network, INFO, max_side=100, scale=0.5)
+  assert predictor._size_seen((50, 400)) == (6, 50)
+  assert predictor._size_seen((50, 80)) == (25, 40)
 
 
 def test_a_folder_that_is_no_workdir_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 import shutil
 
 import jax
@@ -16,7 +17,7 @@ from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.evaluation import evaluator
 from deeplab_jax.predict import Predictor
-from deeplab_jax.predict_files import _identity, _write, predict
+from deeplab_jax.predict_files import _class_columns, _identity, _write, predict
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
 
@@ -243,6 +244,53 @@ def test_other_settings_and_weights_replace_what_was_done(
     assert names[0] == names[1]
     predictor.variables = jax.tree.map(lambda x: x + 1, variables)
     assert _identity(predictor, trained.config) != names[0]
+
+
+def test_masks_of_a_killed_run_of_other_weights_are_not_taken(
+  segment, tmp_path
+):
+  path = write_image(tmp_path / 'a.png')
+  (result,) = segment(path)
+  expected = result.read_bytes()
+  row = (result.parent / 'class_shares.csv').read_text().splitlines()
+  # Killed after the mask, before its row: the row above holds no more.
+  void = f'{row[0]}\na.png{"," * row[0].count(",")}\n'
+  (result.parent / '.class_shares_1_0.csv').write_text(void)
+  result.write_bytes(b'of other weights')
+  segment(path)
+  assert result.read_bytes() == expected
+
+
+def test_results_inside_a_folder_that_is_read_are_refused(trained, tmp_path):
+  write_image(tmp_path / 'in/a.png')
+  config = make_config(
+    trained.settings, predict__output_dir=str(tmp_path / 'in/masks')
+  )
+  with pytest.raises(UserError, match=r'in/masks is inside .*in, which'):
+    predict(config, trained.workdir, [str(tmp_path / 'in')])
+
+
+def test_classes_named_as_columns_keep_columns_of_their_own():
+  palette = np.zeros((4, 3), np.uint8)
+  info = DatasetInfo('x', ('bg', 'mask', 'twin', 'twin'), palette)
+  names = ['bg', 'mask (1)', 'twin (2)', 'twin (3)']
+  assert _class_columns(info) == names
+
+
+def test_names_that_are_no_text_and_links_to_nothing_do_not_stop_a_run(
+  segment, tmp_path, caplog
+):
+  folder = tmp_path / 'in'
+  write_image(folder / 'a.png')
+  os.rename(folder / 'a.png', os.fsencode(folder) + b'/Stra\xdfe.png')
+  (folder / 'gone.png').symlink_to('nowhere')
+  with pytest.raises(UserError, match='1 of 2 images could not be read'):
+    segment(folder)
+  assert any('gone.png' in message for message in caplog.messages)
+  with pytest.raises(UserError, match='1 of 2 images could not be read'):
+    segment(folder)
+  masks = list((tmp_path / 'out' / 'deep').glob('Stra*e.png'))
+  assert len(masks) == 1
 
 
 def test_a_run_that_was_killed_goes_on(segment, tmp_path):

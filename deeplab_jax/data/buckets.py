@@ -112,12 +112,17 @@ class Buckets:
   """The sizes to pad a stream of images to, at most `limit`; None for any.
 
   Several threads may use one. A size that is `planned` from the start serves
-  all images that it holds.
+  all images that it holds. None grows above `area` pixels.
   """
 
-  def __init__(self, limit: int | None, planned: Sequence[Size] = ()) -> None:
+  def __init__(
+    self,
+    limit: int | None,
+    planned: Sequence[Size] = (),
+    area: float = math.inf,
+  ) -> None:
     """Starts with the sizes that `merge_sizes` makes of the planned ones."""
-    self._limit, self._lock = limit, threading.Lock()
+    self._limit, self._area, self._lock = limit, area, threading.Lock()
     counts = collections.Counter((height, width) for height, width in planned)
     self._sizes = merge_sizes(counts, limit)
     self._planned = bool(planned)
@@ -134,14 +139,14 @@ class Buckets:
       if best and not (room and math.prod(best) > 1.2 * math.prod(size)):
         return best
       if not room:  # the one that has to grow least grows, in a few large steps
-        merged = [np.maximum(size, b) for b in self._sizes]
-        growth = [
-          m.prod() - math.prod(b)
-          for m, b in zip(merged, self._sizes, strict=True)
-        ]
-        place = int(np.argmin(growth))
+        merged = [-(-np.maximum(size, b) // _STEP) * _STEP for b in self._sizes]
+        areas = np.array([m.prod() for m in merged])
+        growth = areas - [math.prod(b) for b in self._sizes]
+        place = int(np.where(areas > self._area, _NEVER, growth).argmin())
+        if areas[place] > self._area:
+          return size  # an image of a shape of its own
         del self._sizes[place]
-        height, width = (int(-(-n // _STEP) * _STEP) for n in merged[place])
+        height, width = map(int, merged[place])
         size = height, width
       self._sizes.append(size)
       return size

@@ -184,6 +184,7 @@ def in_background(
   function: Callable[[T], R], items: Iterable[T], threads: int
 ) -> Iterator[R]:
   """Yields `function` of each item in order, computed ahead in threads."""
+  threads = min(threads, 16)  # more would mostly hold images in memory
   waiting: collections.deque[Any] = collections.deque()
   with ThreadPoolExecutor(threads) as pool:
     try:

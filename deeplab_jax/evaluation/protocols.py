@@ -44,8 +44,9 @@ class Protocol:
 
   @property
   def gives_logits(self) -> bool:
-    """Whether `scores` are logits and not probabilities."""
-    return self.scales == (1.0,) and not self.flip
+    """Whether `scores` are those of the network itself, without averages."""
+    own = type(self).scores is Protocol.scores
+    return own and self.scales == (1.0,) and not self.flip
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Returns a function of variables, images and sizes, see `probabilities`.
@@ -83,7 +84,6 @@ class SlidingWindow(Protocol):
 
   name = 'sliding_window'
   uses = ('crop_size', 'overlap')
-  gives_logits = False
 
   def scores(self, model: Any) -> Callable[..., jax.Array]:
     """Averages the probabilities of the windows."""

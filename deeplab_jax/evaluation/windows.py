@@ -16,6 +16,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import linen as nn
 
 from deeplab_jax.evaluation.protocols import (
@@ -47,12 +48,13 @@ def check(
 
   For `side` and `margin` see `map_logits`.
   """
-  if isinstance(protocol, SlidingWindow):
+  if type(protocol).scores is SlidingWindow.scores:
     return
   advice = 'set config.predict.max_side, or config.eval.protocol=sliding_window'
   place = f'an image of {size[0]}x{size[1]} pixels is too large for'
   if not protocol.gives_logits:
-    raise UserError(f'{place} config.eval.scales and flip; {advice}')
+    what = f'the protocol {protocol.name} with these scales and flip'
+    raise UserError(f'{place} {what}; {advice}')
   if not isinstance(model.aspp, ASPP):
     raise UserError(f'{place} the head {type(model.aspp).__name__}; {advice}')
   stride = model.backbone.output_stride
@@ -81,7 +83,7 @@ def scores_in_windows(
   Raises `UserError` as `check` does.
   """
   size, note = image.shape[:2], _progress(image.shape[:2])
-  if isinstance(protocol, SlidingWindow):
+  if type(protocol).scores is SlidingWindow.scores:
     view = _view(model, protocol.scales, protocol.flip)
     return sliding_rows(
       functools.partial(view, variables),
@@ -294,24 +296,17 @@ def interpolated_rows(
   They are `maps` [h, w, C], interpolated linearly at the `positions` of the H
   rows and W columns, which are in 0..h-1 and 0..w-1.
   """
+  # By numpy: JAX would compile this for every size of image.
   for start in range(0, len(positions[0]), rows):
-    # The last part is as long as the others, so that nothing compiles again.
-    own = positions[0][start : start + rows]
-    padded = np.pad(own, (0, min(rows, len(positions[0])) - len(own)))
-    found = _interpolate(maps, padded, positions[1], softmax)
-    yield np.asarray(found)[: len(own)]
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _interpolate(
-  maps: jax.Array, rows: jax.Array, columns: jax.Array, softmax: bool
-) -> jax.Array:
-  for axis, places in enumerate((rows, columns)):
-    low = jnp.floor(places).astype(int)
-    high = jnp.minimum(low + 1, maps.shape[axis] - 1)
-    share = jnp.expand_dims(places - low, (1 - axis, 2))
-    maps = maps.take(low, axis) * (1 - share) + maps.take(high, axis) * share
-  return jax.nn.softmax(maps) if softmax else maps
+    part = maps
+    for axis, places in enumerate(
+      (positions[0][start : start + rows], positions[1])
+    ):
+      low = np.floor(places).astype(int)
+      high = np.minimum(low + 1, part.shape[axis] - 1)
+      share = np.expand_dims(np.float32(places - low), (1 - axis, 2))
+      part = part.take(low, axis) * (1 - share) + part.take(high, axis) * share
+    yield scipy.special.softmax(part, -1) if softmax else part
 
 
 def resized(image: np.ndarray, size: Size) -> np.ndarray:

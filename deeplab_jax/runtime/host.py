@@ -94,15 +94,20 @@ def limits() -> dict[str, Any]:
   return {'memory': memory, 'threads': threads, 'hosts': jax.process_count()}
 
 
+def versions(*packages: str) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  found = {}
+  for name in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
 def describe() -> dict[str, Any]:
   """Returns what speed and results depend on, as JSON values.
 
   That is the machine with its devices, and the versions of Python and packages.
   """
-  versions = {'Python': platform.python_version()}
-  for name in _PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[name] = importlib.metadata.version(name)
   cpu = platform.machine()
   with contextlib.suppress(OSError):  # not Linux
     info = Path('/proc/cpuinfo').read_text()
@@ -115,5 +120,5 @@ def describe() -> dict[str, Any]:
     'cores': os.cpu_count(),
     'devices': ', '.join(f'{n} × {kind}' for kind, n in kinds.items()),
     'hosts': jax.process_count(),
-    'versions': versions,
+    'versions': {'Python': platform.python_version(), **versions(*_PACKAGES)},
   }
