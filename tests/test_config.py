@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from fractions import Fraction
 from pathlib import Path
 
 import ml_collections
@@ -372,11 +373,11 @@ def test_the_page_of_settings_is_current_and_explains_each():
 
 def test_a_log_may_be_a_class_beside_names():
   config = default_config.get_config()
-  config.log.to = ('jsonl', Path)
+  config.log.to = ('jsonl', Fraction)
   default_config.validate(config)
-  assert config.log.to == ('jsonl', Path)
+  assert config.log.to == ('jsonl', Fraction)
   assert default_config.to_json(config)['log'] == {
-    'to': ['jsonl', 'pathlib.Path']
+    'to': ['jsonl', 'fractions.Fraction']
   }
   for text, names in (('wandb', ('wandb',)), ('a, b', ('a', 'b')), ('', ())):
     config.log.to = text
