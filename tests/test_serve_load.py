@@ -49,7 +49,10 @@ def environment():
 def workdir(tmp_path_factory, environment):
   """A run of the default network, and a folder of photos of mixed sizes."""
   root = tmp_path_factory.mktemp('load')
-  options = '--config.train.steps=20', '--config.train.eval_every=20'
+  options = [
+    *('--config.train.steps=20', '--config.train.eval_every=20'),
+    f'--config.data.prepared_dir={root}/prepared',
+  ]
   subprocess.run(
     [sys.executable, '-m', 'deeplab_jax.main', f'--workdir={root}', *options],
     env=environment,
