@@ -1,4 +1,4 @@
-"""`Predictor`, the one way to segment an image, and its use on files."""
+"""`Predictor`, the one way to segment an image."""
 
 import collections
 import functools
@@ -32,7 +32,6 @@ Size = tuple[int, int]  # height, width
 _Result = tuple[np.ndarray, Any]  # classes; probabilities or None
 _FAR = 3  # times larger or smaller than in training
 _PROGRAMS = 32  # kept at once
-_GRID = 64  # pixels; sizes are rounded up to it when there are too many
 
 
 class Predictor:
@@ -110,7 +109,8 @@ class Predictor:
     self._rows = each * devices
     self._limit = sizes if model.pads_freely else None
     self.plan([])
-    self.threads = threads or pipeline.cores()
+    # More would mostly hold decoded images in memory.
+    self.threads = min(threads or pipeline.cores(), 16)
     self._lock, self._on_devices = threading.Lock(), None
     self._warned: set[bool] = set()
     self._steps: dict[Any, Any] = {}

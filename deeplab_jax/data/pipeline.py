@@ -181,10 +181,13 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
 
 
 def in_background(
-  function: Callable[[T], R], items: Iterable[T], threads: int
+  function: Callable[[T], R], items: Iterable[T], threads: int = 0
 ) -> Iterator[R]:
-  """Yields `function` of each item in order, computed ahead in threads."""
-  threads = min(threads, 16)  # more would mostly hold images in memory
+  """Yields `function` of each item in order, computed ahead in threads.
+
+  With 0 threads there is one per core.
+  """
+  threads = threads or cores()
   waiting: collections.deque[Any] = collections.deque()
   with ThreadPoolExecutor(threads) as pool:
     try:

@@ -3,16 +3,13 @@
 A new data set is one file with a `RecordsBuilder` and a loader, as `shapes` is.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
-import os
 import pathlib
 import re
 import shutil
@@ -27,12 +24,12 @@ from tqdm import tqdm
 
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import encode_label
+from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 64  # images in memory at once
 _SHARD = 4096  # records in a file
 
 # What a loader returns: for every split the builder that holds its records.
@@ -165,7 +162,7 @@ def readable(
       return error
 
   skipped = 0
-  for item, value in zip(items, in_threads(items, attempt), strict=True):
+  for item, value in zip(items, in_background(attempt, items), strict=True):
     if not isinstance(value, UnreadableError):
       yield item, value
     elif on_bad_image == 'stop':
@@ -175,14 +172,6 @@ def readable(
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
   if skipped == len(items):
     raise UserError(f'{origin}: every image is unreadable; see the warnings')
-
-
-def in_threads(items: Iterable[Any], function: Callable) -> Iterator[Any]:
-  """Yields the function's results in order, computed on all cores."""
-  items = iter(items)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    while chunk := list(itertools.islice(items, _CHUNK)):
-      yield from threads.map(function, chunk)
 
 
 def check_size(

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from deeplab_jax.data import datasets, records
 from deeplab_jax.data.images import encode_image
+from deeplab_jax.data.pipeline import in_background
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -61,7 +62,7 @@ class ShapesSegmentation(records.RecordsBuilder):
       name = f'{split}_{index:05d}'
       return records.Sample(name, f'{name}.png', encode_image(image), label)
 
-    return records.in_threads(range(getattr(self.builder_config, split)), draw)
+    return in_background(draw, range(getattr(self.builder_config, split)))
 
 
 def load(*, prepared_dir: str, ignore_label: int) -> records.Builders:

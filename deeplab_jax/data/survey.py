@@ -17,6 +17,7 @@ from deeplab_jax.data import folder, folder_files, labels, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
+from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
@@ -122,7 +123,7 @@ def survey_folder(
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  results = records.in_threads(items, lambda item: _read(item, meaning))
+  results = in_background(lambda item: _read(item, meaning), items)
   for row, (own, colors, problems) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():

@@ -24,7 +24,6 @@ def test_set_larger_than_tfds_shuffles_in_memory_is_prepared_in_order(
   # beyond it, TFDS needs TensorFlow
   monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1000)
   monkeypatch.setattr(records, '_SHARD', 4)
-  monkeypatch.setattr(records, '_CHUNK', 3)
   data = load.load_dataset(
     'folder', directory=str(voc_folder), prepared_dir=str(tmp_path / 'prepared')
   )
