@@ -256,3 +256,26 @@ def check_machine(
         f'{", ".join(named)} need at least {min(numbers, 10**300) / 25e7:.3g}'
         f' GB, and this machine has {memory / 1e9:.3g} GB of memory'
       )
+
+
+def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
+  """Checks the batch on these devices; `before` are settings of the workdir."""
+  warmup, last = config.optimizer.warmup_steps, config.train.steps
+  if warmup > last and warmup != before.get('optimizer.warmup_steps'):
+    raise UserError(
+      f'config.optimizer.warmup_steps={warmup} must be at most'
+      f' config.train.steps={last}'
+    )
+  devices, batch_size = jax.device_count(), config.train.batch_size
+  if batch_size % devices:
+    raise UserError(
+      f'config.train.batch_size={batch_size} must be divisible by the'
+      f' {devices} devices'
+    )
+  per_norm = batch_size if config.train.sync_bn else batch_size // devices
+  if per_norm == 1 and not config.train.freeze_bn:
+    log.warning(
+      'batch normalization sees one image at a time: that of the image pooling'
+      ' gets one value per channel and yields only its bias; use a larger'
+      ' config.train.batch_size or config.train.freeze_bn=True'
+    )

@@ -81,6 +81,13 @@ def get_config() -> ConfigDict:
   train.batch_size = 8  # images of a batch, over all devices
   train.log_every = 20  # steps between lines of the log
   train.eval_every = 150  # steps between evaluations, with a checkpoint each
+  train.save_every = placeholder(int)  # steps between more checkpoints
+  train.save_minutes = 10.0  # longest time without one
+  train.keep = 3  # latest checkpoints to keep, beside the best one
+  train.keep_every = placeholder(int)  # keep those of its multiples, too
+  # At a loss that is not finite: `stop`, or `rollback` to the last checkpoint
+  # and skip the batches that led there, also if the loss explodes.
+  train.on_nan = 'stop'
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
 
@@ -146,6 +153,14 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
+  ('train.keep', 'at least 1', lambda x: x >= 1),
+  (
+    'train.keep_every train.save_every',
+    'at least 1',
+    lambda x: x is None or x >= 1,
+  ),
+  ('train.save_minutes', 'above 0', lambda x: x > 0),
+  ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
   ('eval.buckets', 'at least 1', lambda x: x >= 1),

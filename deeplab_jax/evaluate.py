@@ -8,20 +8,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, ops
+from deeplab_jax import build, ops, report
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
-from deeplab_jax.evaluation.evaluator import Scores, write_archive
+from deeplab_jax.evaluation.evaluator import Evaluator, Scores, write_archive
 from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.runtime.files import replacing
+from deeplab_jax.training.faults import StopSignal
 from deeplab_jax.training.writers import Progress, Writer, write_json
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import confusion_picture
-from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import networks
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   archive NAME.tar.gz, and for a split without labels nothing else. Raises
   `UserError` if the checkpoint or the data cannot be used.
   """
-  checkpoints.check_workdir(workdir)
+  networks.check_workdir(workdir)
   split, saves = config.data.eval_split, config.eval.save_predictions
   if not split:
     raise UserError(
@@ -47,7 +49,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   check_splits(dataset, config.data.train_split, split)
   if not saves:
     check_labels(dataset, split)
-  network = checkpoints.open_network(
+  network = networks.open_network(
     workdir, config.eval.step, to_json(config)['model'], dataset.info.to_json()
   )
   config = with_preset(config, network.model['preset'])
@@ -135,28 +137,77 @@ def _warn_of_another(path: Path, step: int) -> None:
     log.warning('%s: another evaluation, of step %s, is replaced', path, before)
 
 
-def save_best(
-  config: ConfigDict, workdir: Path, scores: Scores, step: int
+def score_checkpoint(
+  evaluator: Evaluator,
+  saved: Checkpoints,
+  config: ConfigDict,
+  workdir: Path,
+  writer: Writer,
+  progress: Progress,
+  state: Any,
+  *,
+  stop: StopSignal,
 ) -> None:
-  """Writes the same files for an evaluation in training, the best so far."""
-  name = result_name(scores.evaluator.description, config.model.output_stride)
-  result = {**scores.metrics, 'step': step}
-  _save_metrics(workdir / 'eval' / name, scores, result, config.eval)
+  """Scores a state in training, whose checkpoint gets the metrics.
 
+  It shows them in the logs and on the screen; of the best checkpoint so far, it
+  writes the files of `evaluate`. Raises `Preempted` if a signal comes.
+  """
+  step, panels = int(state.step), config.eval.panels
 
-def log_scores(
-  step: int, scores: Scores, panels: int, writer: Writer, progress: Progress
-) -> None:
-  """Shows an evaluation in training in the logs and on the screen."""
-  numbers = summary(scores.metrics)
-  writer.text(step, 'eval_table', format_table(scores.metrics))
-  writer.scalars(step, {f'eval_{k}': v for k, v in numbers.items()})
+  def between() -> None:
+    if stop.requested():
+      raise Preempted(stop.number, step)
+
+  kept = panels, config.eval.worst_and_best
+  scores = evaluator.run(state.variables, *kept, between)
   first = distributed.is_first_process()
+  writer.text(step, 'eval_table', format_table(scores.metrics))
+  numbers = log_metrics(step, scores.metrics, writer)
   shown = list(scores.packed)[:panels] if first else []
   if (picture := scores.picture(shown)) is not None:
     writer.image(step, 'eval', picture)
   line = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
   progress.write(f'step {step}: {line}')
+  saved.add_metrics(step, scores.metrics)
+  if first and saved.best_step == step:
+    name = result_name(evaluator.description, config.model.output_stride)
+    result = {**scores.metrics, 'step': step}
+    _save_metrics(workdir / 'eval' / name, scores, result, config.eval)
+
+
+def log_metrics(
+  step: int, metrics: dict[str, Any], writer: Writer
+) -> dict[str, float]:
+  """Logs the four numbers of an evaluation, and returns them."""
+  numbers = summary(metrics)
+  writer.scalars(step, {f'eval_{k}': v for k, v in numbers.items()})
+  return numbers
+
+
+def finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Reports the best checkpoint; without evaluation, names the latest one."""
+  scored, first = config.data.eval_split, distributed.is_first_process()
+  with Checkpoints(workdir) as saved:
+    if (step := saved.best_step if scored else saved.latest_step) is None:
+      raise UserError(f'no checkpoint in {workdir} any more')
+    metrics = saved.metrics(step)
+  if not scored:
+    if first:
+      why = 'config.data.eval_split is empty'
+      print(f'{workdir} holds step {step}, not evaluated: {why}')
+      report.report(workdir)
+    return {'step': step}
+  if metrics is None:  # stopped by a signal, before its evaluation
+    result = evaluate(config, workdir)
+  else:
+    result = {**metrics, 'step': step}
+    if first:
+      print_report(result)
+  if first:
+    write_json(workdir / 'eval.json', result)
+    report.report(workdir)
+  return result
 
 
 def result_name(

@@ -30,7 +30,7 @@ from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
 from deeplab_jax.training.writers import write_json
-from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import networks
 
 Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results
 _SHAPE = 'b, {}, {}, 3'  # of images, by names where any number will do
@@ -50,7 +50,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
   settings = config.export
   folder = Path(settings.output_dir or workdir / 'export' / settings.format)
   _check(settings, folder)
-  checkpoints.check_workdir(workdir)
+  networks.check_workdir(workdir)
   predictor = Predictor.from_config(config, workdir)
   if not distributed.is_first_process():
     return folder

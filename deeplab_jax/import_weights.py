@@ -20,7 +20,7 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.training import steps
 from deeplab_jax.training.writers import write_json
-from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import checkpoints, networks
 from deeplab_jax.weights import load as sources
 from deeplab_jax.weights.keras import PUBLISHED
 
@@ -58,7 +58,7 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   # Step 0 needs no state of an optimizer: training starts with a fresh one.
   state = steps.create_state(model, optax.identity(), config.seed)
   state = initialize(pretrained, state, config)
-  described = checkpoints.describe(to_json(config)['model'], info.to_json())
+  described = networks.describe(to_json(config)['model'], info.to_json())
   with checkpoints.Checkpoints(workdir) as saved:
     saved.save(state, described)
   if distributed.is_first_process():

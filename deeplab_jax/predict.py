@@ -23,8 +23,8 @@ from deeplab_jax.evaluation import evaluator, protocols, windows
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import check_choice, naming, require
-from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights import load as sources
+from deeplab_jax.weights import networks
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Predictor:
     `output_stride`. Raises `UserError` for what is not there or does not fit.
     """
     workdir = Path(workdir).expanduser()
-    checkpoints.check_workdir(workdir)
+    networks.check_workdir(workdir)
     config = from_json(workdir / 'config.json')
     config.eval.step = str(step)
     names = 'eval', 'predict'
@@ -142,7 +142,7 @@ class Predictor:
   @classmethod
   def from_config(cls, config: ConfigDict, workdir: Path) -> Self:
     """Opens the checkpoint `config.eval.step`; all processes together."""
-    network = checkpoints.open_network(
+    network = networks.open_network(
       workdir, config.eval.step, to_json(config)['model']
     )
     info = DatasetInfo.from_json(network.dataset)

@@ -29,7 +29,7 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import networks
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def predict(
   Raises `UserError` without a checkpoint, for results inside a folder of
   `inputs`, and at the end, for images it could not read.
   """
-  checkpoints.check_workdir(workdir)
+  networks.check_workdir(workdir)
   paths = images.list_images(inputs)
   predictor = Predictor.from_config(config, workdir)
   folder = Path(config.predict.output_dir or workdir / 'predictions')

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +13,20 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, import_weights, report
+from deeplab_jax import build, evaluate, import_weights
 from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.evaluation.evaluator import Scores
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.training import steps
-from deeplab_jax.training.faults import CheckedMetrics, StopSignal
+from deeplab_jax.training.faults import CheckedMetrics, Diverged, StopSignal
 from deeplab_jax.training.writers import Progress, write_json
-from deeplab_jax.weights import checkpoints
+from deeplab_jax.weights import networks
+from deeplab_jax.weights.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
+
+_ROLLBACKS = 3  # in a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +36,11 @@ class _Run:
   config: ConfigDict
   workdir: Path
   dataset: Dataset
-  saved: checkpoints.Checkpoints
+  saved: Checkpoints
+  load: Callable[[Any], Any]  # of what it starts from, into a fresh state
   description: dict[str, Any]  # of network and classes, for each checkpoint
+  # Where it went back to, and how many batches it passed over there.
+  skipped: tuple[tuple[int, int], ...] = ()
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -49,68 +56,98 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Preempted: if a signal stopped the run, after a checkpoint.
   """
   before = _settings_before(workdir)
-  _check(config, before)
+  build.check_batches(config, before)
   splits = config.data.train_split, config.data.eval_split
   dataset = build.open_dataset(config, *splits)
   suspect = evaluate.check_data(dataset, *splits)
-  with checkpoints.Checkpoints(workdir) as saved:
+  keep = {key: config.train[key] for key in ('keep', 'keep_every')}
+  with Checkpoints(workdir, **keep) as saved:
     saved.remove_interrupted()
-    config, load = _start(config, saved)
-    latest, last = saved.latest_step, config.train.steps
-    model, info = to_json(config)['model'], dataset.info.to_json()
-    described = checkpoints.describe(model, info)
-    if latest is not None:
-      metadata = saved.metadata(latest)
-      checkpoints.check_same_architecture(metadata, described, workdir)
-    run = _Run(config, workdir, dataset, saved, described)
+    run, latest = _start(config, workdir, dataset, saved)
     changes = ', '.join(
       f'config.{key}={value} (was {before[key]})'
-      for key, value in flat(config).items()
+      for key, value in flat(run.config).items()
       if latest and before.get(key, value) != value
     )
-    if (latest or 0) < last:
+    if (latest or 0) < config.train.steps:
       if changes:
         log.info('changed: %s', changes)
       for finding in suspect:  # now that nothing else is refused
         log.warning('%s', finding.line)
       # Signals are noted from here: JAX crashes if interrupted in compiling.
       with StopSignal() as stop:
-        _train(run, load, stop)
+        _train_on(run, stop)
     else:
-      log.info('%s is trained: step %d of %d', workdir, latest, last)
+      total = config.train.steps
+      log.info('%s is trained: step %d of %d', workdir, latest, total)
       if changes:
         log.warning('not used, since no step is left: %s', changes)
-  return _finish(config, workdir)
+  distributed.barrier('trained')
+  return evaluate.finish(run.config, workdir)
 
 
 def _start(
-  config: ConfigDict, saved: checkpoints.Checkpoints
-) -> tuple[ConfigDict, Callable[..., Any]]:
+  config: ConfigDict, workdir: Path, dataset: Dataset, saved: Checkpoints
+) -> tuple[_Run, int | None]:
   """Decides what a run starts from: the first of these that there is.
 
-  1. The latest checkpoint in the workdir.
+  1. The latest checkpoint in the workdir that is not damaged.
   2. Weights that were imported into the workdir, a checkpoint of step 0. The
      optimizer starts afresh.
   3. The weights that `config.init_from` names.
   4. Random weights, drawn from `config.seed`.
 
-  It returns the configuration with their preset, and what loads them into a
-  fresh state.
+  It returns the run, with their preset in its configuration, and the step of
+  the checkpoint if there is one.
   """
-  step = saved.latest_step
-  if step is not None:
-    config = with_preset(config, checkpoints.preset_of(saved.metadata(step)))
-  if step:
-    return config, lambda state: saved.restore(step, state)
-  if step == 0:
-    return config, lambda state: state.replace(**saved.restore_variables(0))
-  if config.init_from:
+  latest = saved.open('latest') if saved.steps else None
+  distributed.check_same(
+    latest and latest.step, f'--workdir={workdir}: the latest checkpoint'
+  )
+  if latest:
+    config = with_preset(config, networks.preset_of(latest.metadata))
+    load = latest.fill if latest.step else latest.fill_variables
+  elif config.init_from:
     weights, config = import_weights.open_source(config)
-    return config, lambda s: import_weights.initialize(weights, s, config)
-  return with_preset(config, 'paper'), lambda state: state
+    load = functools.partial(import_weights.initialize, weights, config=config)
+  else:
+    config, load = with_preset(config, 'paper'), lambda state: state
+  model, info = to_json(config)['model'], dataset.info.to_json()
+  described = networks.describe(model, info)
+  skipped: tuple[Any, ...] = ()
+  if latest:
+    networks.check_same_architecture(latest.metadata, described, workdir)
+    saved.set_aside(after=latest.step)
+    skipped = tuple(map(tuple, latest.metadata.get('skipped', ())))
+  run = _Run(config, workdir, dataset, saved, load, described, skipped)
+  return run, latest and latest.step
 
 
-def _build(run: _Run, load: Callable[..., Any]) -> tuple[Any, ...]:
+def _train_on(run: _Run, stop: StopSignal) -> None:
+  """Trains to the end; may go back when the loss diverges.
+
+  It then goes on from the latest checkpoint with the batches after the one
+  that did it, at most three times in a run.
+  """
+  while True:
+    try:
+      return _train(run, stop)
+    except Diverged as error:
+      count = len(run.skipped) + 1
+      if run.config.train.on_nan == 'stop' or count > _ROLLBACKS:
+        raise
+      run.saved.wait()
+      distributed.barrier(f'rollback {count}')
+      again, latest = _start(run.config, run.workdir, run.dataset, run.saved)
+      passed = latest or 0, error.step - (latest or 0)
+      run = dataclasses.replace(again, skipped=(*run.skipped, passed))
+      log.warning(
+        '%s at step %d: back to step %d and past %d batches (%d of %d)',
+        *(error.what, error.step, *passed, count, _ROLLBACKS),
+      )
+
+
+def _build(run: _Run) -> tuple[Any, ...]:
   """Makes the initial state, the step, the learning rates, the evaluator."""
   config, dataset, scored = run.config, run.dataset, run.config.data.eval_split
   model = build.make_model(config, dataset.info.num_classes)
@@ -121,28 +158,41 @@ def _build(run: _Run, load: Callable[..., Any]) -> tuple[Any, ...]:
     config, model, optimizer, ignore_label=void, class_weights=weights
   )
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
-  state = load(steps.create_state(model, optimizer, config.seed))
+  state = run.load(steps.create_state(model, optimizer, config.seed))
   count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   start = f'continuing from step {state.step}' if state.step else 'step 0'
   log.info(f'{config.model.backbone}, {count:.1f} million parameters, {start}')
   return distributed.replicate(state), train_step, schedule, evaluator
 
 
-def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
+def _train(run: _Run, stop: StopSignal) -> None:
   """Trains to the last step, or to a signal; both end with a checkpoint."""
-  state, train_step, schedule, evaluator = _build(run, load)
+  state, train_step, schedule, evaluator = _build(run)
   settings, saved, start = run.config.train, run.saved, int(state.step)
-  if stop.requested(start):
+  if stop.requested():
     raise Preempted(stop.number, start)
-  batches = build.make_iterator(run.config, run.dataset, start)
+  limit = 20 if settings.on_nan == 'rollback' else math.inf
+  save_every = settings.save_every or settings.eval_every
+  first = start + sum(count for _, count in run.skipped)
+  batches = build.make_iterator(run.config, run.dataset, first)
   with (
     contextlib.closing(batches),
     build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
-    CheckedMetrics(progress.write) as checked,
+    CheckedMetrics(progress.write, limit) as checked,
   ):
+    score = functools.partial(
+      evaluate.score_checkpoint,
+      *(evaluator, run.saved, run.config, run.workdir, writer, progress),
+      stop=stop,
+    )
+    if start and evaluator:
+      if metrics := saved.metrics(start):
+        evaluate.log_metrics(start, metrics, writer)
+      elif start % settings.eval_every == 0:  # it was interrupted
+        score(state)
     progress.status('compiling ...')
-    since, then = start, time.monotonic()
+    since, then, saved_at = start, (began := time.monotonic()), None
     batch = distributed.put(next(batches))
     for step in range(start + 1, settings.steps + 1):
       last = step == settings.steps
@@ -157,63 +207,36 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
         speed = (step - since) / (time.monotonic() - then)
         values['learning_rate'] = float(schedule(step - 1))
         values['images_per_second'] = speed * settings.batch_size
+        if run.skipped:
+          values['skipped_batches'] = first - start
         writer.scalars(step, values)
         progress.update(step, values)
-      stopping = stop.requested(step)
-      due = last or step % settings.eval_every == 0
-      if due or stopping:
+      stopping = stop.requested()
+      scoring = evaluator and (last or step % settings.eval_every == 0)
+      saving = last or stopping or scoring or step % save_every == 0
+      if logs and not saving:
+        passed = time.monotonic() - (saved_at or began)
+        saving = distributed.first_says(passed > 60 * settings.save_minutes)
+      if saving:
         checked.fetch(saved.latest_step)
-        scores = None
-        if due and evaluator:
-          shown = run.config.eval.panels, run.config.eval.worst_and_best
-          scores = evaluator.run(state.variables, *shown)
-          evaluate.log_scores(step, scores, shown[0], writer, progress)
-        _save(run, start, state, scores)
+        _save(run, state, new=saved_at is None)
+        saved_at = time.monotonic()
       if stopping and not last:
         raise Preempted(stop.number, step)
-      if logs or due or stopping or step == start + 1:
+      if scoring:
+        score(state)
+      if logs or saving or step == start + 1:
         since, then = step, time.monotonic()
 
 
-def _save(run: _Run, start: int, state: Any, scores: Scores | None) -> None:
-  """Starts to save; after the first checkpoint it writes `config.json`.
+def _save(run: _Run, state: Any, *, new: bool) -> None:
+  """Starts to save; after the first checkpoint it writes `config.json`."""
 
-  Of the best checkpoint it writes what the report shows.
-  """
-  is_new = run.saved.latest_step in (None, start)
-  metadata = {'metrics': scores.metrics} if scores else {}
-  run.saved.save(state, {**run.description, **metadata})
-  first, step = distributed.is_first_process(), int(state.step)
-  if scores and first and run.saved.step_named('best') == step:
-    evaluate.save_best(run.config, run.workdir, scores, step)
-  if is_new:  # only now: a run that dies before leaves no trace
-    run.saved.wait()
-    if first:
-      write_json(run.workdir / 'config.json', to_json(run.config))
+  def write_settings() -> None:  # a run that dies before leaves no trace
+    write_json(run.workdir / 'config.json', to_json(run.config))
 
-
-def _finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Reports the best checkpoint; without evaluation, names the latest one."""
-  scored, first = config.data.eval_split, distributed.is_first_process()
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.step_named('best' if scored else 'latest')
-    metrics = saved.metadata(step).get('metrics')
-  if not scored:
-    if first:
-      why = 'config.data.eval_split is empty'
-      print(f'{workdir} holds step {step}, not evaluated: {why}')
-      report.report(workdir)
-    return {'step': step}
-  if metrics is None:  # stopped by a signal, before its evaluation
-    result = evaluate.evaluate(config, workdir)
-  else:
-    result = {**metrics, 'step': step}
-    if first:
-      evaluate.print_report(result)
-  if first:
-    write_json(workdir / 'eval.json', result)
-    report.report(workdir)
-  return result
+  metadata = {**run.description, 'skipped': run.skipped}
+  run.saved.save(state, metadata, then=write_settings if new else None)
 
 
 def _settings_before(workdir: Path) -> dict[str, Any]:
@@ -221,26 +244,3 @@ def _settings_before(workdir: Path) -> dict[str, Any]:
   with contextlib.suppress(UserError, OSError):
     return flat(from_json(workdir / 'config.json'))
   return {}
-
-
-def _check(config: ConfigDict, before: dict[str, Any]) -> None:
-  """Checks the settings that depend on the devices and on the workdir."""
-  warmup, last = config.optimizer.warmup_steps, config.train.steps
-  if warmup > last and warmup != before.get('optimizer.warmup_steps'):
-    raise UserError(
-      f'config.optimizer.warmup_steps={warmup} must be at most'
-      f' config.train.steps={last}'
-    )
-  devices, batch_size = jax.device_count(), config.train.batch_size
-  if batch_size % devices:
-    raise UserError(
-      f'config.train.batch_size={batch_size} must be divisible by the'
-      f' {devices} devices'
-    )
-  per_norm = batch_size if config.train.sync_bn else batch_size // devices
-  if per_norm == 1 and not config.train.freeze_bn:
-    log.warning(
-      'batch normalization sees one image at a time: that of the image pooling'
-      ' gets one value per channel and yields only its bias; use a larger'
-      ' config.train.batch_size or config.train.freeze_bn=True'
-    )

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.compiles
 
 def read_variables(workdir):
   with Checkpoints(workdir) as saved:
-    return saved.restore_variables(saved.latest_step)
+    return saved.open(saved.latest_step).variables
 
 
 _PLAIN = {}
@@ -463,8 +463,8 @@ def test_evaluating_a_checkpoint_repeats_its_metrics(
   assert path.with_suffix('.png').exists()
   assert (workdir / 'eval.json').read_bytes() == of_training
   with Checkpoints(workdir) as saved:
-    assert saved.step_named(name) == 6
-    assert result == {**saved.metadata(6)['metrics'], 'step': 6}
+    assert saved.open(name).step == 6
+    assert result == {**saved.metrics(6), 'step': 6}
   table = capsys.readouterr().out
   assert table.startswith('step 6, 3 images\n')
   assert f'{100 * result["miou"]:.2f}' in table

@@ -73,9 +73,9 @@ def test_import_reports_and_remembers_the_network(imported, trained):
     Checkpoints(workdir) as saved,
     Checkpoints(trained.workdir) as original,
   ):
-    metadata = saved.metadata(0)
-    variables = flatten(saved.restore_variables(0))
-    expected = original.restore_variables(original.step_named('best'))
+    metadata = saved.open(0).metadata
+    variables = flatten(saved.open(0).variables)
+    expected = original.open('best').variables
   assert metadata['model'] == {**config['model'], 'num_classes': 4}
   for path, array in flatten(expected).items():
     np.testing.assert_array_equal(variables[path], array, path)
@@ -103,7 +103,7 @@ def test_training_goes_on_from_what_was_imported(imported, trained, tmp_path):
   train.train_and_evaluate(config, workdir)
   with Checkpoints(workdir) as saved:
     assert saved.latest_step == 1
-    assert saved.metadata(1)['model']['preset'] == 'paper'
+    assert saved.open(1).metadata['model']['preset'] == 'paper'
 
 
 def test_import_into_a_workdir_in_use_is_refused(imported):
@@ -135,7 +135,7 @@ def test_keras_file_is_imported_evaluated_and_trained_on(
   for folder in (workdir, tmp_path / 'v'):
     with Checkpoints(folder) as saved:
       assert saved.latest_step == 1
-      assert saved.metadata(1)['model']['preset'] == 'keras'
+      assert saved.open(1).metadata['model']['preset'] == 'keras'
 
 
 def test_mapping_is_listed_without_loading(source, tmp_path, capsys):
@@ -266,8 +266,8 @@ def test_fine_tuning_to_other_classes_keeps_all_but_the_class_layer(
     Checkpoints(trained.workdir) as before,
     Checkpoints(workdir) as after,
   ):
-    old = flatten(before.restore_variables(before.step_named('best')))
-    new = flatten(after.restore_variables(1))
+    old = flatten(before.open('best').variables)
+    new = flatten(after.open(1).variables)
   for path, array in old.items():
     if path.startswith('params/logits'):
       assert new[path].shape[-1] == 5

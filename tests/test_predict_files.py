@@ -66,7 +66,7 @@ def test_results_are_the_most_likely_classes_at_the_original_size(
   assert [path.name for path in written] == [path.name for path in paths]
   model = build.make_model(trained.config, 4)
   with Checkpoints(trained.workdir) as saved:
-    variables = saved.restore_variables(saved.step_named('best'))
+    variables = saved.open('best').variables
   apply = jax.jit(lambda x: model.apply(variables, x, train=False))
   for path, result in zip(paths, written, strict=True):
     image = images.read_image(path)
@@ -235,7 +235,7 @@ def test_other_settings_and_weights_replace_what_was_done(
     # The same step, trained otherwise.
     shutil.copytree(trained.workdir, tmp_path / 'other')
     with Checkpoints(tmp_path / 'other') as saved:
-      variables = saved.restore_variables(6)
+      variables = saved.open(6).variables
     predictor = Predictor.from_workdir(tmp_path / 'other')
     names = [
       _identity(predictor, trained.config),

@@ -38,7 +38,8 @@ from deeplab_jax.training.losses import LOSSES
 from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from deeplab_jax.training.steps import TrainState
 from deeplab_jax.training.writers import write_json
-from deeplab_jax.weights.checkpoints import Checkpoints, describe
+from deeplab_jax.weights.checkpoints import Checkpoints
+from deeplab_jax.weights.networks import describe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -225,7 +226,7 @@ def test_two_commands_train_on_voc_in_two_stages(tmp_path):
 
 def read_variables(workdir):
   with Checkpoints(workdir) as saved:
-    return saved.restore_variables(saved.step_named('best'))
+    return saved.open('best').variables
 
 
 @pytest.mark.compiles

@@ -101,10 +101,9 @@ def unevaluated(trained, tmp_path_factory):
   config = make_config(trained.settings, data__eval_split='')
   save, write = Checkpoints.save, train.write_json
 
-  def saving(checkpoints, state, metadata):
+  def saving(checkpoints, state, *arguments, **named):
     events.append(int(state.step))
-    assert 'metrics' not in metadata
-    save(checkpoints, state, metadata)
+    save(checkpoints, state, *arguments, **named)
 
   def writing(path, value):
     assert (workdir / 'checkpoints' / '2').is_dir()
@@ -117,7 +116,6 @@ def unevaluated(trained, tmp_path_factory):
     contextlib.redirect_stderr(io.StringIO()) as errors,
   ):
     patch.setattr(Checkpoints, 'save', saving)
-    note(events, patch, Checkpoints, 'wait')
     patch.setattr(train, 'write_json', writing)
     result = train_and_evaluate(config, workdir)
   return types.SimpleNamespace(
@@ -133,7 +131,7 @@ def unevaluated(trained, tmp_path_factory):
 def read_state(workdir, step):
   with Checkpoints(workdir) as saved:
     assert saved.latest_step == step
-    variables = saved.restore_variables(step)
+    variables = saved.open(step).variables
   return jax.tree_util.tree_leaves_with_path(variables)
 
 
@@ -332,7 +330,7 @@ def test_run_leaves_its_files(trained):
   best = result['step']
   assert result['miou'] == scores[best] == max(scores.values())
   kept = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
-  assert kept == {best, 6}
+  assert kept == {2, 4, 6}
   panels = sorted((workdir / 'panels').iterdir())
   assert [p.name for p in panels] == [f'step_{s:08d}.png' for s in (2, 4, 6)]
   assert all(np.asarray(Image.open(p)).shape[2:] == (3,) for p in panels)
@@ -355,7 +353,7 @@ def test_without_a_split_to_evaluate_a_run_saves_and_scores_nothing(
   assert not (workdir / 'eval.json').exists()
   assert not (workdir / 'panels').exists()
   with Checkpoints(workdir) as saved:
-    assert saved.step_named('best') == 6
+    assert saved.best_step == 6
   monkeypatch.setattr(train, '_train', None)
   assert train_and_evaluate(unevaluated.config, workdir) == {'step': 6}
 
@@ -446,7 +444,7 @@ def test_a_recipe_passes_a_loss_an_optimizer_and_a_protocol_of_its_own(
   model = build.make_model(config, 4)
   start = train.steps.create_state(model, optax.identity(), config.seed).params
   with Checkpoints(tmp_path) as saved:
-    params = saved.restore_variables(1)['params']
+    params = saved.open(1).variables['params']
   moved = np.abs(params['logits']['bias'] - start['logits']['bias'])
   np.testing.assert_allclose(moved, config.optimizer.learning_rate, rtol=1e-5)
 
@@ -563,8 +561,140 @@ def test_a_run_that_dies_before_it_saves_leaves_the_settings_as_they_were(
   assert not (tmp_path / 'new' / 'config.json').exists()
 
 
+def killed_in_evaluation(trained, workdir, step, number=signal.SIGKILL):
+  """Trains until a signal comes after the first batch of an evaluation."""
+  score = evaluate.score_checkpoint
+
+  def scoring(*arguments, stop):
+    *_, state = arguments
+    if int(state.step) == step:
+      if number == signal.SIGKILL:
+        stop.requested = lambda: sys.exit(9)  # nothing more is written
+      else:
+        os.kill(os.getpid(), number)
+    score(*arguments, stop=stop)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, 'score_checkpoint', scoring)
+    train_and_evaluate(trained.config, workdir)
+
+
+def test_signal_in_an_evaluation_stops_there_and_it_is_made_up_for(
+  trained, tmp_path
+):
+  with pytest.raises(Preempted) as stop:
+    killed_in_evaluation(trained, tmp_path, 4, signal.SIGTERM)
+  assert stop.value.step == 4
+  assert [x['step'] for x in read_lines(tmp_path)] == [1, 2, 2, 3, 4]
+  read_state(tmp_path, 4)
+  assert train_and_evaluate(trained.config, tmp_path) == trained.result
+  assert_same_run(tmp_path, trained.workdir)
+
+
+def test_run_killed_in_an_evaluation_has_saved_before_it(trained, tmp_path):
+  with pytest.raises(SystemExit):
+    killed_in_evaluation(trained, tmp_path, 4)
+  read_state(tmp_path, 4)
+  assert train_and_evaluate(trained.config, tmp_path) == trained.result
+  assert_same_run(tmp_path, trained.workdir)
+
+
+def test_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
+  trained, stopped, tmp_path, caplog
+):
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  path = next((workdir / 'checkpoints' / '3' / 'state' / 'd').iterdir())
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  assert train_and_evaluate(trained.config, workdir) == trained.result
+  assert_same_run(workdir, trained.workdir)
+  (line,) = (m for m in caplog.messages if 'is damaged: ' in m)
+  assert line.startswith(f'{workdir / "checkpoints" / "3"} is damaged: ')
+
+
+@pytest.mark.parametrize(
+  'changes, saved',
+  [
+    ({'train__save_every': 1, 'train__keep': 9}, {1, 2, 3, 4, 5, 6}),
+    ({'train__save_every': 4}, {4, 6}),
+    ({'train__save_minutes': 1e-9, 'train__log_every': 3}, {3, 6}),
+    (
+      {'train__save_every': 1, 'train__keep': 1, 'train__keep_every': 3},
+      {3, 6},
+    ),
+  ],
+)
+def test_checkpoints_are_saved_apart_from_evaluations(
+  trained, tmp_path, changes, saved
+):
+  changes = {'data__eval_split': '', 'train__eval_every': 100, **changes}
+  train_and_evaluate(make_config(trained.settings, **changes), tmp_path)
+  assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == saved
+
+
+def with_bad_batches(monkeypatch, bad, seen):
+  """Steps note a sum of their batch; the loss of those in `bad` is NaN."""
+  make = build.make_train_step
+
+  def making(*arguments, **named):
+    step = make(*arguments, **named)
+
+    def run(state, batch):
+      seen.append(float(np.asarray(batch['image'], np.float64).sum()))
+      state, metrics = step(state, batch)
+      if len(seen) in bad:
+        metrics = {**metrics, 'loss': np.full(jax.device_count(), np.nan)}
+      return state, metrics
+
+    return run
+
+  monkeypatch.setattr(build, 'make_train_step', making)
+
+
+def test_rollback_passes_over_the_batches_that_diverged(
+  trained, tmp_path, monkeypatch, caplog
+):
+  usual, seen = [], []
+  with monkeypatch.context() as patch:
+    with_bad_batches(patch, (), usual)
+    settings = {'data__eval_split': '', 'train__steps': 6}
+    config = make_config(trained.settings, **settings, train__eval_every=2)
+    config.train.steps = 9
+    train_and_evaluate(config, tmp_path / 'usual')
+  with_bad_batches(monkeypatch, (4,), seen)
+  config = make_config(trained.settings, **settings, train__on_nan='rollback')
+  workdir = tmp_path / 'w'
+  train_and_evaluate(config, workdir)
+  assert seen == usual[:4] + usual[4:8]
+  line = 'loss is nan at step 4: back to step 2 and past 2 batches (1 of 3)'
+  assert caplog.messages.count(line) == 1
+  lines = {x['step']: x for x in read_lines(workdir)}
+  assert sorted(lines) == [1, 2, 3, 4, 5, 6]
+  assert [x.get('skipped_batches') for x in lines.values()] == [None] * 2 + [
+    2
+  ] * 4
+  # A later run goes on with the batches after them.
+  config.train.steps = 7
+  train_and_evaluate(config, workdir)
+  assert seen[8:] == usual[8:9]
+
+
+def test_rollbacks_are_bounded(trained, tmp_path, monkeypatch):
+  seen = []
+  with_bad_batches(monkeypatch, range(3, 99), seen)
+  config = make_config(
+    trained.settings, data__eval_split='', train__on_nan='rollback'
+  )
+  with pytest.raises(
+    UserError, match=r'loss is nan at step 3; .*step 2 is kept'
+  ):
+    train_and_evaluate(config, tmp_path)
+  assert len(seen) == 2 + 4  # three times anew
+
+
 def test_settings_are_written_once_the_first_checkpoint_is_whole(unevaluated):
-  assert unevaluated.events[:4] == [2, 'wait', 'config.json', 4]
+  assert unevaluated.events[0] == 2
   assert unevaluated.events.count('config.json') == 1
   assert settings_of(unevaluated.workdir) == train.to_json(
     train.with_preset(unevaluated.config, 'paper')
@@ -650,13 +780,13 @@ def test_batch_normalization_over_one_image_is_warned_of(
   trained, caplog, changes, warns
 ):
   with caplog.at_level(logging.WARNING, 'deeplab_jax'):
-    train._check(make_config(trained.settings, **changes), {})
+    build.check_batches(make_config(trained.settings, **changes), {})
   assert ('sees one image at a time' in caplog.text) == warns
 
 
 def test_batch_of_one_image_in_all_is_warned_of(trained, caplog, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  train._check(make_config(trained.settings, train__batch_size=1), {})
+  build.check_batches(make_config(trained.settings, train__batch_size=1), {})
   assert 'sees one image at a time' in caplog.text
 
 

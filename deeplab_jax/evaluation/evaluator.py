@@ -184,12 +184,17 @@ class Evaluator:
     )
 
   def run(
-    self, variables: dict[str, Any], keep: int, worst_and_best: int = 0
+    self,
+    variables: dict[str, Any],
+    keep: int,
+    worst_and_best: int = 0,
+    between: Callable[[], None] = lambda: None,
   ) -> Scores:
     """Scores every image of all hosts once, on every host.
 
     The variables must be replicated over the devices. It keeps the predictions
     of the first `keep` records, and of as many worst and best ones as asked.
+    `between` is called after each batch, and may raise to end it.
     """
     iterator = make_eval_iterator(
       self._source,
@@ -231,6 +236,7 @@ class Evaluator:
         if pending is not None:
           count(pending)
         pending = results
+        between()
       count(pending)
     # In the order of the records, whatever the batches were.
     of_images = dict(sorted(of_images.items()))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deeplab_jax.runtime.errors import UserError
@@ -45,6 +46,31 @@ def _number(variable: str) -> int:
 def is_first_process() -> bool:
   """Whether this is the process that writes and prints."""
   return jax.process_index() == 0
+
+
+def first_says(value: bool) -> bool:
+  """Returns what the first process says; all processes ask together."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def check_same(number: int | None, what: str) -> None:
+  """Raises `UserError` unless all processes, which call it, see one number."""
+  if jax.process_count() > 1:
+    own = np.int32(-1 if number is None else number)
+    found = multihost_utils.process_allgather(own).tolist()
+    if len(set(found)) > 1:
+      raise UserError(
+        f'{what} differs between the processes ({found}; -1 is none); all of'
+        ' them must see the same folder'
+      )
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are there."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def replicate(tree: Any) -> Any:

@@ -1,7 +1,9 @@
 """What may end or spoil a run: signals, infinite losses, empty batches."""
 
+import collections
 import math
 import signal
+import statistics
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,12 +26,14 @@ class StopSignal:
 
   def __init__(self) -> None:
     self.number = 0
+    self._calls = 0
     self._handlers: dict[int, Any] = {}
 
-  def requested(self, step: int) -> bool:
-    """Whether to stop after this step; every process asks at every step."""
+  def requested(self) -> bool:
+    """Whether to stop now; all processes ask equally often."""
+    self._calls += 1
     several = jax.process_count() > 1
-    if several and multihost_utils.reached_preemption_sync_point(step):
+    if several and multihost_utils.reached_preemption_sync_point(self._calls):
       self.number = signal.SIGTERM
     return self.number != 0
 
@@ -50,15 +54,31 @@ class StopSignal:
     self.__exit__()
 
 
+class Diverged(UserError):
+  """The loss or the gradient of `step` is not finite, or has exploded."""
+
+  def __init__(self, what: str, step: int, kept: int | None) -> None:
+    also = '' if kept is None else f'. The checkpoint of step {kept} is kept'
+    super().__init__(
+      f'{what} at step {step}; lower config.optimizer.learning_rate, set'
+      f' config.optimizer.clip_norm, or config.train.on_nan=rollback{also}'
+    )
+    self.what, self.step = what, step
+
+
 class CheckedMetrics(AbstractContextManager):
   """The metrics of steps, which are checked when they are fetched.
 
   It warns of the first batch without a valid pixel, and at the end of the
-  `with` block of their number.
+  `with` block of their number. With `limit`, a loss above as many times the
+  median of the last 100 losses has exploded.
   """
 
-  def __init__(self, warn: Callable[[str], None]) -> None:
-    self._warn = warn
+  def __init__(
+    self, warn: Callable[[str], None], limit: float = math.inf
+  ) -> None:
+    self._warn, self._limit = warn, limit
+    self._losses: collections.deque[float] = collections.deque(maxlen=100)
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._empty_batches = 0
 
@@ -69,19 +89,20 @@ class CheckedMetrics(AbstractContextManager):
   def fetch(self, kept: int | None) -> dict[str, float]:
     """Waits for the steps added since the last call; returns the last metrics.
 
-    Raises `UserError`, which names the checkpoint of step `kept`, at the first
+    Raises `Diverged`, which names the checkpoint of step `kept`, at the first
     loss or gradient that is not finite.
     """
-    also = '' if kept is None else f'. The checkpoint of step {kept} is kept'
     values = {}
     for step, metrics in self._pending:
       values = {k: float(v[0]) for k, v in jax.device_get(metrics).items()}
       for name, value in values.items():
         if not math.isfinite(value):
-          raise UserError(
-            f'{name} is {value} at step {step}; lower config.optimizer.'
-            f'learning_rate or set config.optimizer.clip_norm{also}'
-          )
+          raise Diverged(f'{name} is {value}', step, kept)
+      full = len(self._losses) == self._losses.maxlen
+      usual = max(statistics.median(self._losses), 1) if full else math.inf
+      if values['loss'] > self._limit * usual:
+        raise Diverged(f'loss rose to {values["loss"]:.4g}', step, kept)
+      self._losses.append(values['loss'])
       if not values['valid_pixels']:
         self._empty_batches += 1
         if self._empty_batches == 1:

@@ -330,7 +330,8 @@ def _drop_lines(path: Path, start_step: int) -> None:
   kept = ''
   for line in before.splitlines():
     whole = re.fullmatch(r'\{"step": (\d+)\b.*\}', line)
-    if whole and int(whole[1]) <= start_step:
+    # The evaluation after the last step is logged again, perhaps made again.
+    if whole and int(whole[1]) <= start_step - ('"eval_' in line):
       kept += line + '\n'
   if kept != before:
     with replacing(path) as temporary:

@@ -1,222 +1,338 @@
-"""Checkpoints that describe themselves, through Orbax.
+"""Checkpoints that describe themselves and notice damage, through Orbax.
 
 `WORKDIR/checkpoints/STEP` holds the state as numpy arrays, and as JSON the
-settings of the model, the classes and the metrics that it reached.
+settings of the model, the classes, and a checksum of every array. When the
+checkpoint is evaluated, its metrics are written beside them.
 """
 
 import contextlib
 import json
-import operator
+import logging
+import re
 import shutil
-from collections.abc import Iterator
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
-from deeplab_jax.runtime.errors import UserError, first_line
+from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
+from deeplab_jax.runtime.files import replacing
 
-_UNEVALUATED = -1.0
-# The settings, beside the preset, on which the use of the variables depends.
-SHAPING = ('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates')
+log = logging.getLogger(__name__)
+
+_TEMPORARY = '.orbax-checkpoint-tmp'  # in the names of what is not complete
+_METRICS = 'evaluation.json'  # in the folder of an evaluated checkpoint
+
+
+class Saved(NamedTuple):
+  """A checkpoint as it was read, without damage."""
+
+  path: Path
+  metadata: dict[str, Any]  # what `Checkpoints.save` was given
+  arrays: dict[str, np.ndarray]  # by path, as 'params/logits/bias'
+
+  @property
+  def step(self) -> int:
+    """The number of training steps that led to it."""
+    return int(self.path.name)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `model.apply` takes: `params` and `batch_stats`."""
+    tree = unflatten_dict(self.arrays, sep='/')
+    return {key: tree[key] for key in ('params', 'batch_stats')}
+
+  def fill(self, state: Any) -> Any:
+    """Returns a state with the saved values, which it gives away."""
+    names, treedef = list(_named(state)), jax.tree.structure(state)
+    if set(names) != set(self.arrays):
+      raise UserError(
+        f'{self.path} is of another optimizer: it needs the config.optimizer it'
+        ' came from'
+      )
+    values = [self.arrays.pop(name) for name in names]
+    return jax.tree.unflatten(treedef, values)
+
+  def fill_variables(self, state: Any) -> Any:
+    """Returns a state with the saved variables and its own optimizer."""
+    return state.replace(**self.variables)
 
 
 class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
-  """The checkpoints of one workdir: the latest one and the best by mIoU.
+  """The checkpoints of one workdir: the latest ones and the best by mIoU.
 
-  At the end of the context it waits for the last save.
+  The first process alone saves, in the background; every process reads. At the
+  end of the context it waits for the last save.
   """
 
-  def __init__(self, workdir: str | Path) -> None:
-    """Opens the folder, or makes it; raises `UserError` if it cannot."""
-    policies, miou = ocp.checkpoint_managers, operator.itemgetter('miou')
+  def __init__(
+    self, workdir: str | Path, *, keep: int = 3, keep_every: int | None = None
+  ) -> None:
+    """Opens the folder, or makes it; raises `UserError` if it cannot.
+
+    It keeps the latest `keep` checkpoints, the best one, and those of every
+    step that `keep_every` divides.
+    """
     self._directory = Path(workdir).absolute() / 'checkpoints'
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(
-        [policies.LatestN(1), policies.BestN(get_metric_fn=miou, n=1)]
-      ),
-      best_fn=miou,
+    self._keep, self._keep_every = keep, keep_every
+    self._thread, self._saving = ThreadPoolExecutor(1), Future[None]()
+    self._saving.set_result(None)
+    self._metrics: dict[int, dict[str, Any] | None] = {}
+    own = jax.process_index()  # no process waits for another one
+    options = ocp.options.MultiprocessingOptions(
+      primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
     )
-    with _explaining(f'{self._directory} cannot be used'):
+    self._orbax = ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+        metadata=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+      ),
+      multiprocessing_options=options,
+    )
+    try:
       self._directory.mkdir(parents=True, exist_ok=True)
-      self._manager = ocp.CheckpointManager(
-        self._directory, item_names=('state', 'metadata'), options=options
-      )
+    except OSError as error:
+      raise UserError(
+        f'{self._directory} cannot be used: {error.strerror}'
+      ) from error
 
   def __exit__(self, *_: object) -> None:
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints on disk, which may be damaged, in order."""
+    try:
+      names = [path.name for path in self._directory.iterdir()]
+    except OSError as error:
+      raise UserError(f'{self._directory} is gone: {error.strerror}') from error
+    return sorted(int(n) for n in names if re.fullmatch('0|[1-9][0-9]*', n))
 
   @property
   def latest_step(self) -> int | None:
     """Step of the newest checkpoint, None without one."""
-    return self._manager.latest_step()
+    return max(self.steps, default=None)
 
-  def step_named(self, name: str) -> int:
-    """Returns the step for 'best', 'latest' or a number, or `UserError`."""
-    if not (steps := sorted(self._manager.all_steps())):
+  @property
+  def best_step(self) -> int | None:
+    """Step of the best one by mIoU; the latest if none is evaluated."""
+    return next(iter(self._order('best')), None)
+
+  def _order(self, name: str) -> list[int]:
+    """The steps that `name` may mean, the first choice first."""
+    if name not in ('best', 'latest'):
+      return [step for step in self.steps if str(step) == name]
+    mious = dict.fromkeys(self.steps, -1.0)
+    for step in mious if name == 'best' else ():
+      found = (self.metrics(step) or {}).get('miou')
+      mious[step] = -1.0 if found is None else found
+    return sorted(mious, key=lambda step: (mious[step], step), reverse=True)
+
+  def open(self, name: str | int) -> Saved:
+    """Reads 'best', 'latest' or a step; all processes read the same one.
+
+    A damaged checkpoint is skipped with a warning, unless its step was asked
+    for. Raises `UserError` if none can be read.
+    """
+    steps, order = self.steps, self._order(str(name))
+    if not steps:
       raise UserError(
         f'no checkpoint in {self._directory}; train there first, or give the'
         ' --workdir of a training run'
       )
-    best = self._manager.best_step() if name == 'best' else None
-    if name in ('best', 'latest'):
-      return steps[-1] if best is None else best
-    if not name.isdigit() or int(name) not in steps:
+    if not order:
       raise UserError(
         f'config.eval.step={name} is not in {self._directory}, which has'
         f' {", ".join(map(str, steps))}'
       )
-    return int(name)
+    for step in order:
+      try:
+        return self._read(self._directory / str(step))
+      except UnreadableError as error:
+        if step == order[-1]:
+          advice = f'remove {self._directory} to start again'
+          if len(order) < len(steps):
+            advice = 'choose another config.eval.step'
+          raise UserError(f'{error}; {advice}') from error
+        log.warning('%s; it is skipped', error)
+    raise AssertionError('unreachable')
 
-  def remove_interrupted(self) -> None:
-    """Removes what a killed save left; only for the one process that saves."""
-    # Orbax could do this itself, but in a thread, which the end of a program
-    # cuts off, and an evaluation would remove a save that training has begun.
-    if jax.process_count() == 1:
-      for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(path, ignore_errors=True)
+  def _read(self, path: Path) -> Saved:
+    """Reads a checkpoint; raises `UnreadableError` if anything is damaged."""
+    with _reading(path):
+      metadata = self._restore(path, metadata=ocp.args.JsonRestore()).metadata
+      state = self._restore(path, state=ocp.args.PyTreeRestore()).state
+      arrays = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
+      if 'checksum' in metadata or 'checksums' in metadata:  # else an old one
+        metadata = _unsealed(metadata)
+        if metadata.pop('checksums') != _checksums(arrays):
+          raise ValueError('an array differs from its checksum')
+      if 'measures' in metadata:  # their name in older workdirs
+        metadata['metrics'] = metadata.pop('measures')
+    return Saved(path, metadata, arrays)
 
-  def save(self, state: Any, metadata: dict[str, Any]) -> None:
+  def _restore(self, path: Path, **items: Any) -> Any:
+    return self._orbax.restore(path, ocp.args.Composite(**items))
+
+  def metrics(self, step: int) -> dict[str, Any] | None:
+    """Returns what a checkpoint reached; None if it is not evaluated.
+
+    It warns of a damaged file, which counts as none.
+    """
+    if step not in self._metrics:
+      try:
+        self._metrics[step] = self._read_metrics(self._directory / str(step))
+      except UnreadableError as error:
+        log.warning('%s; it counts as not evaluated', error)
+        self._metrics[step] = None
+    return self._metrics[step]
+
+  def _read_metrics(self, path: Path) -> dict[str, Any] | None:
+    if (path / _METRICS).exists():
+      with _reading(path / _METRICS):
+        return _unsealed(json.loads((path / _METRICS).read_text()))
+    with _reading(path):  # older versions wrote them with the rest
+      saved = self._restore(path, metadata=ocp.args.JsonRestore()).metadata
+      return saved.get('metrics', saved.get('measures'))
+
+  def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+    """Writes beside a checkpoint what it reached, as JSON values.
+
+    `metrics['miou']` ranks it.
+    """
+    self.wait()
+    self._metrics[step] = metrics
+    if distributed.is_first_process():
+      with replacing(self._directory / str(step) / _METRICS) as temporary:
+        Path(temporary).write_text(json.dumps(_sealed(metrics)))
+
+  def save(
+    self,
+    state: Any,
+    metadata: dict[str, Any],
+    then: Callable[[], None] | None = None,
+  ) -> None:
     """Starts to save a tree with a field `step`, unless that step is there.
 
-    `metadata` holds JSON values. `metadata['metrics']['miou']` ranks the
-    checkpoint, which without metrics is only ever the latest.
+    `metadata` holds JSON values. The state may change or be donated at once.
+    `then` is called once it is on disk. Raises `UserError` if the save before
+    has failed.
     """
-    state = jax.device_get(state)
+    self.wait()
     step = int(state.step)
-    if step in self._manager.all_steps():
-      return
-    miou = (metadata.get('metrics') or {}).get('miou')
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
-        metadata=ocp.args.JsonSave(metadata),
-      ),
-      metrics={'miou': _UNEVALUATED if miou is None else miou},
+    if step not in self.steps and distributed.is_first_process():
+      copies = jax.tree.map(_copy, state)
+      self._saving = self._thread.submit(
+        self._write, step, copies, metadata, then or (lambda: None)
+      )
+
+  def _write(
+    self,
+    step: int,
+    state: Any,
+    metadata: dict[str, Any],
+    then: Callable[[], None],
+  ) -> None:
+    state = jax.device_get(state)
+    metadata = _sealed({**metadata, 'checksums': _checksums(_named(state))})
+    path = self._directory / str(step)
+    try:
+      path.parent.stat()  # Orbax would make the folder again
+      items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
+      )
+      self._orbax.save(path, items)
+    except Exception as error:  # of TensorStore, too
+      self.remove_interrupted()
+      raise UserError(
+        f'{path} cannot be saved: {first_line(error)}; when that is mended, the'
+        ' same command goes on from the checkpoint before'
+      ) from error
+    then()
+    steps = self.steps
+    kept = {*steps[-self._keep :], self.best_step}
+    kept.update(
+      s for s in steps if self._keep_every and not s % self._keep_every
     )
+    for old in set(steps) - kept:
+      self._directory.joinpath(str(old)).rename(f'{path}{_TEMPORARY}-{old}')
+    self.remove_interrupted()
 
   def wait(self) -> None:
-    """Waits until what `save` started is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until what `save` started is on disk; raises its `UserError`."""
+    self._saving.result()
 
-  def metadata(self, step: int) -> dict[str, Any]:
-    """Returns what `save` was given as `metadata`."""
-    saved = self._restore(step, metadata=ocp.args.JsonRestore()).metadata
-    if 'measures' in saved:  # their name in older workdirs
-      saved['metrics'] = saved.pop('measures')
-    return saved
+  def remove_interrupted(self) -> None:
+    """Removes what a killed save left; only for the run that saves."""
+    left = self._directory.glob(f'*{_TEMPORARY}*')
+    for path in left if distributed.is_first_process() else ():
+      shutil.rmtree(path, ignore_errors=True)
 
-  def restore(self, step: int, template: Any) -> Any:
-    """Restores the state into numpy arrays of the template's structure."""
-    args = ocp.args.PyTreeRestore(jax.device_get(template))
-    hint = 'it needs the config.optimizer it came from; '
-    return self._restore(step, hint, state=args).state
+  def set_aside(self, after: int) -> None:
+    """Renames the checkpoints after a step, which are damaged."""
+    for step in self.steps if distributed.is_first_process() else ():
+      if step > after:
+        aside = self._directory / f'damaged-{step}'
+        shutil.rmtree(aside, ignore_errors=True)
+        self._directory.joinpath(str(step)).rename(aside)
 
-  def restore_variables(self, step: int) -> dict[str, Any]:
-    """Restores what `model.apply` takes: `params` and `batch_stats`."""
-    state = self._restore(step, state=ocp.args.PyTreeRestore()).state
-    return {key: state[key] for key in ('params', 'batch_stats')}
 
-  def _restore(self, step: int, hint: str = '', **items: Any) -> Any:
-    with _explaining(
-      f'{self._directory / str(step)} cannot be restored',
-      f'; {hint}if it was damaged, remove that folder to fall back on the'
-      ' checkpoint before',
-    ):
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
+def _copy(leaf: Any) -> Any:
+  """A copy on the first device, made while the devices go on."""
+  if isinstance(leaf, jax.Array):
+    return jax.device_put(leaf.addressable_data(0), may_alias=False)
+  return np.array(leaf)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree by path, as 'params/logits/bias'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in leaves
+  }
+
+
+def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+  """CRC-32 of type, shape and bytes of each array."""
+  return {
+    name: zlib.crc32(x.tobytes(), zlib.crc32(f'{x.dtype}{x.shape}'.encode()))
+    for name, x in arrays.items()
+  }
+
+
+def _sealed(value: dict[str, Any]) -> dict[str, Any]:
+  """Adds a checksum to JSON values."""
+  text = json.dumps(value, sort_keys=True)
+  return {**value, 'checksum': zlib.crc32(text.encode())}
+
+
+def _unsealed(value: dict[str, Any]) -> dict[str, Any]:
+  """Undoes `_sealed`; raises `ValueError` if a value has changed."""
+  own = {key: item for key, item in value.items() if key != 'checksum'}
+  if _sealed(own) != value:
+    raise ValueError('it differs from its checksum')
+  return own
 
 
 @contextlib.contextmanager
-def _explaining(problem: str, advice: str = '') -> Iterator[None]:
-  """Turns the errors of Orbax into a `UserError`."""
+def _reading(path: Path) -> Iterator[None]:
+  """Turns all that reading may raise into an `UnreadableError`."""
   try:
     yield
-  except (ValueError, KeyError, OSError, TypeError) as error:
-    raise UserError(f'{problem}: {first_line(error)}{advice}') from error
-
-
-class Network(NamedTuple):
-  """A checkpoint opened for use."""
-
-  step: int
-  model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
-  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
-  variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
-  trained_stride: int  # the output stride of training
-  metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
-
-
-def check_workdir(workdir: Path) -> None:
-  """Raises `UserError` unless there may be a checkpoint in a workdir."""
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(f'no checkpoint in {workdir}; train there first')
-
-
-def open_network(
-  workdir: str | Path,
-  name: str,
-  model: dict[str, Any],
-  dataset: dict[str, Any] | None = None,
-) -> Network:
-  """Reads a checkpoint that fits a model's settings; all processes together.
-
-  `name` is 'best', 'latest' or a step. `model` holds the arguments of
-  `deeplab_v3`; without a preset it is the checkpoint's. With `dataset`, the
-  checkpoint must have been trained for its classes. Raises `UserError` if there
-  is no such checkpoint, or it is of another network.
-  """
-  with Checkpoints(workdir) as saved:
-    step = saved.step_named(name)
-    metadata = saved.metadata(step)
-    model = {**model, 'preset': model['preset'] or preset_of(metadata)}
-    dataset = dataset or metadata['dataset']
-    check_same_architecture(metadata, describe(model, dataset), workdir)
-    variables = saved.restore_variables(step)
-  stride = metadata['model']['output_stride']
-  metrics = metadata.get('metrics')
-  return Network(step, model, dataset, variables, stride, metrics)
-
-
-def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
-  """Returns the metadata of a checkpoint, as JSON gives it back.
-
-  It joins the arguments of `deeplab_v3` and `DatasetInfo.to_json()`.
-  """
-  model = {**model, 'num_classes': len(dataset['classes'])}
-  return json.loads(json.dumps({'model': model, 'dataset': dataset}))
-
-
-def preset_of(metadata: dict[str, Any]) -> str:
-  """Returns the preset of a checkpoint's network; old ones name none."""
-  return metadata['model'].get('preset') or 'paper'
-
-
-def check_same_architecture(
-  saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
-) -> None:
-  """Raises a `UserError` that names what differs between two `describe`."""
-  classes = saved['dataset']['classes']
-  void = saved['dataset'].get('ignore_label', 255)
-  if void < len(classes):
-    raise UserError(
-      f'the checkpoint in {workdir} was trained by an older version with void,'
-      f' {void}, as the class {classes[void]!r}; train again in another'
-      ' --workdir'
-    )
-  there, here = saved['model'], asked['model']
-  pairs = [(key, there[key], here[key]) for key in (*SHAPING, 'num_classes')]
-  pairs.insert(0, ('preset', preset_of(saved), preset_of(asked)))
-  others = asked['dataset']['classes']
-  if len(classes) == len(others):
-    names = zip(map(repr, classes), map(repr, others), strict=True)
-    pairs += [('class', old, new) for old, new in names if old != new][:1]
-  differences = '; '.join(
-    f'{k} {old} there, {new} asked for' for k, old, new in pairs if old != new
-  )
-  if differences:
-    raise UserError(
-      f'the checkpoint in {workdir} is of another network: {differences}. Use'
-      ' another --workdir, or that network'
-    )
+  except Exception as error:  # damage may break anything in the readers
+    reason = textwrap.shorten(first_line(error), 160)
+    raise UnreadableError(f'{path} is damaged: {reason}') from error

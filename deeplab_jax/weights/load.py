@@ -284,17 +284,16 @@ def own_checkpoint(path: Path) -> tuple[Path, str] | None:
 
 def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
   # Imported here: Orbax takes longer to import than all the rest.
-  from deeplab_jax.weights import checkpoints
+  from deeplab_jax.weights import checkpoints, networks
 
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.step_named(name)
-    metadata = saved.metadata(step)
-    arrays = mapping.flatten(saved.restore_variables(step))
+  with checkpoints.Checkpoints(workdir) as own:
+    saved = own.open(name)
+  metadata, arrays = saved.metadata, mapping.flatten(saved.variables)
   settings = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in metadata['model'].items()
-    if key in checkpoints.SHAPING or (key == 'bn_epsilon' and value)
+    if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
   names = NameMap({path: path for path in arrays})
-  presets, dataset = (checkpoints.preset_of(metadata),), metadata['dataset']
+  presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
   return Pretrained(source, names, arrays, presets, settings, dataset)

@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_process_trains(
     Checkpoints(tmp_path / 'workdir') as saved,
     Checkpoints(alone) as other,
   ):
-    ours, theirs = (c.restore_variables(2) for c in (saved, other))
+    ours, theirs = (c.open(2).variables for c in (saved, other))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs
   )

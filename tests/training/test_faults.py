@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.training.faults import CheckedMetrics, StopSignal
+from deeplab_jax.training.faults import CheckedMetrics, Diverged, StopSignal
 
 pytestmark = pytest.mark.xdist_group('alone')
 
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.xdist_group('alone')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_is_noted(number):
   with StopSignal() as stop:
-    assert not stop.requested(1)
+    assert not stop.requested()
     os.kill(os.getpid(), number)
-    assert stop.requested(2)
+    assert stop.requested()
   assert stop.number == number
 
 
@@ -36,7 +36,7 @@ def test_second_signal_meets_the_handler_from_before():
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
-  assert stop.requested(2)
+  assert stop.requested()
 
 
 def test_handlers_are_restored_at_the_end():
@@ -54,7 +54,7 @@ def test_a_thread_leaves_the_handlers_alone():
   def run():
     with StopSignal() as stop:
       handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-      seen.append((handlers, stop.requested(1)))
+      seen.append((handlers, stop.requested()))
 
   thread = threading.Thread(target=run)
   thread.start()
@@ -98,3 +98,14 @@ def test_empty_batches_are_warned_of_once_and_counted():
       checked.fetch(None)
     assert len(said) == 1 and 'batch of step 2 has no valid pixel' in said[0]
   assert said[1:] == ['warning: 3 batches had no valid pixel']
+
+
+def test_loss_has_exploded_above_a_multiple_of_its_median():
+  with CheckedMetrics(pytest.fail, limit=20) as checked:
+    for step in range(1, 101):
+      checked.add(step, metrics(50.0 if step == 7 else 2.0))
+    checked.add(101, metrics(39.0))
+    checked.fetch(None)
+    checked.add(102, metrics(41.0))
+    with pytest.raises(Diverged, match=r'loss rose to 41 at step 102'):
+      checked.fetch(None)

@@ -1,0 +1,94 @@
+"""The network of a workdir: what its checkpoints are of, and opening one."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights.checkpoints import Checkpoints
+
+# The settings, beside the preset, on which the use of the variables depends.
+SHAPING = ('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates')
+
+
+class Network(NamedTuple):
+  """A checkpoint opened for use."""
+
+  step: int
+  model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
+  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
+  variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
+  trained_stride: int  # the output stride of training
+  metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
+
+
+def check_workdir(workdir: Path) -> None:
+  """Raises `UserError` unless there may be a checkpoint in a workdir."""
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f'no checkpoint in {workdir}; train there first')
+
+
+def open_network(
+  workdir: str | Path,
+  name: str,
+  model: dict[str, Any],
+  dataset: dict[str, Any] | None = None,
+) -> Network:
+  """Reads a checkpoint that fits a model's settings; all processes together.
+
+  `name` is 'best', 'latest' or a step. `model` holds the arguments of
+  `deeplab_v3`; without a preset it is the checkpoint's. With `dataset`, the
+  checkpoint must have been trained for its classes. Raises `UserError` if there
+  is no such checkpoint, or it is of another network.
+  """
+  with Checkpoints(workdir) as checkpoints:
+    saved = checkpoints.open(name)
+    metadata, metrics = saved.metadata, checkpoints.metrics(saved.step)
+    model = {**model, 'preset': model['preset'] or preset_of(metadata)}
+    dataset = dataset or metadata['dataset']
+    check_same_architecture(metadata, describe(model, dataset), workdir)
+  stride = metadata['model']['output_stride']
+  return Network(saved.step, model, dataset, saved.variables, stride, metrics)
+
+
+def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
+  """Returns the metadata of a checkpoint, as JSON gives it back.
+
+  It joins the arguments of `deeplab_v3` and `DatasetInfo.to_json()`.
+  """
+  model = {**model, 'num_classes': len(dataset['classes'])}
+  return json.loads(json.dumps({'model': model, 'dataset': dataset}))
+
+
+def preset_of(metadata: dict[str, Any]) -> str:
+  """Returns the preset of a checkpoint's network; old ones name none."""
+  return metadata['model'].get('preset') or 'paper'
+
+
+def check_same_architecture(
+  saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
+) -> None:
+  """Raises a `UserError` that names what differs between two `describe`."""
+  classes = saved['dataset']['classes']
+  void = saved['dataset'].get('ignore_label', 255)
+  if void < len(classes):
+    raise UserError(
+      f'the checkpoint in {workdir} was trained by an older version with void,'
+      f' {void}, as the class {classes[void]!r}; train again in another'
+      ' --workdir'
+    )
+  there, here = saved['model'], asked['model']
+  pairs = [(key, there[key], here[key]) for key in (*SHAPING, 'num_classes')]
+  pairs.insert(0, ('preset', preset_of(saved), preset_of(asked)))
+  others = asked['dataset']['classes']
+  if len(classes) == len(others):
+    names = zip(map(repr, classes), map(repr, others), strict=True)
+    pairs += [('class', old, new) for old, new in names if old != new][:1]
+  differences = '; '.join(
+    f'{k} {old} there, {new} asked for' for k, old, new in pairs if old != new
+  )
+  if differences:
+    raise UserError(
+      f'the checkpoint in {workdir} is of another network: {differences}. Use'
+      ' another --workdir, or that network'
+    )

@@ -1,0 +1,53 @@
+"""What a checkpoint is of: another network or other classes are named."""
+
+import json
+
+import pytest
+
+from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights.networks import check_same_architecture, describe
+
+MODEL = {
+  'backbone': 'resnet18',
+  'width': 0.5,
+  'output_stride': 16,
+  'multi_grid': [1, 2, 4],
+  'aspp_features': 8,
+  'aspp_rates': [6, 12, 18],
+}
+DATASET = {'classes': ['a', 'b'], 'name': 'x'}
+
+
+@pytest.mark.parametrize(
+  'changes, classes, words',
+  [
+    ({'backbone': 'resnet34'}, 'ab', 'backbone resnet18 there, resnet34 asked'),
+    ({'width': 1.0}, 'ab', 'width 0.5 there, 1.0 asked for'),
+    ({'aspp_features': 16}, 'ab', 'aspp_features 8 there, 16 asked for'),
+    ({'aspp_rates': [6, 12, 24]}, 'ab', 'aspp_rates'),
+    ({'multi_grid': [1, 1, 1]}, 'ab', 'multi_grid'),
+    ({'preset': 'keras'}, 'ab', 'preset paper there, keras asked for'),
+    ({}, 'abc', 'num_classes 2 there, 3 asked for'),
+    ({}, 'ac', "class 'b' there, 'c' asked for"),
+  ],
+)
+def test_another_architecture_is_named(changes, classes, words):
+  asked = describe({**MODEL, **changes}, {'classes': list(classes)})
+  with pytest.raises(UserError, match=words):
+    check_same_architecture(describe(MODEL, DATASET), asked, 'w')
+
+
+def test_settings_that_shape_no_variable_may_differ():
+  asked = {**MODEL, 'output_stride': 8, 'aspp_rates': (6, 12, 18)}
+  saved = json.loads(json.dumps(describe(MODEL, DATASET)))
+  check_same_architecture(saved, describe(asked, DATASET), 'w')
+
+
+@pytest.mark.parametrize('asked', [['a', 'b'], ['a']])
+def test_run_that_trained_void_as_a_class_must_be_trained_again(asked):
+  saved = describe(MODEL, {'classes': ['a', 'b'], 'ignore_label': 1})
+  other = describe(MODEL, {'classes': asked, 'ignore_label': 255})
+  with pytest.raises(
+    UserError, match=r"void, 1, as the class 'b'; train again"
+  ):
+    check_same_architecture(saved, other, 'w')
