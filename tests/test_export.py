@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -338,7 +339,8 @@ def test_a_savedmodel_works_in_tensorflow_alone(trained, tmp_path):
     venv.create(tmp_path / name, with_pip=True)
     pythons[name] = str(tmp_path / name / 'bin/python')
     pip = [pythons[name], '-m', 'pip', 'install', '-q', package]
-    subprocess.run(pip, check=True)
+    home = {'HOME': str(tmp_path)}  # pip, and rustc that it asks, leave files
+    subprocess.run(pip, check=True, env=os.environ | home)
   done = subprocess.run(
     [
       *(pythons['ours'], '-m', 'deeplab_jax.main', '--mode=export'),
