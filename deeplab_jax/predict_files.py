@@ -29,7 +29,6 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.runtime.progress import logged
 from deeplab_jax.visualize import labels as visualize
-from deeplab_jax.visualize.encodings import encode
 from deeplab_jax.weights import checkpoints
 
 log = logging.getLogger(__name__)
@@ -247,7 +246,7 @@ def _write(
         with replacing(below / f'{target.stem}_{index}.png') as temporary:
           cv2.imencode('.png', deep)[1].tofile(temporary)
   with replacing(target) as temporary:
-    Path(temporary).write_bytes(encode('png', info, label))
+    Path(temporary).write_bytes(visualize.encode('png', info, label))
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:

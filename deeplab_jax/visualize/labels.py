@@ -1,4 +1,4 @@
-"""Label maps as pictures: palette PNGs, overlays with a legend, panels.
+"""Label maps as pictures and files: overlays with a legend, panels, PNG, JSON.
 
 A label map is int [H, W] and holds the classes 0..C-1 and `ignore_label`, which
 means void. A palette is uint8 [C, 3], the color of each class. All pictures are
@@ -6,17 +6,25 @@ uint8 [H, W, 3]. Other values, types and sizes are a `ValueError`.
 """
 
 import io
+import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.runtime.errors import require
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.visualize.lettering import WHITE, draw_text, text_length
 
 VOID_COLOR = (224, 224, 192)
+MEDIA_TYPES = {
+  'png': 'image/png',
+  'json': 'application/json',
+  'npz': 'application/x-npz',
+}
 _OUTLINE = (144, 144, 144)
 _WIDEST = 640  # pixels of a picture below a title
 _LINE = 4  # pixels between the pictures of a panel
@@ -219,6 +227,38 @@ def indexed_png(
   buffer = io.BytesIO()
   picture.save(buffer, format='PNG')
   return buffer.getvalue()
+
+
+def encode(
+  kind: str,
+  info: DatasetInfo,
+  label: np.ndarray,
+  probabilities: Any = None,
+) -> bytes:
+  """Encodes classes uint8 [H, W] as one of `MEDIA_TYPES`.
+
+  'png' is the file that --mode=predict writes. 'json' has the share of each
+  class that occurs, and runs of pixels of one class, row by row. 'npz' has
+  `label`, and `probabilities` float32 [H, W, C].
+  """
+  if kind == 'png':
+    return indexed_png(*info.in_file_values(label))
+  if kind == 'npz':
+    file = io.BytesIO()
+    np.savez(file, label=label, probabilities=probabilities)
+    return file.getvalue()
+  shares = class_shares(label, info.num_classes, info.ignore_label).tolist()
+  rows = zip(info.list_classes(), shares, strict=True)
+  flat = label.ravel()
+  starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+  lengths = np.diff(starts, append=flat.size)
+  found = {
+    'height': label.shape[0],
+    'width': label.shape[1],
+    'classes': [{**row, 'share': share} for row, share in rows if share],
+    'runs': {'class': flat[starts].tolist(), 'length': lengths.tolist()},
+  }
+  return json.dumps(found).encode()
 
 
 def save_png(path: str | os.PathLike, rgb: np.ndarray) -> None:
