@@ -220,7 +220,8 @@ def sliding_rows(
   padded, last = np.pad(image, pads, 'edge'), max(height - window[0], 0)
   tops = [min(i * steps[0], last) for i in range(-(-last // steps[0]) + 1)]
   lines = zip(tops, [*tops[1:], height], strict=True)
-  rest, of_rest = np.zeros((0, 1, 1)), np.zeros(0)
+  rest: np.ndarray = np.zeros((0, 1, 1), np.float32)
+  of_rest: np.ndarray = np.zeros(0, np.float32)
   for top, below in logged(lines, len(tops), f'lines of {_words(image)}'):
     line = padded[None, top : top + window[0]]
     total = np.array(scores(line, np.array([[line.shape[1], width]])))[0]
