@@ -113,7 +113,11 @@ class Predictor:
     self.threads = min(threads or pipeline.cores(), 16)
     self._lock, self._on_devices = threading.Lock(), None
     self._warned: set[bool] = set()
-    self._steps: dict[Any, Any] = {}
+    make_step = functools.partial(evaluator.pmap_predict_step, model, protocol)
+    # A program for each size.
+    self._step = functools.lru_cache(_PROGRAMS)(
+      lambda size, probabilities: make_step(probabilities=probabilities)
+    )
 
   @classmethod
   def from_workdir(
@@ -305,19 +309,9 @@ class Predictor:
       batch['image'][row, :height, :width] = image
     if self.protocol.gives_logits and (batch['size'] == size).all():
       del batch['size']  # nothing is padded, and the program is faster
-    step = self._step(size, probabilities)
-    return step(self._ready(size), distributed.shard(batch))
-
-  def _step(self, *kind: Any) -> Any:
-    """The compiled step for a size, with probabilities or without."""
     with self._lock:
-      if kind not in self._steps:
-        while len(self._steps) >= _PROGRAMS:  # the oldest is forgotten
-          del self._steps[next(iter(self._steps))]
-        self._steps[kind] = evaluator.pmap_predict_step(
-          self.model, self.protocol, probabilities=kind[-1]
-        )
-      return self._steps[kind]
+      step = self._step(size, probabilities)
+    return step(self._ready(size), distributed.shard(batch))
 
   def _ready(self, size: Size) -> Any:
     """The variables on all devices, with transformed kernels."""

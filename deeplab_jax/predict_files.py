@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from deeplab_jax.config import to_json
 from deeplab_jax.data import images
@@ -28,12 +27,12 @@ from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.progress import logged
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.weights import networks
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 10  # between two lines of progress
 _TABLE = 'class_shares.csv'
 _COLUMNS = 'mask', 'image', 'version', 'network', 'height', 'width'
 _TEXT: dict[str, Any] = {
@@ -198,16 +197,8 @@ def _segment(
     _write(targets[path], image, label, scores, predictor.info, config.predict)
     return path, label
 
-  start = last = time.monotonic()
-  for count, done in enumerate(in_background(write, segmented(), writers), 1):
-    yield done
-    now = time.monotonic()
-    if count == 1:
-      start = last = now  # compiling and reading the sizes are over
-    elif now - last > _SECONDS:
-      last, pace = now, (now - start) / (count - 1)
-      left = tqdm.format_interval(pace * (len(order) - count))
-      log.info(f'{count}/{len(order)} images  {1 / pace:.1f}/s  {left} left')
+  done = in_background(write, segmented(), writers)
+  return logged(done, len(order), 'images')
 
 
 def _reader(
@@ -254,7 +245,8 @@ def _write(
         deep = np.rint(share * 65535).astype(np.uint16)
         with replacing(below / f'{target.stem}_{index}.png') as temporary:
           cv2.imencode('.png', deep)[1].tofile(temporary)
-  visualize.save_indexed_png(target, *info.in_file_values(label))
+  with replacing(target) as temporary:
+    Path(temporary).write_bytes(visualize.encode('png', info, label))
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:

@@ -111,7 +111,7 @@ def _survey(
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
   )
-  show(survey, *() if survey.findings else ('',))
+  show(survey.text, *() if survey.findings else ('',))
   _show_findings(survey.root, survey.findings, show)
   return survey.findings
 

@@ -29,7 +29,7 @@ from deeplab_jax.data.shapes import generate_scene
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.visualize.encodings import MEDIA_TYPES, encode, list_classes
+from deeplab_jax.visualize.labels import MEDIA_TYPES, encode
 
 with console.one_line_errors():
   try:
@@ -119,7 +119,7 @@ class Server:
     self._authorize(request)
     found = {
       'dataset': self._predictor.info.name,
-      'classes': list_classes(self._predictor.info),
+      'classes': self._predictor.info.list_classes(),
       'step': self._predictor.step,
       'metrics': self._predictor.metrics,
       'settings': self._predictor.settings,

@@ -323,8 +323,10 @@ def test_what_fails_leaves_nothing(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_savedmodel_works_in_tensorflow_alone(trained, tmp_path):
+def test_a_savedmodel_works_in_tensorflow_alone(trained, tmp_path, monkeypatch):
   """Exports and loads in two new environments; prints the differences."""
+  # pip, and rustc, which it asks for its version, leave files there.
+  monkeypatch.setenv('HOME', str(tmp_path))
   images = drawn((50, 70), 2)
   pngs = []
   for i, image in enumerate(images):

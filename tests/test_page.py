@@ -199,8 +199,8 @@ def test_a_visitor_uploads_looks_and_saves(browser, stripes, tmp_path):
     browser.find_element(By.CSS_SELECTOR, '#example-list button').click()
     wait_for_result(browser, 'example_1.png')
     assert complaints(browser) == []
-    # Chromium has pages of its own, for example for downloads.
-    own = f'http://127.0.0.1:{port}/', 'data:', 'blob:', 'chrome:'
+    # Chromium has pages of its own, chrome: and chrome-untrusted:.
+    own = f'http://127.0.0.1:{port}/', 'data:', 'blob:', 'chrome'
     assert {
       url for url in requested(browser) if not url.startswith(own)
     } == set()

@@ -1,5 +1,6 @@
 """A few common sizes for many images, and batches of one size each."""
 
+import bisect
 import collections
 import math
 import threading
@@ -72,20 +73,6 @@ def _merge_neighbors(
   return largest, np.bincount(of_each, images).astype(np.int64)
 
 
-def bucket_of_each(sizes: Sequence[Size], limit: int | None) -> list[Size]:
-  """Returns for each size the smallest of `merge_sizes` that holds it."""
-  counts = collections.Counter((height, width) for height, width in sizes)
-  buckets = merge_sizes(counts, limit)
-  if len(buckets) == len(counts):  # none was merged
-    return list(sizes)
-  # By area: the first that fits is the cheapest.
-  chosen = {
-    (h, w): next(b for b in buckets if h <= b[0] and w <= b[1])
-    for h, w in counts
-  }
-  return [chosen[h, w] for h, w in sizes]
-
-
 def plan_batches(
   sizes: Sequence[Size], *, limit: int | None, batch_size: int
 ) -> list[PlannedBatch]:
@@ -94,9 +81,10 @@ def plan_batches(
   There are at most `limit` sizes; None pads no image. Sizes ascend by area, and
   records within each size. The last batch of a size is filled up.
   """
-  rows: dict[Size, list[int]] = {}
-  for index, size in enumerate(bucket_of_each(sizes, limit)):
-    rows.setdefault(size, []).append(index)
+  rows = collections.defaultdict[Size, list[int]](list)
+  buckets = Buckets(limit, sizes)
+  for index, (height, width) in enumerate(sizes):
+    rows[buckets.of((height, width))].append(index)
   batches = []
   for size in sorted(rows, key=math.prod):
     indices = rows[size]
@@ -132,8 +120,9 @@ class Buckets:
     if self._limit is None:
       return size
     with self._lock:
-      holding = [b for b in self._sizes if size[0] <= b[0] and size[1] <= b[1]]
-      best = min(holding, key=math.prod, default=None)
+      # By area: the first that holds it is the cheapest.
+      holding = (b for b in self._sizes if size[0] <= b[0] and size[1] <= b[1])
+      best = next(holding, None)
       room = len(self._sizes) < self._limit and not self._planned
       # Where there is room, a size of its own saves padding above a fifth.
       if best and not (room and math.prod(best) > 1.2 * math.prod(size)):
@@ -148,5 +137,5 @@ class Buckets:
         del self._sizes[place]
         height, width = map(int, merged[place])
         size = height, width
-      self._sizes.append(size)
+      bisect.insort(self._sizes, size, key=math.prod)
       return size

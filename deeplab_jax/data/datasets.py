@@ -56,6 +56,14 @@ class DatasetInfo:
     palette[list(self.values)] = self.palette
     return table[label], palette, self.void_value
 
+  def list_classes(self) -> list[dict[str, Any]]:
+    """Returns what each class is called, and its value and color in a mask."""
+    rows = zip(self.classes, self.values, self.palette, strict=True)
+    return [
+      {'class': i, 'name': n, 'value': v, 'color': f'#{bytes(rgb).hex()}'}
+      for i, (n, v, rgb) in enumerate(rows)
+    ]
+
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
     lists = {'classes': list(self.classes), 'values': list(self.values)}

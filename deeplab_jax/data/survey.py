@@ -9,7 +9,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,19 +65,12 @@ class Finding:
     return [*self.examples, *([f'and {more:,} more'] if more else [])]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Survey:
-  """What a survey found; `str` says how many classes there are, and why."""
+class Survey(NamedTuple):
+  """What a survey found."""
 
   root: pathlib.Path
-  num_images: int  # ids listed, each once
-  num_classes: int
-  text: str
-  pixels: np.ndarray  # int64 [256], of each label value
+  text: str  # how many classes there are, and why
   findings: tuple[Finding, ...]
-
-  def __str__(self) -> str:
-    return self.text
 
 
 class _Notes(collections.defaultdict[str, list[str]]):
@@ -147,16 +140,14 @@ def survey_folder(
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
   findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
-  num_images, total = len(set().union(*listed.values())), counts.sum(0)
-  num_classes, text = _propose(root / 'classes.txt', meaning, total)
-  findings += of_classes
-  return Survey(root, num_images, num_classes, text, total, findings)
+  text = _propose(root / 'classes.txt', meaning, counts.sum(0))
+  return Survey(root, text, findings + of_classes)
 
 
 def _propose(
   path: pathlib.Path, meaning: labels.Meaning, pixels: np.ndarray
-) -> tuple[int, str]:
-  """Returns the number of classes for so many pixels of each value, and why."""
+) -> str:
+  """Tells the number of classes for so many pixels of each value, and why."""
   ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
@@ -172,7 +163,7 @@ def _propose(
   for line in sorted(v for v in meaning.void_values if v < count):
     text += f'; line {line + 1} is void and no class'
     count -= 1
-  return count, f'num_classes: {count} ({text})'
+  return f'num_classes: {count} ({text})'
 
 
 def _read_lists(

@@ -7,8 +7,6 @@ its image pooling takes the mean of all features: no seam remains.
 
 import functools
 import itertools
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,34 +17,23 @@ import numpy as np
 import scipy.special
 from flax import linen as nn
 
-from deeplab_jax.evaluation.protocols import (
-  Protocol,
-  SlidingWindow,
-  probabilities,
-)
+from deeplab_jax.evaluation.protocols import Protocol, SlidingWindow
 from deeplab_jax.models.aspp import ASPP, ImagePooling
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.progress import logged
 
-log = logging.getLogger(__name__)
-
-MARGIN = 256  # pixels
-_SECONDS = 10  # between two lines about an image
-Note = Callable[[int, int], None]  # of windows: done, in all
+# Pixels to cut off at the edges of windows. If no feature depends on pixels
+# farther away, the result is that of the whole image.
+MARGIN = 256
 Size = tuple[int, int]  # height, width
 
 
-def check(
-  model: DeepLabV3,
-  protocol: Protocol,
-  size: Size,
-  side: int,
-  margin: int = MARGIN,
-) -> None:
+def check(model: DeepLabV3, protocol: Protocol, size: Size, side: int) -> None:
   """Raises `UserError` if an image (height, width) cannot be cut into windows.
 
-  For `side` and `margin` see `map_logits`.
+  For `side` see `map_logits`.
   """
   if type(protocol).scores is SlidingWindow.scores:
     return
@@ -58,7 +45,7 @@ def check(
   if not isinstance(model.aspp, ASPP):
     raise UserError(f'{place} the head {type(model.aspp).__name__}; {advice}')
   stride = model.backbone.output_stride
-  least = 2 * stride * max(-(-margin // stride), *model.aspp.rates)
+  least = 2 * stride * max(-(-MARGIN // stride), *model.aspp.rates)
   if side // stride * stride <= least:
     raise UserError(
       f'{place} windows of config.predict.window={side}, which must be from'
@@ -74,26 +61,20 @@ def scores_in_windows(
   side: int,
   *,
   softmax: bool,
-  margin: int = MARGIN,
 ) -> Iterator[np.ndarray]:
   """Yields a protocol's scores of one image uint8 [H, W, 3], in parts.
 
   They are float32 [rows, W, C] and follow from the top; with `softmax` they are
-  probabilities. For `side` and `margin` see `map_logits`. Logs how far it is.
+  probabilities. For `side` see `map_logits`. Logs how far it is.
   Raises `UserError` as `check` does.
   """
-  size, note = image.shape[:2], _progress(image.shape[:2])
   if type(protocol).scores is SlidingWindow.scores:
-    view = _view(model, protocol.scales, protocol.flip)
-    return sliding_rows(
-      functools.partial(view, variables),
-      *(image, protocol.crop_size, protocol.overlap, model.num_classes),
-      note=note,
-    )
-  check(model, protocol, size, side, margin)
-  maps = map_logits(model, variables, image, side, margin=margin, note=note)
+    scores = functools.partial(_scores(model, protocol), variables)
+    return sliding_rows(scores, image, protocol.crop_size, protocol.overlap)
+  check(model, protocol, image.shape[:2], side)
+  maps = map_logits(model, variables, image, side)
   places = []
-  for length, cells in zip(size, maps.shape, strict=False):
+  for length, cells in zip(image.shape[:2], maps.shape, strict=False):
     stride = model.backbone.output_stride
     step = 1 / stride if model.pads_freely else cells / length
     places.append(np.minimum(np.arange(length) * step, cells - 1))
@@ -101,36 +82,13 @@ def scores_in_windows(
 
 
 @functools.lru_cache(maxsize=4)
-def _view(
-  model: DeepLabV3, scales: tuple[float, ...], flip: bool
-) -> Callable[..., jax.Array]:
-  """Compiles `protocols.probabilities` once for the windows of all images."""
-  view = functools.partial(probabilities, model, scales=scales, flip=flip)
-  return jax.jit(view)
-
-
-def _progress(size: Size) -> Note:
-  """Logs how far the windows of a large image are, every few seconds."""
-  start = last = time.monotonic()
-
-  def note(done: int, total: int) -> None:
-    nonlocal last
-    if (now := time.monotonic()) - last > _SECONDS:
-      last = now
-      left = (now - start) * (total - done) / done
-      log.info('%dx%d: window %d of %d, %.0f s left', *size, done, total, left)
-
-  return note
+def _scores(model: DeepLabV3, protocol: Protocol) -> Callable[..., jax.Array]:
+  """Compiles the scores once for all images."""
+  return jax.jit(protocol.scores(model))
 
 
 def map_logits(
-  model: DeepLabV3,
-  variables: Any,
-  image: np.ndarray,
-  side: int,
-  *,
-  margin: int = MARGIN,
-  note: Note = lambda done, total: None,
+  model: DeepLabV3, variables: Any, image: np.ndarray, side: int
 ) -> np.ndarray:
   """Computes the logits of an image at its features, before upsampling.
 
@@ -139,15 +97,12 @@ def map_logits(
     variables: what `model.apply` takes.
     image: uint8 [H, W, 3].
     side: largest height and width of a window, in pixels.
-    margin: pixels to cut off at the edges of windows. If no feature depends on
-      pixels farther away, the result is that of the whole image.
-    note: called after each window.
 
   Returns:
     float32 [h, w, num_classes], the map that `DeepLabV3` upsamples.
   """
   stride, halo = model.backbone.output_stride, max(model.aspp.rates)
-  most, edge = side // stride, -(-margin // stride)
+  most, edge = side // stride, -(-MARGIN // stride)
   # A window ends where the image would, or strided layers would differ.
   rest = [1 if model.pads_freely else (n - 1) % stride + 1 for n in image.shape]
   cells = tuple(
@@ -161,19 +116,18 @@ def map_logits(
       (cut.stop - 1) * stride + r for cut, r in zip(place, rest, strict=False)
     ]
     pixels = image[starts[0] : ends[0], starts[1] : ends[1]]
-    window = np.zeros((1, *np.subtract(ends, starts), 3), np.uint8)
+    # Beyond the image is what becomes zero, as the network pads.
+    shape = (1, *np.subtract(ends, starts), 3)
+    window = np.full(shape, model.mean, np.float32)
     window[0, : pixels.shape[0], : pixels.shape[1]] = pixels
-    return _features(model, variables, window, np.array(pixels.shape[:2]))
+    return _features(model, variables, window)
 
   def logits(place: tuple[slice, ...]) -> jax.Array:
     return _logits(model, variables, maps[place][None], mean)
 
-  passes = _windows(cells, most, edge), _windows(cells, most, halo)
-  count, total = itertools.count(1), sum(map(len, passes))
-
-  def joined(compute: Callable[..., jax.Array], windows: Any) -> np.ndarray:
-    result = np.zeros(0)
-    for place, kept in windows:
+  def computed(compute: Callable[..., jax.Array], margin: int) -> np.ndarray:
+    result, windows = np.zeros(0), _windows(cells, most, margin)
+    for place, kept in logged(windows, len(windows), _words(image)):
       part = jax.device_get(compute(place))[0]
       if not result.size:
         result = np.empty((*cells, part.shape[-1]), part.dtype)
@@ -182,24 +136,27 @@ def map_logits(
         for k, p in zip(kept, place, strict=True)
       )
       result[kept] = part[own]
-      note(next(count), total)
     return result
 
-  maps = joined(features, passes[0])
+  maps = computed(features, edge)
   mean = maps.mean((0, 1), dtype=np.float32)
-  return joined(logits, passes[1])
+  return computed(logits, halo)
+
+
+def _words(image: np.ndarray) -> str:
+  return f'windows of {image.shape[0]}x{image.shape[1]} pixels'
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(
-  model: DeepLabV3, variables: Any, window: jax.Array, size: jax.Array
-) -> jax.Array:
-  x = (window - jnp.asarray(model.mean)) / jnp.asarray(model.std)
-  height, width = (np.arange(n) for n in window.shape[1:3])
-  inside = (height[:, None] < size[0]) & (width < size[1])
-  x = jnp.where(inside[None, ..., None], x, 0).astype(model.dtype)
-  own = {kind: tree['backbone'] for kind, tree in variables.items()}
-  maps: Any = model.backbone.apply(own, x, train=False)
+def _features(model: DeepLabV3, variables: Any, window: jax.Array) -> jax.Array:
+  # The head is not computed, since nothing depends on it.
+  _, seen = model.apply(
+    variables,
+    window,
+    train=False,
+    capture_intermediates=lambda module, _: module.name == 'backbone',
+  )
+  (maps,) = seen['intermediates']['backbone']['__call__']
   return maps[model.features]
 
 
@@ -244,44 +201,36 @@ def _windows(
 
 
 def sliding_rows(
-  view: Callable[..., jax.Array],
+  scores: Callable[..., jax.Array],
   image: np.ndarray,
   window: Size,
   overlap: float,
-  num_classes: int,
-  *,
-  note: Note = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
   """Yields what `protocols.sliding_window` gives for one image, in parts.
 
-  `view` maps windows [1, h, w, 3] and sizes [1, 2] to probabilities
-  [1, h, w, C]. The parts, float32 [rows, W, C], follow from the top; only the
-  rows of one line of windows are in memory.
+  `scores` does that for images [1, h, W, 3] and sizes [1, 2]. It sees one line
+  of windows at a time, and a pixel gets the mean of the lines that it is in.
+  The parts, float32 [rows, W, C], follow from the top.
   """
-  size = image.shape[:2]
-  room = [(0, max(0, w - n)) for w, n in zip(window, size, strict=True)]
-  padded = np.pad(image, (*room, (0, 0)), 'edge')
-  own, starts, counts = np.minimum(size, window)[None], [], []
-  for length, extent in zip(padded.shape, window, strict=False):
-    last, step = length - extent, max(1, round(extent * (1 - overlap)))
-    places = [min(p * step, last) for p in range(-(-last // step) + 1)]
-    count = np.zeros(length, np.float32)
-    for place in places:
-      count[place : place + extent] += 1
-    starts.append(places)
-    counts.append(count)
-  (tops, lefts), (of_rows, of_columns) = starts, counts
-  total = np.zeros((window[0], padded.shape[1], num_classes), np.float32)
-  for line, top in enumerate(tops):
-    for column, left in enumerate(lefts, 1):
-      cut = padded[top : top + window[0], left : left + window[1]]
-      total[:, left : left + window[1]] += np.asarray(view(cut[None], own))[0]
-      note(line * len(lefts) + column, len(tops) * len(lefts))
-    below = tops[line + 1] if top != tops[-1] else len(padded)
+  height, width = image.shape[:2]
+  steps = [max(1, round(n * (1 - overlap))) for n in window]
+  # Widths of the grid, so that few are compiled.
+  room = max(width - window[1], 0)
+  pads = (0, 0), (0, -(-room // steps[1]) * steps[1] - room), (0, 0)
+  padded, last = np.pad(image, pads, 'edge'), max(height - window[0], 0)
+  tops = [min(i * steps[0], last) for i in range(-(-last // steps[0]) + 1)]
+  lines = zip(tops, [*tops[1:], height], strict=True)
+  rest: np.ndarray = np.zeros((0, 1, 1), np.float32)
+  of_rest: np.ndarray = np.zeros(0, np.float32)
+  for top, below in logged(lines, len(tops), f'lines of {_words(image)}'):
+    line = padded[None, top : top + window[0]]
+    total = np.array(scores(line, np.array([[line.shape[1], width]])))[0]
+    count = np.ones(len(total), np.float32)
+    total[: len(rest)] += rest
+    count[: len(rest)] += of_rest
     done = below - top
-    seen = total[:done] / (of_rows[top:below, None] * of_columns)[..., None]
-    yield seen[: size[0] - top, : size[1]]
-    total = np.concatenate([total[done:], np.zeros_like(total[:done])])
+    yield total[:done, :width] / count[:done, None, None]
+    rest, of_rest = total[done:], count[done:]
 
 
 def interpolated_rows(

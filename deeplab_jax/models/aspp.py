@@ -62,14 +62,9 @@ class ASPP(nn.Module):
     shared = self.activation, self.norm, self.dtype
     conv = functools.partial(ConvNormRelu, self.features)
     pooling = ImagePooling(self.features, *shared, name='pooling')
-    branches: list[Callable[..., jax.Array]] = [
-      functools.partial(pooling, mask=mask),
-      conv(1, 1, *shared, name='conv'),
-      *(
-        conv(3, rate, *shared, name=f'atrous{i}')
-        for i, rate in enumerate(self.rates, 1)
-      ),
-    ]
-    maps = [branch(x, train=train) for branch in branches]
+    maps = [pooling(x, train=train, mask=mask)]
+    maps.append(conv(1, 1, *shared, name='conv')(x, train=train))
+    for i, rate in enumerate(self.rates, 1):
+      maps.append(conv(3, rate, *shared, name=f'atrous{i}')(x, train=train))
     project = conv(1, 1, *shared, name='project')
     return project(jnp.concatenate(maps, -1), train=train)

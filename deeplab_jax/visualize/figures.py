@@ -1,7 +1,5 @@
 """Figures of a whole split, uint8 [H, W, 3]: confusion matrix, sample page."""
 
-import concurrent.futures
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from deeplab_jax.data import images
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime.errors import require
 from deeplab_jax.visualize import labels
 from deeplab_jax.visualize.lettering import INK, WHITE, draw_text, text_length
@@ -28,7 +27,6 @@ _CAPTION = 42  # height of the line above a sample
 _GAP = 4  # between pictures
 
 _CANDIDATES = 24  # images of a class from which its samples are chosen
-_CHUNK = 128  # labels read at a time
 
 
 def confusion_picture(
@@ -192,13 +190,11 @@ def _count(
   wanted = np.minimum(tally.class_images, _CANDIDATES)
   seen = np.zeros(num_classes, np.int64)
   counts: dict[int, np.ndarray] = {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    for start in range(0, len(order), _CHUNK):
-      chunk = order[start : start + _CHUNK]
-      counts.update(zip(chunk, threads.map(pixels, chunk), strict=True))
-      seen += sum(counts[record] > 0 for record in chunk)
-      if (seen >= wanted).all():
-        break
+  counted = in_background(pixels, order)
+  for record, counts[record] in zip(order, counted, strict=True):
+    seen += counts[record] > 0
+    if (seen >= wanted).all():
+      break
   return counts
 
 
@@ -217,8 +213,9 @@ def _tile(
   colors = labels.colorize(label, info.palette, info.ignore_label)
   scale = min(box[0] / label.shape[0], box[1] / label.shape[1])
   size = [max(1, round(length * scale)) for length in reversed(label.shape)]
-  shown = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-  tile.paste(shown, (0, _CAPTION))
-  shown = Image.fromarray(colors).resize(size, Image.Resampling.NEAREST)
-  tile.paste(shown, (size[0] + _GAP, _CAPTION))
+  for left, picture, how in (
+    (0, image, Image.Resampling.LANCZOS),
+    (size[0] + _GAP, colors, Image.Resampling.NEAREST),
+  ):
+    tile.paste(Image.fromarray(picture).resize(size, how), (left, _CAPTION))
   return np.asarray(tile)

@@ -1,4 +1,4 @@
-"""Label maps as pictures: palette PNGs, overlays with a legend, panels.
+"""Label maps as pictures and files: overlays with a legend, panels, PNG, JSON.
 
 A label map is int [H, W] and holds the classes 0..C-1 and `ignore_label`, which
 means void. A palette is uint8 [C, 3], the color of each class. All pictures are
@@ -6,20 +6,28 @@ uint8 [H, W, 3]. Other values, types and sizes are a `ValueError`.
 """
 
 import io
+import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.runtime.errors import require
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.visualize.lettering import WHITE, draw_text, text_length
 
 VOID_COLOR = (224, 224, 192)
+MEDIA_TYPES = {
+  'png': 'image/png',
+  'json': 'application/json',
+  'npz': 'application/x-npz',
+}
 _OUTLINE = (144, 144, 144)
 _WIDEST = 640  # pixels of a picture below a title
+_LINE = 4  # pixels between the pictures of a panel
 
 
 def colorize(
@@ -51,12 +59,11 @@ def overlay(
   label: np.ndarray,
   palette: np.ndarray,
   classes: Sequence[str],
-  opacity: float = 0.5,
   ignore_label: int = 255,
 ) -> np.ndarray:
   """Lays the class colors over an image, with a legend below it.
 
-  The weight of the colors is `opacity`, 0..1; void shows the image. Thin light
+  Half is color and half is image; void shows the image. Thin light
   lines separate the classes, so that dark colors can be told apart. The legend
   names the classes that occur, the largest first, with their share of the
   pixels that are not void. Where it is wider, white is beside the image.
@@ -64,9 +71,8 @@ def overlay(
   image, label = _checked_image(image, label), np.asarray(label)
   count = len(palette)
   require(len(classes) == count, f'classes must be {count} names', classes)
-  require(0 <= opacity <= 1, 'opacity must be in 0..1', opacity)
   colors = colorize(label, palette, ignore_label)
-  weight = np.where(label == ignore_label, 0, np.float32(opacity))[..., None]
+  weight = np.where(label == ignore_label, 0, np.float32(0.5))[..., None]
   painted = (1 - weight) * image + weight * colors
   border = _borders(label)
   painted[border] = 0.4 * painted[border] + 0.6 * np.asarray(WHITE)
@@ -97,7 +103,6 @@ def panel(
   predictions: Sequence[np.ndarray],
   palette: np.ndarray,
   ignore_label: int = 255,
-  separator: int = 4,
   *,
   classes: Sequence[str] | None = None,
   names: Sequence[str] | None = None,
@@ -106,7 +111,7 @@ def panel(
   """Puts image, label and prediction side by side, one row per image.
 
   Images may differ in size. Without `labels` a row is image and prediction.
-  White lines, `separator` pixels wide, separate the pictures. With `names` of
+  White lines separate the pictures. With `names` of
   the images, and perhaps their `mious` in 0..1, each picture has a title, and
   wide ones are shrunk. With `classes` a legend of those that occur is below.
   """
@@ -125,7 +130,7 @@ def panel(
       titles = titles[: len(maps)] + titles[-1:]
       row = [_titled(*each) for each in zip(row, titles, strict=True)]
     rows.append(row)
-  sheet = grid(rows, separator)
+  sheet = grid(rows, _LINE)
   if classes is None:
     return sheet
   present = np.unique(
@@ -136,9 +141,8 @@ def panel(
     for i in present.tolist()
   ]
   width = sheet.shape[1]
-  return grid(
-    [[sheet], [legend(entries, width, max(13, width // 72))]], separator
-  )
+  strip = legend(entries, width, max(13, width // 72))
+  return grid([[sheet], [strip]], _LINE)
 
 
 def _titled(picture: np.ndarray, title: str) -> np.ndarray:
@@ -225,15 +229,36 @@ def indexed_png(
   return buffer.getvalue()
 
 
-def save_indexed_png(
-  path: str | os.PathLike,
+def encode(
+  kind: str,
+  info: DatasetInfo,
   label: np.ndarray,
-  palette: np.ndarray,
-  ignore_label: int = 255,
-) -> None:
-  """Writes `indexed_png`; the file appears whole or not at all."""
-  with replacing(path) as temporary:
-    Path(temporary).write_bytes(indexed_png(label, palette, ignore_label))
+  probabilities: Any = None,
+) -> bytes:
+  """Encodes classes uint8 [H, W] as one of `MEDIA_TYPES`.
+
+  'png' is the file that --mode=predict writes. 'json' has the share of each
+  class that occurs, and runs of pixels of one class, row by row. 'npz' has
+  `label`, and `probabilities` float32 [H, W, C].
+  """
+  if kind == 'png':
+    return indexed_png(*info.in_file_values(label))
+  if kind == 'npz':
+    file = io.BytesIO()
+    np.savez(file, label=label, probabilities=probabilities)
+    return file.getvalue()
+  shares = class_shares(label, info.num_classes, info.ignore_label).tolist()
+  rows = zip(info.list_classes(), shares, strict=True)
+  flat = label.ravel()
+  starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+  lengths = np.diff(starts, append=flat.size)
+  found = {
+    'height': label.shape[0],
+    'width': label.shape[1],
+    'classes': [{**row, 'share': share} for row, share in rows if share],
+    'runs': {'class': flat[starts].tolist(), 'length': lengths.tolist()},
+  }
+  return json.dumps(found).encode()
 
 
 def save_png(path: str | os.PathLike, rgb: np.ndarray) -> None:

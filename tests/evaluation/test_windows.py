@@ -1,6 +1,7 @@
 """Images in windows against the same images in one pass."""
 
 import functools
+import re
 
 import cv2
 import jax
@@ -15,7 +16,11 @@ from deeplab_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.compiles
 
-MARGIN = 160  # pixels; the features of `network` reach 153
+
+@pytest.fixture(autouse=True)
+def margin(monkeypatch):
+  """In pixels; the features of `network` reach 153."""
+  monkeypatch.setattr(windows, 'MARGIN', 160)
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +56,7 @@ def whole(network, image):
 
 def in_windows(network, image, side, protocol=None, **options):
   protocol = protocol or protocols.Protocol()
-  options = {'softmax': False, 'margin': MARGIN, **options}
+  options = {'softmax': False, **options}
   parts = windows.scores_in_windows(*network, protocol, image, side, **options)
   return np.concatenate(list(parts))
 
@@ -68,8 +73,9 @@ def test_windows_with_a_wide_margin_give_what_one_pass_gives(
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_margin_of_nothing_shows(network, image, whole):
-  found = in_windows(network, image, 336, margin=0)
+def test_a_margin_of_nothing_shows(network, image, whole, monkeypatch):
+  monkeypatch.setattr(windows, 'MARGIN', 0)
+  found = in_windows(network, image, 336)
   assert np.abs(found - whole).max() > 0.05 * whole.std()
 
 
@@ -105,15 +111,19 @@ def test_resized_scores_are_those_of_opencv():
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_progress_counts_the_windows(network, image, whole):
-  seen = []
-
-  def note(*counts):
-    seen.append(counts)
-
-  windows.map_logits(*network, image, 400, margin=MARGIN, note=note)
-  assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)]
-  assert len(seen) > 2
+def test_windows_are_counted_in_the_log(
+  network, image, whole, monkeypatch, caplog
+):
+  monkeypatch.setattr('deeplab_jax.runtime.progress._SECONDS', -1)
+  with caplog.at_level('INFO', 'deeplab_jax'):
+    in_windows(network, image, 400)
+    in_windows(network, image, 64, protocols.SlidingWindow(crop_size=(64, 65)))
+  text = '\n'.join(record.getMessage() for record in caplog.records)
+  of_image = 'windows of 331x470 pixels'
+  assert re.findall(rf'(\d+)/(\d+) {of_image}  [\d.]+/s  [\d:]+ left', text)
+  lines = re.findall(rf'(\d+)/(\d+) lines of {of_image}', text)
+  count = -(-(331 - 64) // 43) + 1
+  assert lines == [(str(i), str(count)) for i in range(2, count + 1)]
 
 
 def test_what_windows_cannot_do_is_refused(network, image):
@@ -129,6 +139,6 @@ def test_what_windows_cannot_do_is_refused(network, image):
 def test_cached_kernels_are_used_as_they_are(network, image, whole):
   model, variables = network
   cached = ops.cache_kernels(model, variables, (385, 385))
-  found = windows.map_logits(model, cached, image, 336, margin=MARGIN)
-  plain = windows.map_logits(model, variables, image, 400, margin=MARGIN)
+  found = windows.map_logits(model, cached, image, 336)
+  plain = windows.map_logits(model, variables, image, 400)
   np.testing.assert_allclose(found, plain, atol=2e-4 * whole.std())
