@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import few
 
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import (
@@ -226,3 +230,31 @@ def test_run_that_trained_void_as_a_class_must_be_trained_again(asked):
     UserError, match=r"void, 1, as the class 'b'; train again"
   ):
     check_same_architecture(saved, other, 'w')
+
+
+plain = (
+  st.none()
+  | st.booleans()
+  | st.integers(-(2**53), 2**53)
+  | st.floats(allow_nan=False, allow_infinity=False)
+  | st.text(st.characters(exclude_categories=['Cs']))
+)
+json_values = st.recursive(
+  plain,
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+  ),
+  max_leaves=10,
+)
+
+
+@few
+@given(json_values)
+def test_any_json_comes_back_as_metadata(value):
+  with tempfile.TemporaryDirectory() as workdir:
+    with Checkpoints(workdir) as saved:
+      saved.save(make_state(1), {'note': value})
+      saved.wait()
+    with Checkpoints(workdir) as saved:
+      assert saved.metadata(1) == {'note': value}

@@ -1,0 +1,67 @@
+"""Clocks that jump, and a disk that is slow."""
+
+import itertools
+import json
+import os
+import threading
+import time
+
+import pytest
+from miniature import make_config, share_programs
+
+from deeplab_jax import train
+from deeplab_jax.train import train_and_evaluate
+
+pytestmark = pytest.mark.compiles
+_rename = os.rename
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs():
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(patch)
+    yield
+
+
+def test_clocks_that_jump_spoil_no_speed(trained, tmp_path, monkeypatch):
+  # A clock that is set, and a machine that sleeps for a day.
+  wall = itertools.cycle([-86400.0, 0.0, 3e7, -1e9])
+  monotonic, slept = time.monotonic, itertools.count(step=86400.0)
+  now = time.time
+  monkeypatch.setattr(time, 'time', lambda: max(0.0, now() + next(wall)))
+  monkeypatch.setattr(
+    train.time, 'monotonic', lambda: monotonic() + next(slept)
+  )
+  config = make_config(trained.settings, data__eval_split='')
+  train_and_evaluate(config, tmp_path)
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  lines = [json.loads(line) for line in lines]
+  assert [line['step'] for line in lines] == list(range(1, 7))
+  assert all(line['images_per_second'] > 0 for line in lines)
+  assert (tmp_path / 'report.html').exists()
+
+
+def test_a_save_of_five_seconds_stops_no_step(trained, tmp_path, monkeypatch):
+  """The disk takes its time when a checkpoint gets its name."""
+  saves, steps = [], {}
+  update = train.Progress.update
+
+  def rename(source, target, **options):
+    if '.orbax-checkpoint-tmp' in os.path.basename(os.fspath(source)):
+      assert threading.current_thread() is not threading.main_thread()
+      saves.append(time.monotonic())
+      time.sleep(5 if len(saves) > 1 else 0)  # the first is waited for
+      saves.append(time.monotonic())
+    return _rename(source, target, **options)
+
+  def noting(progress, step, values):
+    steps[step] = time.monotonic()
+    update(progress, step, values)
+
+  monkeypatch.setattr(os, 'rename', rename)
+  monkeypatch.setattr(train.Progress, 'update', noting)
+  config = make_config(trained.settings, data__eval_split='')
+  train_and_evaluate(config, tmp_path)
+  start, end = saves[2:4]
+  assert end - start >= 5
+  assert steps[5] < end and steps[6] < end
