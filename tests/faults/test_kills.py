@@ -17,6 +17,7 @@ from deeplab_jax.weights.checkpoints import Checkpoints
 
 pytestmark = [
   pytest.mark.compiles,
+  pytest.mark.xdist_group('alone'),
   pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads /proc'),
 ]
 EVERY = 5  # steps between evaluations, with a checkpoint each
