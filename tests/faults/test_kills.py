@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -139,6 +138,13 @@ def shared_memory():
   return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
+def check_shared_memory(before):
+  end = time.monotonic() + 20  # others may use it, too
+  while left := shared_memory() - before:
+    assert time.monotonic() < end, f'left in /dev/shm: {left}'
+    time.sleep(0.5)
+
+
 def run_chain(tmp_path, counts, steps, plan, seconds):
   """Kills as `plan` says: (part, signal, how often, whether it must be hit)."""
   deadline, memory = time.monotonic() + seconds, shared_memory()
@@ -163,10 +169,7 @@ def run_chain(tmp_path, counts, steps, plan, seconds):
       todo.pop()
   assert_same(finished(chains[-1]), expected)
   kit.count(counts, 'runs', f'ended as the unbroken one x{len(chains)}')
-  end = time.monotonic() + 20  # others may use it
-  while left := shared_memory() - memory:
-    assert time.monotonic() < end, f'left in /dev/shm: {left}'
-    time.sleep(0.5)
+  check_shared_memory(memory)
 
 
 def finished(chain):
@@ -203,13 +206,10 @@ def test_a_run_killed_55_times_ends_as_the_unbroken_one(tmp_path, counts):
 
 def children(pid):
   """The loader processes of a run."""
-  out = subprocess.run(
-    ['ps', '--ppid', str(pid), '-o', 'pid=,args='],
-    capture_output=True,
-    text=True,
-  ).stdout
-  rows = [line.split(maxsplit=1) for line in out.splitlines()]
-  return [int(pid) for pid, args in rows if 'spawn_main' in args]
+  tasks = Path(f'/proc/{pid}/task').glob('*/children')
+  found = [int(child) for task in tasks for child in task.read_text().split()]
+  names = {child: Path(f'/proc/{child}/cmdline').read_text() for child in found}
+  return [child for child, name in names.items() if 'spawn_main' in name]
 
 
 @pytest.mark.xfail(strict=True, reason='a dead loader ends in a traceback')
@@ -231,4 +231,4 @@ def test_a_killed_loader_is_started_anew_or_stops_the_run_in_one_line(
   whole = Chain(tmp_path, 60, 'whole')
   whole.finish()
   assert_same(chain.result(), whole.result())
-  assert not shared_memory() - memory
+  check_shared_memory(memory)

@@ -5,13 +5,15 @@ import json
 import os
 import threading
 import time
+import types
 
 import pytest
 from faults import kit
 from miniature import make_config, share_programs
 
-from deeplab_jax import train
+from deeplab_jax import report, train
 from deeplab_jax.train import train_and_evaluate
+from deeplab_jax.training import writers
 
 pytestmark = [pytest.mark.compiles, pytest.mark.xdist_group('alone')]
 _rename = os.rename
@@ -25,14 +27,17 @@ def programs():
 
 
 def test_clocks_that_jump_spoil_no_speed(trained, tmp_path, monkeypatch):
-  # A clock that is set by days, and a machine that sleeps for a day.
-  wall = itertools.cycle([-86400.0, 0.0, 7 * 86400.0, 43200.0])
-  monotonic, slept = time.monotonic, itertools.count(step=86400.0)
-  now = time.time
-  monkeypatch.setattr(time, 'time', lambda: now() + next(wall))
-  monkeypatch.setattr(
-    train.time, 'monotonic', lambda: monotonic() + next(slept)
+  # A clock that is set, and a machine that sleeps for a day, as this package
+  # sees them. Orbax counts its limits by the first, and gives up a save.
+  wall = itertools.cycle([-86400.0, 0.0, 3e7, -1e9])
+  slept = itertools.count(step=86400.0)
+  clock = types.SimpleNamespace(
+    time=lambda: time.time() + next(wall),
+    time_ns=lambda: int(1e9 * clock.time()),
+    monotonic=lambda: time.monotonic() + next(slept),
   )
+  for module in (train, report, writers):
+    monkeypatch.setattr(module, 'time', clock)
   config = make_config(trained.settings, data__eval_split='')
   with kit.limited(120):
     train_and_evaluate(config, tmp_path)
@@ -45,15 +50,14 @@ def test_clocks_that_jump_spoil_no_speed(trained, tmp_path, monkeypatch):
 
 def test_a_save_of_five_seconds_stops_no_step(trained, tmp_path, monkeypatch):
   """The disk takes its time when a checkpoint gets its name."""
-  saves, steps = [], {}
+  ends, steps = [], {}
   update = train.Progress.update
 
   def rename(source, target, **options):
-    if '.orbax-checkpoint-tmp' in os.path.basename(os.fspath(source)):
+    if os.path.basename(os.fspath(source)).startswith('4.orbax-checkpoint-tmp'):
       assert threading.current_thread() is not threading.main_thread()
-      saves.append(time.monotonic())
-      time.sleep(5 if len(saves) > 1 else 0)  # the first is waited for
-      saves.append(time.monotonic())
+      time.sleep(5)
+      ends.append(time.monotonic())
     return _rename(source, target, **options)
 
   def noting(progress, step, values):
@@ -65,6 +69,5 @@ def test_a_save_of_five_seconds_stops_no_step(trained, tmp_path, monkeypatch):
   config = make_config(trained.settings, data__eval_split='')
   with kit.limited(120):
     train_and_evaluate(config, tmp_path)
-  start, end = saves[2:4]
-  assert end - start >= 5
+  (end,) = ends
   assert steps[5] < end and steps[6] < end
