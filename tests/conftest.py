@@ -8,6 +8,7 @@ workers, sets their environment.
 
 import contextlib
 import gc
+import itertools
 import multiprocessing.resource_tracker
 import os
 import tempfile
@@ -31,6 +32,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _PROGRAMS.name
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  os.environ['HYPOTHESIS_STORAGE_DIRECTORY'] = _PROGRAMS.name
 # Traces are many objects and little garbage: looking for it every few hundred
 # takes a tenth of the suite's time.
 gc.set_threshold(100_000, 50, 100)
@@ -64,6 +66,17 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
   """Starts with the files that compile; the short ones fill the gaps."""
   items.sort(key=lambda item: item.get_closest_marker('compiles') is None)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints how the cases of `tests/faults` ended, also those of workers."""
+  reports = itertools.chain(*terminalreporter.stats.values())
+  for report in reports:
+    if getattr(report, 'when', '') == 'call':
+      for kind, ends in dict(report.user_properties).get('counts', {}).items():
+        text = ', '.join(f'{count} {end}' for end, count in ends.items())
+        name = report.nodeid.partition('::')[2]
+        terminalreporter.write_line(f'{name}  {kind}: {text}')
 
 
 @pytest.fixture(autouse=True, scope='session')

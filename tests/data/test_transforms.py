@@ -3,6 +3,9 @@ import colorsys
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import few
 
 from deeplab_jax.data import transforms
 
@@ -322,3 +325,46 @@ def _window(size=(5, 5), **settings):
 def test_wrong_arguments_are_shown(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+side = st.integers(1, 60)
+
+
+@few
+@given(
+  shape=st.tuples(side, side),
+  size=st.tuples(side, side),
+  low=st.floats(0.05, 2),
+  span=st.floats(1, 4),
+  flip=st.sampled_from([0.0, 0.5, 1.0]),
+  void=st.sampled_from([0, 77, 255]),
+  seed=st.integers(0, 2**32),
+)
+def test_image_and_label_of_any_size_move_together_into_the_window(
+  shape, size, low, span, flip, void, seed
+):
+  # Each class is a plain color: where both moved alike, they still agree.
+  label = np.full(shape, _rng(seed).integers(1, 7), np.uint8)
+  label[shape[0] // 2 :] += 7
+  image = np.stack([10 * label, label, 255 - label], -1)
+  transform = transforms.RandomScaleCropFlip(
+    size, (low, low * span), flip, ignore_label=void
+  )
+  for chain in (transform, transforms.CenterCrop(size)):
+    window, seen = chain(image, label, _rng(seed))
+    assert window.shape == (*size, 3) and seen.shape == size
+    assert window.dtype == seen.dtype == np.uint8
+    allowed = {*np.unique(label), *([void] if chain is transform else [])}
+    assert set(np.unique(seen)) <= allowed
+    padded = (window == transforms.MEAN_COLOR).all(-1)
+    if chain is transform:
+      np.testing.assert_array_equal(padded, seen == void)
+    # Between the halves colors mix; all else shows its own.
+    alone = [
+      (seen == value)
+      & (window == np.uint8([10 * value, value, 255 - value])).all(-1)
+      for value in np.unique(label)
+    ]
+    middle = ~(padded | np.logical_or.reduce(alone)).all(1)
+    factor = max(low * span, max(size) / min(shape))
+    assert middle.sum() <= 2 * factor + 3

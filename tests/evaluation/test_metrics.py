@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import few
 
 from deeplab_jax.evaluation import metrics
 
@@ -333,3 +336,35 @@ def test_matrices_of_images_of_another_shape_are_refused(shape):
   words = re.escape(f'must be [N, C, C], got {list(shape)}')
   with pytest.raises(ValueError, match=words):
     metrics.image_metrics(np.zeros(shape, int))
+
+
+pixels = st.lists(
+  st.tuples(st.sampled_from([0, 1, 2, 3, 9, IGNORE]), st.integers(-1, 4)),
+  max_size=24,
+)
+
+
+@few
+@given(pixels)
+def test_metrics_of_any_pixels_are_those_of_loops(pairs):
+  counted = [(t, p) for t, p in pairs if t < 4 and 0 <= p < 4]
+  padded = np.array([*pairs, *[(IGNORE, 0)] * (24 - len(pairs))])  # one shape
+  confusion = confusion_of(*padded.T, 4)
+  ious, accuracies, weighted = [], [], 0.0
+  for c in range(4):
+    hits = sum(t == p == c for t, p in counted)
+    either = sum(c in (t, p) for t, p in counted)
+    truth = sum(t == c for t, _ in counted)
+    ious += [hits / either] if either else []
+    accuracies += [hits / truth] if truth else []
+    weighted += truth * hits / max(either, 1) / max(len(counted), 1)
+  right = sum(t == p for t, p in counted)
+  result = metrics.compute_metrics(confusion, 'abcd')
+  near = functools.partial(pytest.approx, rel=0, abs=1e-12)
+  if not counted:
+    assert result['miou'] is result['pixel_accuracy'] is None
+    return
+  assert result['miou'] == near(sum(ious) / len(ious))
+  assert result['mean_accuracy'] == near(sum(accuracies) / len(accuracies))
+  assert result['pixel_accuracy'] == near(right / len(counted))
+  assert result['frequency_weighted_iou'] == near(weighted)

@@ -1,12 +1,17 @@
 """Pictures checked by their pixels and by reading the files back."""
 
+import io
 import os
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
+from properties import few
 
+from deeplab_jax.data.label_files import open_label
 from deeplab_jax.visualize import labels as visualize
 
 VOID = 255
@@ -332,3 +337,25 @@ def test_panel_says_what_does_not_fit():
     visualize.panel([], None, [], PALETTE)
   with pytest.raises(ValueError, match='one size'):
     visualize.panel([image], None, [label[1:]], PALETTE)
+
+
+@few
+@given(
+  height=st.integers(1, 40),
+  width=st.integers(1, 40),
+  classes=st.integers(1, 255),
+  seed=st.integers(0, 2**32),
+)
+def test_any_indexed_png_comes_back_with_its_colors(
+  height, width, classes, seed
+):
+  generator = np.random.default_rng(seed)
+  palette = generator.integers(0, 256, (classes, 3), np.uint8)
+  label = generator.integers(0, classes, (height, width))
+  label[generator.random(label.shape) < 0.2] = VOID
+  data = visualize.indexed_png(label, palette)
+  with Image.open(io.BytesIO(data)) as picture:
+    np.testing.assert_array_equal(np.asarray(picture), label)
+    colors = np.array(picture.getpalette()).reshape(-1, 3)
+  np.testing.assert_array_equal(colors[:classes], palette)
+  np.testing.assert_array_equal(open_label('x', data).pixels, label)

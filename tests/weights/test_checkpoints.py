@@ -4,12 +4,16 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import few
 
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -339,3 +343,31 @@ def test_deleted_folder_is_noticed_at_the_next_save(tmp_path):
   ):
     shutil.rmtree(tmp_path / 'checkpoints')
     saved.save(make_state(1), {})
+
+
+plain = (
+  st.none()
+  | st.booleans()
+  | st.integers(-(2**53), 2**53)
+  | st.floats(allow_nan=False, allow_infinity=False)
+  | st.text(st.characters(exclude_categories=['Cs']))
+)
+json_values = st.recursive(
+  plain,
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+  ),
+  max_leaves=10,
+)
+
+
+@few
+@given(json_values)
+def test_any_json_comes_back_as_metadata(value):
+  with tempfile.TemporaryDirectory() as workdir:
+    with Checkpoints(workdir) as saved:
+      saved.save(make_state(1), {'note': value})
+      saved.wait()
+    with Checkpoints(workdir) as saved:
+      assert saved.open(1).metadata == {'note': value}
