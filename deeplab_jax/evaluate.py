@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, ops, report
+from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
@@ -196,7 +196,6 @@ def finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if first:
       why = 'config.data.eval_split is empty'
       print(f'{workdir} holds step {step}, not evaluated: {why}')
-      report.report(workdir)
     return {'step': step}
   if metrics is None:  # stopped by a signal, before its evaluation
     result = evaluate(config, workdir)
@@ -206,7 +205,6 @@ def finish(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       print_report(result)
   if first:
     write_json(workdir / 'eval.json', result)
-    report.report(workdir)
   return result
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, evaluate, import_weights
+from deeplab_jax import build, evaluate, import_weights, report
 from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.runtime import distributed
@@ -83,7 +83,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       if changes:
         log.warning('not used, since no step is left: %s', changes)
   distributed.barrier('trained')
-  return evaluate.finish(run.config, workdir)
+  result = evaluate.finish(run.config, workdir)
+  if distributed.is_first_process():
+    report.report(workdir)
+  return result
 
 
 def _start(
