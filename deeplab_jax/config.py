@@ -81,6 +81,8 @@ def get_config() -> ConfigDict:
   train.batch_size = 8  # images of a batch, over all devices
   train.log_every = 20  # steps between lines of the log
   train.eval_every = 150  # steps between evaluations, with a checkpoint each
+  # Minutes without progress until all stacks are shown and the run ends.
+  train.watchdog_minutes = placeholder(float)
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
 
@@ -146,6 +148,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
+  ('train.watchdog_minutes', 'above 0', lambda x: x is None or x > 0),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
   ('eval.buckets', 'at least 1', lambda x: x >= 1),

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deeplab_jax import build, evaluate, import_weights, report
 from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.evaluation.evaluator import Scores
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, watchdog
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, StopSignal
@@ -136,6 +136,7 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
     raise Preempted(stop.number, start)
   batches = build.make_iterator(run.config, run.dataset, start)
   with (
+    watchdog.watching(settings.watchdog_minutes, run.workdir, start),
     contextlib.closing(batches),
     build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
@@ -143,13 +144,13 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
   ):
     progress.status('compiling ...')
     since, then = start, time.monotonic()
-    batch = distributed.put(next(batches))
+    batch = _load(batches)
     for step in range(start + 1, settings.steps + 1):
       last = step == settings.steps
       state, metrics = train_step(state, batch)
       checked.add(step, metrics)
       if not last:  # while the devices work
-        batch = distributed.put(next(batches))
+        batch = _load(batches)
       if step == start + 1:
         progress.start_clock(step)
       if logs := last or step % settings.log_every == 0:
@@ -175,6 +176,12 @@ def _train(run: _Run, load: Callable[..., Any], stop: StopSignal) -> None:
         since, then = step, time.monotonic()
 
 
+@watchdog.phase('input')
+def _load(batches: Iterator[Any]) -> Any:
+  return distributed.put(next(batches))
+
+
+@watchdog.phase('save')
 def _save(run: _Run, start: int, state: Any, scores: Scores | None) -> None:
   """Starts to save; after the first checkpoint it writes `config.json`.
 
