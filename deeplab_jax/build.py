@@ -35,7 +35,8 @@ MEDIAN_FREQUENCY = ('median_frequency',)
 
 def check(config: ConfigDict) -> None:
   """Builds all that needs no data: a wrong value raises `UserError` early."""
-  make_model(config, num_classes=1)
+  # The platform is a guess: JAX starts its devices after it found its peers.
+  make_model(config, num_classes=1, platform='cpu')
   make_schedule_and_optimizer(config)
   _make_transforms(config, config.data.ignore_label)
   make_protocol(config)
@@ -66,10 +67,12 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
   )
 
 
-def make_model(config: ConfigDict, num_classes: int) -> DeepLabV3:
-  """Builds the network of `config.model`."""
+def make_model(
+  config: ConfigDict, num_classes: int, platform: str | None = None
+) -> DeepLabV3:
+  """Builds the network of `config.model`, by default for JAX's devices."""
   # On CPUs memory is slow, so recomputing costs no time.
-  on_cpu = jax.default_backend() == 'cpu'
+  on_cpu = (platform or jax.default_backend()) == 'cpu'
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',

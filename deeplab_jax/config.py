@@ -5,6 +5,7 @@ laptop. The recipes in `experiments/` change what they need. `docs/settings.py`
 turns the comments, above a setting or behind it, into docs/settings.md.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -88,6 +89,8 @@ def get_config() -> ConfigDict:
   # At a loss that is not finite: `stop`, or `rollback` to the last checkpoint
   # and skip the batches that led there, also if the loss explodes.
   train.on_nan = 'stop'
+  # Minutes without progress until all stacks are shown and the run ends.
+  train.watchdog_minutes = placeholder(float)
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
 
@@ -153,13 +156,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
-  ('train.keep', 'at least 1', lambda x: x >= 1),
-  (
-    'train.keep_every train.save_every',
-    'at least 1',
-    lambda x: x is None or x >= 1,
-  ),
-  ('train.save_minutes', 'above 0', lambda x: x > 0),
+  ('train.save_every', 'at least 1', lambda x: x >= 1),
+  ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
+  ('train.save_minutes train.watchdog_minutes', 'above 0', lambda x: x > 0),
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
@@ -173,7 +172,7 @@ def validate(config: ConfigDict) -> None:
   for keys, what, holds in _RULES:
     for key in keys.split():
       value = config_path.get_value(key, config)
-      if not holds(value):
+      if value is not None and not holds(value):
         raise UserError(f'config.{key} must be {what}, got {value!r}')
   crop_size, stride = config.data.crop_size, config.model.output_stride
   if crop_size and min(crop_size) < stride:
@@ -285,6 +284,13 @@ def from_json(path: Path) -> ConfigDict:
       f'{path} cannot be used: {_one_line(error)}; pass --config, or remove it'
     ) from error
   return config
+
+
+def last_used(workdir: Path) -> dict[str, Any]:
+  """What a workdir was last trained with, by key; empty if not known."""
+  with contextlib.suppress(UserError, OSError):
+    return flat(from_json(workdir / 'config.json'))
+  return {}
 
 
 def from_recipe(recipe: str | Path) -> ConfigDict:

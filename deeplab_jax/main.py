@@ -34,6 +34,9 @@ _RUN: dict[str, Callable[..., Any]] = {
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
+_DISTRIBUTED = flags.DEFINE_enum(
+  'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
+)
 _RECIPE = flags.DEFINE_string(
   'config',
   None,
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host.start(workdir, debug=_DEBUG.value)
+  host.start(workdir, debug=_DEBUG.value, processes=_DISTRIBUTED.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
   if starts and not chosen:
     # What the weights fix replaces the default; the command line comes last.
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 def _apply(argv: list[str], config: ConfigDict) -> list[str]:
   """Changes and checks the configuration in place; returns the inputs."""
-  known = 'workdir', 'mode', 'config', 'debug', 'help'
+  known = 'workdir', 'mode', 'config', 'debug', 'distributed', 'help'
   inputs = settings.override(config, argv, known)
   settings.validate(config)
   settings.make_paths_absolute(config)

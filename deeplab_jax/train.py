@@ -14,10 +14,10 @@ import jax
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, evaluate, import_weights, report
-from deeplab_jax.config import flat, from_json, to_json, with_preset
+from deeplab_jax.config import flat, last_used, to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import Preempted, UserError
+from deeplab_jax.runtime import distributed, watchdog
+from deeplab_jax.runtime.errors import Preempted
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, Diverged, StopSignal
 from deeplab_jax.training.writers import Progress, write_json
@@ -55,7 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     UserError: if settings, data or workdir do not fit, or the loss diverges.
     Preempted: if a signal stopped the run, after a checkpoint.
   """
-  before = _settings_before(workdir)
+  before = last_used(workdir)
   build.check_batches(config, before)
   splits = config.data.train_split, config.data.eval_split
   dataset = build.open_dataset(config, *splits)
@@ -179,6 +179,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
   first = start + sum(count for _, count in run.skipped)
   batches = build.make_iterator(run.config, run.dataset, first)
   with (
+    watchdog.watching(settings.watchdog_minutes, run.workdir, start),
     contextlib.closing(batches),
     build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
@@ -196,13 +197,15 @@ def _train(run: _Run, stop: StopSignal) -> None:
         score(state)
     progress.status('compiling ...')
     since, then, saved_at = start, (began := time.monotonic()), None
-    batch = distributed.put(next(batches))
+    with watchdog.phase('input'):
+      batch = distributed.put(next(batches))
     for step in range(start + 1, settings.steps + 1):
       last = step == settings.steps
       state, metrics = train_step(state, batch)
       checked.add(step, metrics)
       if not last:  # while the devices work
-        batch = distributed.put(next(batches))
+        with watchdog.phase('input'):
+          batch = distributed.put(next(batches))
       if step == start + 1:
         progress.start_clock(step)
       if logs := last or step % settings.log_every == 0:
@@ -232,6 +235,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
         since, then = step, time.monotonic()
 
 
+@watchdog.phase('save')
 def _save(run: _Run, state: Any, *, new: bool) -> None:
   """Starts to save; after the first checkpoint it writes `config.json`."""
 
@@ -240,10 +244,3 @@ def _save(run: _Run, state: Any, *, new: bool) -> None:
 
   metadata = {**run.description, 'skipped': run.skipped}
   run.saved.save(state, metadata, then=write_settings if new else None)
-
-
-def _settings_before(workdir: Path) -> dict[str, Any]:
-  """What the workdir was last trained with, by key; empty if not known."""
-  with contextlib.suppress(UserError, OSError):
-    return flat(from_json(workdir / 'config.json'))
-  return {}

@@ -1,5 +1,8 @@
 """What cannot be built is refused before anything is read or started."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -176,3 +179,16 @@ def test_a_bound_on_the_parameters_is_below_their_number():
 
 def test_where_the_system_does_not_tell_nothing_is_refused():
   assert refusal(memory=None, train__batch_size=10**9) == ''
+
+
+def test_checking_settings_starts_no_device():
+  # JAX may start them only after a process has found its peers.
+  program = (
+    'from jax._src import xla_bridge as b\n'
+    'from deeplab_jax import build, config\n'
+    'build.check(config.get_config()); print(b.backends_are_initialized())'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == 'False\n'

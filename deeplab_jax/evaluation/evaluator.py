@@ -21,7 +21,7 @@ from deeplab_jax.data.pipeline import load_example, make_eval_iterator
 from deeplab_jax.data.transforms import Transform
 from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.protocols import Protocol
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, watchdog
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.files import replacing
 from deeplab_jax.visualize import labels as visualize
@@ -74,7 +74,9 @@ def predict_step(
 def pmap_eval_step(**settings: Any) -> Callable[..., Any]:
   """Maps `eval_step` over all devices; its results have no device axis."""
   step = functools.partial(eval_step, **settings)
-  return jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
+  return distributed.together(
+    jax.pmap(step, AXIS_NAME, in_axes=(None, 0), out_axes=None)
+  )
 
 
 def pmap_predict_step(
@@ -183,6 +185,7 @@ class Evaluator:
       ignore_label=self.info.ignore_label,
     )
 
+  @watchdog.phase('evaluation')
   def run(
     self,
     variables: dict[str, Any],

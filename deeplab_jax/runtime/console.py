@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
+from deeplab_jax.runtime import watchdog
 from deeplab_jax.runtime.errors import Preempted, UserError
 
 
@@ -29,7 +30,7 @@ def run(
   log_to_stderr()
 
   def command(argv: list[str]) -> None:
-    with one_line_errors(debug.value):
+    with watchdog.leaving(), one_line_errors(debug.value):
       main(argv)
 
   app.run(command, flags_parser=parse_flags)

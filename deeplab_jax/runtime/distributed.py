@@ -1,36 +1,105 @@
 """Hosts and devices: joining them, placing arrays there and fetching them."""
 
+import contextlib
+import itertools
 import os
+import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import cache_key, clusters
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime import watchdog
+from deeplab_jax.runtime.errors import UserError, first_line, require
 
 AXIS_NAME = 'batch'  # of the devices, in every mapped step
+_COMPILES = 3600  # seconds that one process may compile longer than others
+_COUNTS = 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'
+_numbers = itertools.count()  # of the barriers, the same on all processes
 
 
-def initialize() -> None:
-  """Joins the other processes if the environment names a cluster.
+def initialize(mode: str = 'auto') -> None:
+  """Joins the other processes, if there are any.
 
-  JAX finds the address and its own index in the environment of Slurm, Open MPI
-  or a TPU pod. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID give them. A single machine joins nothing. Raises `UserError`
-  if one of the last two variables is missing or not a number.
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them, else
+  JAX asks Slurm, Open MPI, Kubernetes, and the environment or the metadata
+  server of a TPU. Mode `off` joins nothing, `on` refuses to run alone, and
+  `auto` refuses if the environment means another number of processes. Raises
+  `UserError` then, and if they do not meet.
   """
-  if jax.distributed.is_initialized():
+  if mode == 'off' or jax.distributed.is_initialized():
     return
-  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-  several = any(os.environ.get(count, '1') != '1' for count in counts)
+  try:
+    address, count, index, local = _find()
+    if mode == 'on':
+      require(count not in (None, 1), '--distributed=on needs others', count)
+    else:
+      _compare(count)
+    if count not in (None, 1):
+      _share_programs()
+      watchdog.join(address, count, index, local)
+  except UserError:
+    raise
+  except Exception as error:  # of a detector, or of the one that joins
+    raise UserError(
+      f'other processes cannot be joined: {first_line(error)}; start all of'
+      ' them, or use --distributed=off'
+    ) from error
+
+
+def _find() -> tuple[Any, ...]:
+  """Returns address, number, index and devices; None where nothing is found."""
   if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
-    jax.distributed.initialize(
-      address, _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
+    count, index = _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
+    return address, count, index, None
+  with warnings.catch_warnings(action='ignore'):  # of packages, in seven lines
+    # `jax.distributed.initialize()` would start a service for one process, too.
+    return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, initialization_timeout=300
     )
-  elif several or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
-    jax.distributed.initialize()
+
+
+def _compare(found: int | None) -> None:
+  """Raises `UserError` if the environment means more processes, or fewer."""
+  slices = int(os.environ.get('MEGASCALE_NUM_SLICES') or 1)
+  means = {name: int(os.environ.get(name) or 1) for name in _COUNTS}
+  for name in ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES'):
+    means[name] = slices * len(os.environ.get(name, '').split(','))
+  if 'TPU_PROCESS_ADDRESSES' in os.environ:  # JAX prefers it
+    del means['TPU_WORKER_HOSTNAMES']
+  means['MEGASCALE_NUM_SLICES'] = max(slices, found or 1)  # of several hosts
+  if found is None:  # for want of the package kubernetes
+    means['JOB_COMPLETION_INDEX'] = 2
+  for name, count in means.items():
+    if name in os.environ and count != (found or 1):
+      raise UserError(
+        f'{name}={os.environ[name]}, but the number of processes found is'
+        f' {found or 1}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and'
+        ' JAX_PROCESS_ID, or run alone by --distributed=off'
+      )
+
+
+def _share_programs() -> None:
+  """Lets all processes on CPUs find what process 0 wrote into the cache.
+
+  JAX's key tells machines apart; on CPUs also processes, by their devices.
+  """
+  plain: Any = cache_key._hash_accelerator_config
+
+  def hashes(key: Any, devices: Any) -> None:
+    if devices.flat[0].platform != 'cpu':
+      return plain(key, devices)
+    with contextlib.suppress(OSError):  # not Linux
+      info = Path('/proc/cpuinfo').read_text()
+      found = set(re.findall('^(?:flags|Features).*', info, re.M))
+      key.update(str(sorted(found)).encode())
+
+  vars(cache_key)['_hash_accelerator_config'] = hashes
 
 
 def _number(variable: str) -> int:
@@ -41,6 +110,27 @@ def _number(variable: str) -> int:
       f' {value!r}'
     )
   return int(value)
+
+
+def together(mapped: Any) -> Any:
+  """Lets processes call a mapped function only when each has compiled it.
+
+  Collectives wait for seconds, compiling may take minutes. A single process
+  gets the function unchanged.
+  """
+  if jax.process_count() == 1:
+    return mapped
+  ready = set()
+
+  def call(tree: Any, batch: Any) -> Any:
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in ready:
+      mapped.lower(tree, batch).compile()  # the call finds it
+      barrier('compiled')
+      ready.add(shapes)
+    return mapped(tree, batch)
+
+  return call
 
 
 def is_first_process() -> bool:
@@ -70,7 +160,7 @@ def check_same(number: int | None, what: str) -> None:
 def barrier(name: str) -> None:
   """Waits until all processes are there."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    watchdog.wait(f'{name} {next(_numbers)}', _COMPILES)
 
 
 def replicate(tree: Any) -> Any:

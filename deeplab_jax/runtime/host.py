@@ -29,13 +29,18 @@ _LOG_FATAL = 3  # the highest of absl's log levels
 _PACKAGES = 'deeplab_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy'
 
 
-def start(workdir: Path, *, debug: bool = False) -> None:
-  """Does all that a command on a workdir does before JAX starts."""
+def start(
+  workdir: Path, *, debug: bool = False, processes: str = 'auto'
+) -> None:
+  """Does all that a command on a workdir does before JAX starts.
+
+  `processes` is the mode of `distributed.initialize`.
+  """
   configure()
   if not debug:
     hide_alarms()
   cache_programs(workdir / 'compilation_cache')
-  distributed.initialize()
+  distributed.initialize(processes)
 
 
 def configure() -> None:

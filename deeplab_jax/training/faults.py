@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+from deeplab_jax.runtime import watchdog
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -84,8 +85,10 @@ class CheckedMetrics(AbstractContextManager):
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Keeps what a pmapped step returned, without waiting for it."""
+    watchdog.progress(step)
     self._pending.append((step, metrics))
 
+  @watchdog.phase('device')
   def fetch(self, kept: int | None) -> dict[str, float]:
     """Waits for the steps added since the last call; returns the last metrics.
 

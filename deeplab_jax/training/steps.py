@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
+from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.training import losses
 
@@ -144,6 +145,6 @@ def pmap_train_step(**settings: Any) -> Callable[..., Any]:
   The state has no device axis; the batch and the metrics have one.
   """
   step, axes = functools.partial(train_step, **settings), (None, 0)
-  return jax.pmap(
-    step, AXIS_NAME, in_axes=axes, out_axes=axes, donate_argnums=0
+  return distributed.together(
+    jax.pmap(step, AXIS_NAME, in_axes=axes, out_axes=axes, donate_argnums=0)
   )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,6 @@ import pytest
 from miniature import as_options, make_config
 
 from deeplab_jax.runtime import distributed
-from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.weights.checkpoints import Checkpoints
 
@@ -38,21 +38,6 @@ def test_put_gives_each_device_its_share():
   for share in image.addressable_shards:
     row = jax.local_devices().index(share.device)
     np.testing.assert_array_equal(share.data[0], batch['image'][2 * row :][:2])
-
-
-def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
-  monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
-  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
-  distributed.initialize()
-  assert not jax.distributed.is_initialized()
-
-
-def test_missing_process_number_is_named(monkeypatch):
-  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '127.0.0.1:1')
-  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
-  monkeypatch.setenv('JAX_PROCESS_ID', 'first')
-  with pytest.raises(UserError, match=r"JAX_PROCESS_ID must be .*'first'"):
-    distributed.initialize()
 
 
 def free_port():
@@ -147,3 +132,42 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(
   assert step > 0
   for text in texts:
     assert f'stopped at step {step};' in text
+
+
+def wait_for(log, words):
+  deadline = time.monotonic() + 300
+  while words not in log.read_text() and time.monotonic() < deadline:
+    time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('who', 'number'),
+  [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
+)
+def test_a_process_that_is_killed_or_stopped_ends_the_other(
+  start_both, who, number
+):
+  processes, logs = start_both(**{'train.steps': 10_000, 'train.eval_every': 5})
+  wait_for(logs[0], 'step 5: ')
+  time.sleep(5)
+  processes[who].send_signal(number)
+  since = time.monotonic()
+  assert processes[1 - who].wait(timeout=100) == 75, logs[1 - who].read_text()
+  seconds = time.monotonic() - since
+  text = logs[1 - who].read_text()
+  print(f'{seconds:.0f} s: {text.splitlines()[-1]}')
+  assert seconds < 60
+  assert text.splitlines()[-1].startswith(f'process {who} of 2 on ')
+  assert 'is gone; start all again, they go on from step ' in text
+  assert 'Traceback' not in text and '@ ' not in text
+
+
+@pytest.mark.slow
+def test_ten_starts_with_a_warm_cache(start_both, tmp_path):
+  changes = {'train.steps': 1, 'optimizer.warmup_steps': 0}
+  for _ in range(11):  # the first one fills the cache
+    processes, logs = start_both(**changes)
+    status = [process.wait(timeout=300) for process in processes]
+    assert status == [0, 0], [log.read_text() for log in logs]
+    shutil.rmtree(tmp_path / 'workdir')
