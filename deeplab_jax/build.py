@@ -110,6 +110,7 @@ def make_train_step(
     model=model,
     optimizer=optimizer,
     freeze_bn=config.train.freeze_bn,
+    accumulate=config.train.accumulate,
     loss=choose('loss', config.loss.name, losses.LOSSES),
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,

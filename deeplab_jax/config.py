@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
   train = config.train = ConfigDict()
   train.steps = 300  # steps to train
   train.batch_size = 8  # images of a batch, over all devices
+  train.accumulate = 1  # parts of a batch that a device takes in turn
   train.log_every = 20  # steps between lines of the log
   train.eval_every = 150  # steps between evaluations, with a checkpoint each
   train.sync_bn = True  # batch statistics over all devices
@@ -144,11 +145,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
-  ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
+  ('train.batch_size train.accumulate', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
-  ('eval.buckets', 'at least 1', lambda x: x >= 1),
+  ('eval.batch_size eval.buckets', 'at least 1', lambda x: x >= 1),
 )
 
 

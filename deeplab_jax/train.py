@@ -232,11 +232,13 @@ def _check(config: ConfigDict, before: dict[str, Any]) -> None:
       f' config.train.steps={last}'
     )
   devices, batch_size = jax.device_count(), config.train.batch_size
-  if batch_size % devices:
+  parts = config.train.accumulate
+  if batch_size % (devices * parts):
     raise UserError(
       f'config.train.batch_size={batch_size} must be divisible by the'
-      f' {devices} devices'
+      f' {devices} devices times config.train.accumulate={parts}'
     )
+  batch_size //= parts  # that batch normalization sees
   per_norm = batch_size if config.train.sync_bn else batch_size // devices
   if per_norm == 1 and not config.train.freeze_bn:
     log.warning(

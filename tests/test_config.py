@@ -200,7 +200,7 @@ def test_replaced_section_is_named(section, words):
     (
       'train.step',
       'unknown key config.train.step; did you mean config.train.steps?'
-      ' config.train has batch_size, ',
+      ' config.train has accumulate, ',
     ),
     (
       'eval.scale',

@@ -399,9 +399,12 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
     loss__class_weights=(1, 2, 0, 0.5),
     loss__hardest=0.3,
     loss__label_smoothing=0.1,
+    train__batch_size=8,
+    train__accumulate=2,
   )
   with pytest.raises(SystemExit):
     train_and_evaluate(config, tmp_path)
+  assert received['accumulate'] == 2
   assert received['class_weights'] == (1, 2, 0, 0.5)
   assert (received['hardest'], received['label_smoothing']) == (0.3, 0.1)
   assert received['loss'] is losses.softmax_cross_entropy
@@ -701,3 +704,17 @@ def test_crops_of_any_size_train_masks_in_their_place(tmp_path, crop):
       agreement += (windows == inner).mean((2, 3))
   best = np.unravel_index(agreement.argmax(), agreement.shape)
   assert np.abs(np.subtract(best, 12)).max() <= 2
+
+
+def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(
+  trained, tmp_path
+):
+  config = make_config(
+    trained.settings, train__batch_size=8, train__accumulate=4
+  )
+  with pytest.raises(UserError) as error:
+    train_and_evaluate(config, tmp_path)
+  assert str(error.value) == (
+    'config.train.batch_size=8 must be divisible by the 4 devices times'
+    ' config.train.accumulate=4'
+  )
