@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import flat, get_config, to_json
+from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
@@ -51,9 +52,16 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def check_links(config: ConfigDict) -> None:
+  """Refuses links that lead out of `config.data.dir`, unless allowed."""
+  if config.data.dir and not config.data.allow_outside:
+    check_inside(config.data.dir)
+
+
 def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
   """Opens the data set of `config.data`, prepared, with these splits."""
   data = config.data
+  check_links(config)
   return load_dataset(
     data.name,
     directory=data.dir,

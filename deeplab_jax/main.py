@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host.start(workdir, debug=_DEBUG.value)
+  host.start(debug=_DEBUG.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
   if starts and not chosen:
     # What the weights fix replaces the default; the command line comes last.

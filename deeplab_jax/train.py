@@ -15,7 +15,7 @@ from deeplab_jax import build, evaluate, import_weights, report
 from deeplab_jax.config import flat, from_json, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.evaluation.evaluator import Scores
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, own
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, StopSignal
@@ -188,6 +188,7 @@ def _save(run: _Run, start: int, state: Any, scores: Scores | None) -> None:
     evaluate.save_best(run.config, run.workdir, scores, step)
   if is_new:  # only now: a run that dies before leaves no trace
     run.saved.wait()
+    own.remember(to_json(run.config))
     if first:
       write_json(run.workdir / 'config.json', to_json(run.config))
 

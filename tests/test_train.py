@@ -25,6 +25,7 @@ from PIL import Image
 
 from deeplab_jax import build, evaluate, train
 from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
@@ -718,3 +719,7 @@ def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(
     'config.train.batch_size=8 must be divisible by the 4 devices times'
     ' config.train.accumulate=4'
   )
+
+
+def test_settings_of_a_run_are_noted_as_those_of_this_user(trained):
+  assert own.wrote(settings_of(trained.workdir))
