@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import flat, get_config, to_json
+from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
 from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
@@ -52,9 +53,16 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def check_links(config: ConfigDict) -> None:
+  """Refuses links that lead out of `config.data.dir`, unless allowed."""
+  if config.data.dir and not config.data.allow_outside:
+    check_inside(config.data.dir)
+
+
 def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
   """Opens the data set of `config.data`, prepared, with these splits."""
   data = config.data
+  check_links(config)
   return load_dataset(
     data.name,
     directory=data.dir,
@@ -113,6 +121,7 @@ def make_train_step(
     model=model,
     optimizer=optimizer,
     freeze_bn=config.train.freeze_bn,
+    accumulate=config.train.accumulate,
     loss=choose('loss', config.loss.name, losses.LOSSES),
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,
@@ -270,11 +279,13 @@ def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
       f' config.train.steps={last}'
     )
   devices, batch_size = jax.device_count(), config.train.batch_size
-  if batch_size % devices:
+  parts = config.train.accumulate
+  if batch_size % (devices * parts):
     raise UserError(
       f'config.train.batch_size={batch_size} must be divisible by the'
-      f' {devices} devices'
+      f' {devices} devices times config.train.accumulate={parts}'
     )
+  batch_size //= parts  # that batch normalization sees
   per_norm = batch_size if config.train.sync_bn else batch_size // devices
   if per_norm == 1 and not config.train.freeze_bn:
     log.warning(

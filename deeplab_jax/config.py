@@ -24,9 +24,10 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
 
+from deeplab_jax.runtime import own
 from deeplab_jax.runtime.console import did_you_mean, named_options
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import near_file
+from deeplab_jax.runtime.files import near_file, read_bytes
 from deeplab_jax.runtime.values import open_setting as _open
 from deeplab_jax.runtime.values import read_value
 
@@ -65,6 +66,7 @@ def get_config() -> ConfigDict:
   data.eval_split = 'val'  # empty to train without evaluation
   data.ignore_label = 255  # label value of void in the files
   data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
+  data.allow_outside = False  # take links in `dir` that lead out of it
   data.on_bad_image = 'stop'  # or `skip`, at an unreadable file
   data.scale = _open((0.5, 2.0))  # smallest and largest factor of scaling
   data.crop_size = _open((129, 129))  # height and width of training images
@@ -80,6 +82,7 @@ def get_config() -> ConfigDict:
   train = config.train = ConfigDict()
   train.steps = 300  # steps to train
   train.batch_size = 8  # images of a batch, over all devices
+  train.accumulate = 1  # parts of a batch that a device takes in turn
   train.log_every = 20  # steps between lines of the log
   train.eval_every = 150  # steps between evaluations, with a checkpoint each
   train.save_every = placeholder(int)  # steps between more checkpoints
@@ -154,7 +157,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
-  ('train.batch_size eval.batch_size', 'at least 1', lambda x: x >= 1),
+  ('train.batch_size train.accumulate', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('train.save_every', 'at least 1', lambda x: x >= 1),
   ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
@@ -162,7 +165,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
-  ('eval.buckets', 'at least 1', lambda x: x >= 1),
+  ('eval.batch_size eval.buckets', 'at least 1', lambda x: x >= 1),
 )
 
 
@@ -237,10 +240,14 @@ def override(
     return values(argv)[1:]
 
 
+# Settings that name places: of what is read, and of what is written.
+_SOURCES = 'data.dir', 'data.prepared_dir', 'data.options.list', 'init_from'
+_RESULTS = 'predict.output_dir', 'export.output_dir'
+
+
 def make_paths_absolute(config: ConfigDict) -> None:
   """Lets paths mean the same in any folder, in place."""
-  paths = 'data.dir data.prepared_dir data.options.list init_from'
-  for key in f'{paths} predict.output_dir export.output_dir'.split():
+  for key in (*_SOURCES, *_RESULTS):
     value = config_path.get_value(key, config)
     if value and '://' not in value and (key, value) != ('init_from', 'keras'):
       path = os.path.abspath(os.path.expanduser(value))
@@ -268,18 +275,32 @@ _MOVED = 'data.list', 'data.holdout'
 
 
 def from_json(path: Path) -> ConfigDict:
-  """Reads the configuration of a workdir; raises `UserError` if it cannot."""
+  """Reads the configuration of a workdir; raises `UserError` if it cannot.
+
+  Where results go is never taken from it, and where sources are only if this
+  user wrote it, as `own.remember` notes: a workdir may come from anyone.
+  """
   config = get_config()
   try:
-    saved = flatten_dict(json.loads(path.read_text()), sep='.')
+    saved = json.loads(read_bytes(path))
+    known = own.wrote(saved)
+    saved = flatten_dict(saved, sep='.')
     moved = {key: saved.pop(key) for key in _MOVED if key in saved}
     if moved.get('data.list'):  # else nothing was held out
       for key, value in moved.items():
         saved[key.replace('data.', 'data.options.')] = value
+    places = _RESULTS if known else (*_RESULTS, *_SOURCES, 'data.allow_outside')
+    unset = None, '', False, 'keras'
+    if dropped := [key for key in places if saved.get(key) not in unset]:
+      own.warn_once(
+        f'{path}: not taken from a file that others may have written: config.'
+        f'{", config.".join(dropped)}; give them as options if needed'
+      )
+    saved = {key: saved[key] for key in saved if key not in dropped}
     with config.ignore_type():
       config.update_from_flattened_dict(saved)
     check_types(config)
-  except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+  except Exception as error:  # a damaged file may raise anything
     raise UserError(
       f'{path} cannot be used: {_one_line(error)}; pass --config, or remove it'
     ) from error

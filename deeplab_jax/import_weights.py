@@ -16,7 +16,7 @@ from deeplab_jax import build
 from deeplab_jax.config import from_json, get_config, to_json
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
-from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime import distributed, own
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.training import steps
 from deeplab_jax.training.writers import write_json
@@ -49,8 +49,8 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
           ' another --workdir'
         )
   default_data = get_config().data.to_dict()
-  own = sources.own_checkpoint(Path(config.init_from).expanduser())
-  before = own[0] / 'config.json' if own else None
+  mine = sources.own_checkpoint(Path(config.init_from).expanduser())
+  before = mine[0] / 'config.json' if mine else None
   if before and before.exists() and config.data.to_dict() == default_data:
     config.data.update(from_json(before).data)
   info = _dataset_info(config, pretrained)
@@ -61,6 +61,7 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   described = networks.describe(to_json(config)['model'], info.to_json())
   with checkpoints.Checkpoints(workdir) as saved:
     saved.save(state, described)
+  own.remember(to_json(config))
   if distributed.is_first_process():
     write_json(workdir / 'config.json', to_json(config))
     print(f'{workdir} holds the weights for --mode=eval and --mode=predict')

@@ -38,9 +38,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
 )
 _RECIPE = flags.DEFINE_string(
-  'config',
-  None,
-  'Recipe: a name in experiments or a file; else the settings of the workdir.',
+  'config', None, 'Recipe: its name or file; else the settings of the workdir.'
 )
 
 
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> None:
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host.start(workdir, debug=_DEBUG.value, processes=_DISTRIBUTED.value)
+  host.start(debug=_DEBUG.value, processes=_DISTRIBUTED.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
   if starts and not chosen:
     # What the weights fix replaces the default; the command line comes last.

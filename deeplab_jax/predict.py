@@ -149,7 +149,8 @@ class Predictor:
     network = networks.open_network(
       workdir, config.eval.step, to_json(config)['model']
     )
-    info = DatasetInfo.from_json(network.dataset)
+    with naming(f'the checkpoint in {workdir}'):
+      info = DatasetInfo.from_json(network.dataset)
     config = with_preset(config, network.model['preset'])
     with naming('config.predict'):
       return cls(

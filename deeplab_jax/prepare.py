@@ -46,6 +46,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   named = filter(None, (data.train_split, data.eval_split))
   splits = list(dict.fromkeys(named))
   surveyed = data.name == 'folder' and data.dir
+  build.check_links(config)
   findings = _survey(data, splits, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
   info, (builder, *_) = dataset.info, dataset.builders.values()

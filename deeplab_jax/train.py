@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from deeplab_jax import build, evaluate, import_weights, report
 from deeplab_jax.config import flat, last_used, to_json, with_preset
 from deeplab_jax.data.load import Dataset
-from deeplab_jax.runtime import distributed, watchdog
+from deeplab_jax.runtime import distributed, own, watchdog
 from deeplab_jax.runtime.errors import Preempted
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, Diverged, StopSignal
@@ -242,5 +242,7 @@ def _save(run: _Run, state: Any, *, new: bool) -> None:
   def write_settings() -> None:  # a run that dies before leaves no trace
     write_json(run.workdir / 'config.json', to_json(run.config))
 
+  if new:
+    own.remember(to_json(run.config))
   metadata = {**run.description, 'skipped': run.skipped}
   run.saved.save(state, metadata, then=write_settings if new else None)

@@ -16,9 +16,10 @@ in [config.py](../deeplab_jax/config.py); a test keeps it current.
 A recipe changes the default: `--config=camvid_resnet18` names one of
 [experiments](../experiments), `--config=FILE` any Python file with a function
 `get_config()`. `--config.section.key=value` changes one setting of either. A
-workdir remembers its settings: without `--config` a command uses those. A new
-workdir without a recipe that starts from weights, `--config.init_from=SOURCE`,
-takes their network.
+workdir remembers its settings: without `--config` a command uses those. Of a
+workdir that somebody else made it takes no paths ([security](security.md)). A
+new workdir without a recipe that starts from weights,
+`--config.init_from=SOURCE`, takes their network.
 
 A tuple is written `1,2` or `(1,2)`. Where a name stands for a backbone, a data
 set, a loss, an optimizer or a protocol, a recipe may also pass a function.

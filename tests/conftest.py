@@ -91,6 +91,8 @@ def own_folders(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('HOME', str(home))
     patch.setenv('KERAS_HOME', str(root / 'keras'))  # written on import
+    for kind in ('CACHE', 'STATE'):
+      patch.setenv(f'XDG_{kind}_HOME', str(root / kind.lower()))
     patch.setenv('TMPDIR', str(temporary))
     patch.setattr(tempfile, 'tempdir', str(temporary))
     yield home, temporary

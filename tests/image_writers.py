@@ -1,5 +1,6 @@
 """Image files as tests need them, also those that no library writes."""
 
+import os
 import struct
 import zlib
 
@@ -63,3 +64,9 @@ def tiff(values, bits, *tags):
     entries += struct.pack(pattern, number, kind, count, value)
   head = b'II*\0' + struct.pack('<IH', 8, len(rows))
   return head + entries + bytes(4) + extra + data
+
+
+def sparse(path, size):
+  """Makes a file of so many zeros, which take no room on the disk."""
+  path.touch()
+  os.truncate(path, size)

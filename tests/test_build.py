@@ -6,10 +6,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from miniature import make_config
+from miniature import SETTINGS, make_config
 
 from deeplab_jax import build, deeplab_v3
 from deeplab_jax import config as default_config
+from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -192,3 +193,24 @@ def test_checking_settings_starts_no_device():
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )
   assert done.stdout == 'False\n'
+
+
+def test_links_out_of_the_data_folder_are_opened_only_if_allowed(
+  voc_folder, tmp_path
+):
+  image = voc_folder / 'JPEGImages' / 'val_0.jpg'
+  image.rename(tmp_path / 'other.jpg')
+  image.symlink_to(tmp_path / 'other.jpg')
+  config = make_config(
+    SETTINGS,
+    data__dir=str(voc_folder),
+    data__prepared_dir=str(tmp_path / 'prepared'),
+  )
+  for use in (
+    lambda: prepare(config, tmp_path / 'w'),
+    lambda: build.open_dataset(config, 'val'),
+  ):
+    with pytest.raises(UserError, match=r'val_0\.jpg leads out of .*/mini, to'):
+      use()
+  config.data.allow_outside = True
+  assert build.open_dataset(config, 'val').tally('val').num_images == 3

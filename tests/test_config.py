@@ -1,5 +1,6 @@
 """Settings that cannot work are refused, with the key and the value."""
 
+import itertools
 import json
 import runpy
 from fractions import Fraction
@@ -10,6 +11,7 @@ import pytest
 
 from deeplab_jax import build
 from deeplab_jax import config as default_config
+from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -200,7 +202,7 @@ def test_replaced_section_is_named(section, words):
     (
       'train.step',
       'unknown key config.train.step; did you mean config.train.steps?'
-      ' config.train has batch_size, ',
+      ' config.train has accumulate, ',
     ),
     (
       'eval.scale',
@@ -249,6 +251,7 @@ def test_settings_of_an_older_workdir_are_read(tmp_path, key, value, expected):
   saved = {**OLD, section: {**OLD[section], name: value}}
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(saved))
+  own.remember(saved)
   config = default_config.get_config()
   config.init_allow = ('*/a', 'b')
   config.model.multi_grid, config.data.scale = (1, 1, 1), (1.0, 2.0)
@@ -287,9 +290,79 @@ def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
   )
 
 
+PLACES = {
+  'data.dir': '/data',
+  'data.prepared_dir': '/prepared',
+  'data.options.list': '/ids.txt',
+  'data.allow_outside': True,
+  'init_from': '/weights.npz',
+  'predict.output_dir': '/results',
+  'export.output_dir': '/exported',
+}
+
+
+def test_places_are_taken_only_from_settings_that_this_user_wrote(
+  tmp_path, caplog
+):
+  config = default_config.get_config()
+  config.train.steps = 7
+  config.update_from_flattened_dict(PLACES)
+  values = default_config.to_json(config)
+  for name in ('theirs', 'ours', 'moved'):
+    (tmp_path / f'{name}.json').write_text(json.dumps(values, indent=2))
+
+  def places(name):
+    caplog.clear()
+    found = default_config.flat(
+      default_config.from_json(tmp_path / f'{name}.json')
+    )
+    assert found['train.steps'] == 7
+    return [key for key in PLACES if found[key]]
+
+  assert places('theirs') == []
+  (line,) = caplog.messages
+  assert line.startswith(f'{tmp_path}/theirs.json: not taken from ')
+  assert all(f'config.{key}' in line for key in PLACES)
+  assert places('theirs') == [] and not caplog.messages  # said once
+  own.remember(values)
+  taken = [key for key in PLACES if not key.endswith('output_dir')]
+  assert places('ours') == places('moved') == taken
+  values['data']['dir'] = '/elsewhere'
+  (tmp_path / 'ours.json').write_text(json.dumps(values))
+  assert places('ours') == []
+
+
+def test_keras_is_no_place_and_is_taken_from_any_workdir(tmp_path, caplog):
+  path = tmp_path / 'config.json'
+  path.write_text('{"init_from": "keras"}')
+  assert default_config.from_json(path).init_from == 'keras'
+  assert not caplog.messages
+
+
+def test_without_a_folder_for_notes_settings_count_as_those_of_others(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setenv('XDG_STATE_HOME', '/dev/null')
+  own.remember({'data': {'dir': '/data'}})
+  path = tmp_path / 'config.json'
+  path.write_text('{"data": {"dir": "/data"}}')
+  assert default_config.from_json(path).data.dir is None
+  assert [('is not used' in line) for line in caplog.messages] == [True, False]
+
+
 @pytest.mark.parametrize(
   'text',
-  ['{"train": {"ste', '{"train": {"step": 3}}', '[1]', '{"trian": {"x": 3}}'],
+  [
+    *(
+      '{"train": {"ste',
+      '{"train": {"step": 3}}',
+      '[1]',
+      '{"trian": {"x": 3}}',
+    ),
+    *('[' * 99_999, '{"seed": ' * 99_999, f'{{"seed": {"9" * 9_999}}}'),
+    '{"seed": 1}' + ' ' * 2**20,
+  ],
+  ids=itertools.count(),
 )
 def test_damaged_or_strange_saved_configuration_is_named(tmp_path, text):
   path = tmp_path / 'config.json'

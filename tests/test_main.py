@@ -19,7 +19,7 @@ from PIL import Image
 
 from deeplab_jax import config as default_config
 from deeplab_jax import main
-from deeplab_jax.runtime import console
+from deeplab_jax.runtime import console, own
 from deeplab_jax.runtime.errors import Preempted, UserError
 
 pytestmark = pytest.mark.compiles
@@ -324,6 +324,7 @@ def test_relative_paths_of_an_older_workdir_mean_the_current_folder(
   saved['data']['dir'] = 'mini'
   del saved['data']['options']
   saved['data'] |= {'list': 'old.txt', 'holdout': 0.1}
+  own.remember(saved)
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   monkeypatch.chdir(tmp_path)
   command('--workdir=.', '--config.data.options.list=new.txt')
@@ -662,6 +663,25 @@ def test_a_recipe_may_pass_functions_and_is_named_again(
   lion = '--config.optimizer.name=mine.optimizer'
   status, _, errors = command(*recipe, *as_options(settings), lion)
   assert status == 1 and 'mine.optimizer is a function of a recipe' in errors
+
+
+def test_a_workdir_of_somebody_else_steers_no_paths(trained, command, tmp_path):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  saved = json.loads((workdir / 'config.json').read_text())
+  saved['predict']['output_dir'] = str(tmp_path / 'elsewhere')
+  (workdir / 'config.json').write_text(json.dumps(saved))
+  picture = trained.folder / 'JPEGImages' / 'val_0.jpg'
+  status, _, errors = command(f'--workdir={workdir}', '--mode=predict', picture)
+  (line,) = errors.splitlines()
+  assert status == 0 and line == (
+    f'{workdir}/config.json: not taken from a file that others may have'
+    ' written: config.predict.output_dir, config.data.dir,'
+    ' config.data.prepared_dir; give them as options if needed'
+  )
+  assert (workdir / 'predictions' / 'val_0.png').exists()
+  assert not (tmp_path / 'elsewhere').exists()
+  status, _, errors = command(f'--workdir={workdir}', '--mode=eval')
+  assert status == 1 and errors.startswith('error: config.data.dir is empty')
 
 
 def test_workdir_alone_is_enough_to_evaluate_and_predict(

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import importlib.util
 import inspect
 import json
 import math
@@ -18,7 +19,7 @@ import miniature_voc
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from miniature import as_options
+from miniature import as_options, global_batch, make
 from PIL import Image
 
 from deeplab_jax import BACKBONES, PRESETS, Predictor, deeplab_v3
@@ -33,15 +34,21 @@ from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
 from deeplab_jax.evaluation.protocols import PROTOCOLS
+from deeplab_jax.runtime import distributed
 from deeplab_jax.training import writers
 from deeplab_jax.training.losses import LOSSES
 from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
-from deeplab_jax.training.steps import TrainState
+from deeplab_jax.training.steps import (
+  TrainState,
+  create_state,
+  pmap_train_step,
+)
 from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights.checkpoints import Checkpoints
 from deeplab_jax.weights.networks import describe
 
 ROOT = Path(__file__).parents[1]
+MANY = '## Many devices and hosts'
 README = (ROOT / 'README.md').read_text()
 PREDICTION = (ROOT / 'docs/prediction.md').read_text()
 PAGES = sorted([
@@ -261,6 +268,51 @@ def test_three_lines_segment_with_the_network_of_the_first_command(
     exec(page.replace('photo.jpg', str(photo)), names)
     if 'classes' in names:
       assert np.array_equal(names['classes'], np.full((45, 70), 4))
+
+
+@pytest.fixture
+def step_of_docs():
+  """The functions that the page on performance defines, and a small step."""
+  page = section((ROOT / 'docs/performance.md').read_text(), MANY)
+  names = {}
+  for code in blocks(page, 'python'):
+    exec(code, names)
+  model, optimizer = make(), make_optimizer('sgd', 0.1)
+  return names, create_state(model, optimizer, 0), optimizer
+
+
+@pytest.mark.compiles
+def test_steps_of_performance_are_the_one_under_pmap(step_of_docs):
+  names, state, optimizer = step_of_docs
+  batch, place = global_batch(), names['place_step']
+  settings = {'optimizer': optimizer, 'class_weights': (1, 0.5, 2, 1)}
+  expected = pmap_train_step(model=make(), **settings)(
+    distributed.replicate(jax.device_get(state)), distributed.shard(batch)
+  )
+  mapped, _ = place(jax.devices(), model=make(), **settings)
+  _, whole = place(jax.devices(), model=make(sync_bn=False), **settings)
+  for step in (mapped, whole):
+    after, metrics = step(state, batch)
+    np.testing.assert_allclose(
+      metrics['loss'], expected[1]['loss'][0], rtol=1e-5
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      *(jax.device_get(s.variables) for s in (after, expected[0])),
+    )
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs libtpu'
+)
+def test_memory_on_a_tpu_is_told_without_one(step_of_docs):
+  names, state, optimizer = step_of_docs
+  shapes = jax.eval_shape(lambda: (state, global_batch()))
+  memory = names['tpu_memory'](
+    'v5e:2x2', *shapes, model=make(), optimizer=optimizer
+  )
+  assert sum(x.nbytes for x in jax.tree.leaves(state)) < memory < 10**9
 
 
 @pytest.mark.compiles

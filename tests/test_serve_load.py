@@ -27,7 +27,7 @@ import json, pathlib, sys, time
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import host
 host.configure()
-host.cache_programs(sys.argv[1] + '/compilation_cache')
+host.cache_programs()
 files = [p.read_bytes() for p in sorted(pathlib.Path(sys.argv[2]).iterdir())]
 predictor = Predictor.from_workdir(sys.argv[1])
 for _ in predictor.map(files):

@@ -25,6 +25,7 @@ from PIL import Image
 
 from deeplab_jax import build, evaluate, train
 from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
@@ -397,9 +398,12 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
     loss__class_weights=(1, 2, 0, 0.5),
     loss__hardest=0.3,
     loss__label_smoothing=0.1,
+    train__batch_size=8,
+    train__accumulate=2,
   )
   with pytest.raises(SystemExit):
     train_and_evaluate(config, tmp_path)
+  assert received['accumulate'] == 2
   assert received['class_weights'] == (1, 2, 0, 0.5)
   assert (received['hardest'], received['label_smoothing']) == (0.3, 0.1)
   assert received['loss'] is losses.softmax_cross_entropy
@@ -831,3 +835,21 @@ def test_crops_of_any_size_train_masks_in_their_place(tmp_path, crop):
       agreement += (windows == inner).mean((2, 3))
   best = np.unravel_index(agreement.argmax(), agreement.shape)
   assert np.abs(np.subtract(best, 12)).max() <= 2
+
+
+def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(
+  trained, tmp_path
+):
+  config = make_config(
+    trained.settings, train__batch_size=8, train__accumulate=4
+  )
+  with pytest.raises(UserError) as error:
+    train_and_evaluate(config, tmp_path)
+  assert str(error.value) == (
+    'config.train.batch_size=8 must be divisible by the 4 devices times'
+    ' config.train.accumulate=4'
+  )
+
+
+def test_settings_of_a_run_are_noted_as_those_of_this_user(trained):
+  assert own.wrote(settings_of(trained.workdir))

@@ -79,7 +79,7 @@ def cold_and_warm(options: Sequence[str]) -> dict[str, float]:
   """Times two starts of training, and the import of what it needs.
 
   The cold start prepares the data and compiles; the warm one, whose time is
-  `seconds`, finds both in the same workdir.
+  `seconds`, finds both.
   """
   start, program = time.perf_counter(), 'import deeplab_jax.train'
   subprocess.run([sys.executable, '-c', program], check=True)
@@ -88,20 +88,22 @@ def cold_and_warm(options: Sequence[str]) -> dict[str, float]:
     command = [sys.executable, '-m', 'deeplab_jax.main']
     command += [f'--workdir={folder}/workdir', '--config.train.log_every=1']
     command += [f'--config.data.prepared_dir={folder}/prepared', *options]
-    result['cold_seconds'] = first_step_seconds(command)
-    result['warm_seconds'] = first_step_seconds(command)
+    programs = f'{folder}/programs'
+    result['cold_seconds'] = first_step_seconds(command, programs)
+    result['warm_seconds'] = first_step_seconds(command, programs)
   return result | {'seconds': result['warm_seconds']}
 
 
-def first_step_seconds(command: Sequence[str]) -> float:
+def first_step_seconds(command: Sequence[str], programs: str = '') -> float:
   """Runs a command until a line of its stderr begins with 'step '; kills it.
 
-  Raises `UserError` if the command ends before.
+  Compiled programs are kept in the folder `programs`, if given. Raises
+  `UserError` if the command ends before.
   """
   start, line = time.perf_counter(), ''
   with subprocess.Popen(
     command,
-    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': ''},  # that of the workdir
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': programs},
     stderr=subprocess.PIPE,
     stdout=subprocess.DEVNULL,
     text=True,

@@ -5,6 +5,8 @@ It is a file beside `records`, so that predictions start without TFDS.
 
 import collections
 import dataclasses
+import unicodedata
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +33,7 @@ class DatasetInfo:
     object.__setattr__(self, 'values', tuple(self.values or range(count)))
     object.__setattr__(self, 'void_value', void)
     object.__setattr__(self, 'palette', palette)
+    check_class_names(self.classes[:256])
     shape, fits = palette.shape, count <= self.ignore_label <= 255
     require(shape == (count, 3), f'palette must be [{count}, 3]', shape)
     rule = f'ignore_label must be no class, 0 to {count - 1}, and at most 255'
@@ -73,6 +76,15 @@ class DatasetInfo:
   def from_json(cls, values: dict[str, Any]) -> Self:
     """Reads `to_json`, also of older versions without the last two values."""
     return cls(**values)
+
+
+def check_class_names(names: Iterable[Any]) -> None:
+  """Raises `ValueError` for a long name, or one with control characters."""
+  kinds = 'Cc', 'Cs', 'Zl', 'Zp'  # controls, half characters, line breaks
+  for name in names:
+    kept = isinstance(name, str) and len(name) < 256
+    kept = kept and not any(unicodedata.category(c) in kinds for c in name)
+    require(kept, 'a class name must be short and printable', str(name)[:40])
 
 
 class Tally:

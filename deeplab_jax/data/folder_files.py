@@ -16,11 +16,12 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from deeplab_jax.data import labels
+from deeplab_jax.data.datasets import check_class_names
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError, naming
-from deeplab_jax.runtime.files import near, near_file
+from deeplab_jax.runtime.files import near, near_file, read_bytes
 
 # The folder of each kind of file, and the suffixes that count there.
 _Kind = tuple[str, str, Sequence[str]]
@@ -45,9 +46,23 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   return root
 
 
-def _read_lines(path: pathlib.Path) -> list[str]:
+def check_inside(directory: str) -> None:
+  """Raises `UserError` if a link in a folder, at any depth, leads out of it."""
+  root = pathlib.Path(os.path.realpath(os.path.expanduser(directory)))
+  for folder, folders, names in os.walk(root):
+    for path in (pathlib.Path(folder, name) for name in (*folders, *names)):
+      if path.is_symlink() and path.exists():
+        target = pathlib.Path(os.path.realpath(path))
+        if not target.is_relative_to(root):
+          raise UserError(
+            f'{path} leads out of {root}, to {target}; if that is meant, set'
+            ' config.data.allow_outside=True'
+          )
+
+
+def _read_lines(path: pathlib.Path, most: int) -> list[str]:
   try:
-    text = path.read_text(encoding='utf-8-sig')
+    text = read_bytes(path, most).decode('utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{path}: no text ({error}); save it as UTF-8') from error
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
@@ -61,11 +76,12 @@ def read_classes(root: pathlib.Path) -> list[str]:
       f'{path}: no such file{near_file(path)}; write one class name a line, '
       'index from 0 (--mode=prepare tells how many)'
     )
-  lines = _read_lines(path)
-  if not 1 <= len(lines) <= 256 or '' in lines:
-    raise UserError(f'{path}: needs 1 to 256 lines, a class name in each')
+  lines = _read_lines(path, 2**20)
+  if not 1 <= len(lines) <= 256 or not all(0 < len(x) < 256 for x in lines):
+    raise UserError(f'{path}: needs 1 to 256 lines, a short name in each')
   with naming(str(path)):
     names, _ = labels.parse_classes(lines)
+    check_class_names(names)
   refuse_repeats(path, names)
   return lines
 
@@ -88,7 +104,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
       f'{path}: no such list{near(split, files)}; known splits: '
       f'{", ".join(files) or "none"}'
     )
-  names = [line for line in _read_lines(files[_normal(split)]) if line]
+  names = [line for line in _read_lines(files[_normal(split)], 2**28) if line]
   if not names:
     raise UserError(f'{path}: the split is empty; list one id a line')
   refuse_repeats(path, names)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import pathlib
 import struct
 import threading
 import zlib
@@ -17,6 +16,7 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from deeplab_jax.runtime.errors import UnreadableError, UserError
+from deeplab_jax.runtime.files import check_regular
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -36,6 +36,11 @@ IMAGE_SUFFIXES = (
 )
 # OpenCV decodes no more, so no more can be trained on.
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
+_MOST_BYTES = 2**32  # of a file
+with contextlib.suppress(AttributeError, ValueError, OSError):
+  # Reading takes up to 16 bytes a pixel, and may take half of the memory.
+  _MEMORY = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  _MOST_PIXELS = min(_MOST_PIXELS, _MEMORY // 32)
 _TIFF_COLORS = {2: 3, 5: 4, 6: 3, 8: 3}  # channels by photometric tag; else 1
 # What Pillow's format readers raise on damaged files.
 _BROKEN = (
@@ -59,12 +64,20 @@ def opened(
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
   try:
+    if data is None:
+      check_regular(path, _MOST_BYTES)
     with (
       # Not by its name: then Pillow 13 mixes up the pixels of a turned TIFF.
       open(path, 'rb') if data is None else io.BytesIO(data) as file,
       _any_size(),
       Image.open(file) as image,
     ):
+      known = Image.registered_extensions()
+      if image.format not in {known[suffix] for suffix in IMAGE_SUFFIXES}:
+        # Pillow starts other programs for some formats.
+        raise UnreadableError(
+          f'{path}: {image.format} is not read; replace it by a JPEG or PNG'
+        )
       width, height = image.size
       if width * height > _MOST_PIXELS or max(image.size) > _LONGEST_SIDE:
         raise Unusable(
@@ -72,12 +85,16 @@ def opened(
           f'{_LONGEST_SIDE:,} a side are read; cut it into tiles'
         )
       yield image
+  except UserError:
+    raise
   except Unusable as error:
     raise UserError(f'{path}: {error}') from error
   except FileNotFoundError as error:
     raise UserError(f'{path}: no such file') from error
   except Image.UnidentifiedImageError as error:
-    data = pathlib.Path(path).read_bytes() if data is None else data
+    if data is None:
+      with open(path, 'rb') as file:
+        data = file.read(_MOST_BYTES // 16)
     raise _unidentified(path, data) from error
   except _BROKEN as error:
     raise unreadable(path, error) from error
@@ -140,6 +157,8 @@ def _tiff_kind(data: bytes) -> str:
     tags.load(file)
     kind = {1: '', 2: 'signed ', 3: 'float '}[tags.get(339, (1,))[0]]
     bits = tags.get(258, (1,))[0]
+    if tags[256] * tags[257] * tags.get(277, 1) * bits > 2**33:
+      return ''
     return f'{tags.get(277, 1)} {kind}samples of {bits} bits a pixel'
   return ''
 

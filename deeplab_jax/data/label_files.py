@@ -19,6 +19,7 @@ _LOSSLESS = ('PNG', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA')
 _LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')
 
 # Pillow spreads gray of 2 and 4 bits over 0..255; indices need them as stored.
+_MOST_MAT = 2**20  # bytes, which may unpack to a thousand times as many
 _GRAY_SCALE = {'L;2': 85, 'L;4': 17}
 
 
@@ -125,6 +126,8 @@ def read_mat_label(path: Path, data: bytes) -> np.ndarray:
   """Reads the mask in a MATLAB file of SBD, `GTcls.Segmentation`, [H, W]."""
   import scipy.io  # imported here, as few need it
 
+  if len(data) > _MOST_MAT:
+    raise UserError(f'{path}: {len(data):,} bytes are too many for a mask')
   try:
     values = scipy.io.loadmat(io.BytesIO(data), variable_names=['GTcls'])
   except Exception as error:  # damaged files make scipy raise almost anything

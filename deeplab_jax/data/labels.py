@@ -56,7 +56,7 @@ def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
   """
   result: dict[int, int] = {}
   for pair in filter(None, map(str.strip, text.split(','))):
-    match = re.fullmatch(r'(\d+)\s*:\s*(\d+|void)', pair)
+    match = re.fullmatch(r'(\d{1,9})\s*:\s*(\d{1,9}|void)', pair)
     if not match or int(match[1]) > 255:
       raise UserError(
         f'{_LABEL_MAP}: {pair!r} is no pair of a value 0..255 in the files and '

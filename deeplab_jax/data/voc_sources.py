@@ -200,7 +200,7 @@ def read_list_file(list_file: str) -> list[str]:
       'text file of the ids to train on'
     )
   try:
-    data = pathlib.Path(list_file).expanduser().read_bytes()
+    data = files.read_bytes(pathlib.Path(list_file).expanduser(), 2**28)
   except OSError as error:
     raise errors.UserError(
       f'config.data.options.list={list_file}: cannot be read ({error.strerror})'

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import logging
 import os
 import signal
@@ -113,15 +114,27 @@ def _report(error: BaseException) -> int:
     message = error.strerror or message
     if error.filename is not None:
       message = f'{error.filename}: {message}'
-  print(f'error: {message}', file=sys.stderr)
+  line = plain(message).replace('\n', '\\n')
+  print(f'error: {line}', file=sys.stderr)
   return 1
+
+
+def plain(text: str) -> str:
+  """Returns text, cut if endless, with control characters made visible."""
+  shown = (c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in text)
+  return ''.join(itertools.islice(shown, 20_000))
+
+
+class _Plain(logging.Formatter):
+  def format(self, record: logging.LogRecord) -> str:
+    return plain(super().format(record))
 
 
 def log_to_stderr() -> None:
   """Shows the package's own log as plain lines, and only warnings of others."""
   absl_logging.set_verbosity(absl_logging.WARNING)
   handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter('%(message)s'))
+  handler.setFormatter(_Plain('%(message)s'))
   own = logging.getLogger('deeplab_jax')
   own.addHandler(handler)
   own.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, locks, archives, similar names."""
+"""Files written whole and read in bounds, locks, archives, similar names."""
 
 import contextlib
 import difflib
@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 import tarfile
 import unicodedata
 import zlib
@@ -33,6 +34,23 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     if isinstance(error, OSError) and error.filename == temporary:
       error.filename = os.fspath(path)
     raise
+
+
+def read_bytes(path: Path, most: int = 2**20) -> bytes:
+  """Reads a file that `check_regular` accepts."""
+  check_regular(path, most)
+  return path.read_bytes()
+
+
+def check_regular(path: str | os.PathLike, most: int) -> None:
+  """Raises `UserError` for what may block, have no end, or fill the memory."""
+  state = os.stat(path)
+  if not stat.S_ISREG(state.st_mode):
+    raise UserError(f'{path}: not a regular file; put one there')
+  if state.st_size > most:
+    raise UserError(
+      f'{path}: {state.st_size:,} bytes are too many, at most {most:,} are read'
+    )
 
 
 @contextlib.contextmanager

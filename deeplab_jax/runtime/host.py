@@ -14,6 +14,7 @@ import jax
 import jaxlib.utils
 
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.own import own_folder
 
 _XLA_FLAGS = (
   # Keeps XLA's barriers until after the backward pass computes maps again. A
@@ -29,9 +30,7 @@ _LOG_FATAL = 3  # the highest of absl's log levels
 _PACKAGES = 'deeplab_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy'
 
 
-def start(
-  workdir: Path, *, debug: bool = False, processes: str = 'auto'
-) -> None:
+def start(*, debug: bool = False, processes: str = 'auto') -> None:
   """Does all that a command on a workdir does before JAX starts.
 
   `processes` is the mode of `distributed.initialize`.
@@ -39,7 +38,7 @@ def start(
   configure()
   if not debug:
     hide_alarms()
-  cache_programs(workdir / 'compilation_cache')
+  cache_programs()
   distributed.initialize(processes)
 
 
@@ -59,10 +58,14 @@ def configure() -> None:
     os.environ['XLA_FLAGS'] = ' '.join([*_XLA_FLAGS, given]).strip()
 
 
-def cache_programs(directory: Path) -> None:
-  """Keeps compiled programs there, unless JAX_COMPILATION_CACHE_DIR is set."""
+def cache_programs() -> None:
+  """Keeps compiled programs for this user, unless the environment says where.
+
+  They are native code. So they lie in no folder that others may have made.
+  """
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    jax.config.update('jax_compilation_cache_dir', str(directory))
+    folder = own_folder('cache', 'programs')
+    jax.config.update('jax_compilation_cache_dir', folder and str(folder))
 
 
 def hide_alarms() -> None:

@@ -69,6 +69,7 @@ def train_step(
   label_smoothing: float = 0.0,
   class_weights: Sequence[float] | None = None,
   hardest: float = 1.0,
+  accumulate: int = 1,
   axis_name: str | None = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Takes one training step on a batch.
@@ -89,6 +90,11 @@ def train_step(
     label_smoothing: passed on to `loss`.
     class_weights: see `losses.pixel_weights`.
     hardest: share of pixels that `losses.hardest_pixels` keeps; 1 keeps all.
+    accumulate: number k of micro-batches, b / k images each, that one device
+      computes one after the other to save memory. Sums over all of them are
+      divided once, so with `freeze_bn` the step is that of the whole batch.
+      Without, each has the batch statistics of its own images, and the running
+      ones move k times.
     axis_name: name of the mapped device axis; None if there is none.
 
   Returns the next state, and a dict of scalars that are equal on every device:
@@ -97,9 +103,9 @@ def train_step(
   """
   losses.check_settings(label_smoothing, hardest, class_weights)
 
-  def loss_of(params: Any) -> tuple[jax.Array, Any]:
+  def loss_of(params: Any, stats: Any, batch: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(
-      {'params': params, 'batch_stats': state.batch_stats},
+      {'params': params, 'batch_stats': stats},
       batch['image'],
       train=not freeze_bn,
       mutable=['batch_stats'],
@@ -109,13 +115,24 @@ def train_step(
     weights = losses.pixel_weights(label, class_weights, ignore_label)
     if hardest < 1:  # by the loss alone: a weight makes no pixel harder
       weights *= losses.hardest_pixels(each, weights > 0, hardest)
-    total = _across(lax.psum, weights.sum(), axis_name)
-    mean = (weights * each).sum() / jnp.where(total > 0, total, 1)
-    return mean, (updated['batch_stats'], (weights > 0).sum())
+    total = weights.sum()
+    if accumulate == 1:  # dividing here spares a pass over the gradients
+      total = _across(lax.psum, total, axis_name)
+    value = (weights * each).sum()
+    if accumulate == 1:
+      value /= jnp.where(total > 0, total, 1)
+    return value, (updated['batch_stats'], total, (weights > 0).sum())
 
   gradient = jax.value_and_grad(loss_of, has_aux=True)
-  (mean, (batch_stats, valid)), grads = gradient(state.params)
-  mean, grads = _across(lax.psum, (mean, grads), axis_name)
+  if accumulate == 1:
+    found, grads = gradient(state.params, state.batch_stats, batch)
+    mean, (batch_stats, _, valid) = found
+    mean, grads = _across(lax.psum, (mean, grads), axis_name)
+  else:
+    sums, batch_stats, valid = _in_turn(gradient, state, batch, accumulate)
+    total, *sums = _across(lax.psum, sums, axis_name)
+    divisor = jnp.where(total > 0, total, 1)
+    mean, grads = jax.tree.map(lambda x: x / divisor, sums)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = TrainState(
     step=state.step + 1,
@@ -128,6 +145,28 @@ def train_step(
     'grad_norm': optax.tree.norm(grads),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
+
+
+def _in_turn(
+  gradient: Callable[..., Any], state: TrainState, batch: Any, count: int
+) -> tuple[Any, Any, jax.Array]:
+  """Adds up `count` micro-batches: total weight, loss and gradients."""
+
+  def add(carry: Any, part: Any) -> tuple[Any, None]:
+    sums, stats, valid = carry
+    found, grads = gradient(state.params, stats, part)
+    value, (stats, total, more) = found
+    sums = jax.tree.map(jnp.add, sums, (total, value, grads))
+    return (sums, stats, valid + more), None
+
+  # Each takes images from all over the batch, which then stays where it is if
+  # devices share this axis.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+  zero, zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+  start = (zero, zero, zeros), state.batch_stats, jnp.zeros((), jnp.int32)
+  return lax.scan(add, start, parts)[0]
 
 
 def _across(

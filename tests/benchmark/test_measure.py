@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import jax
@@ -183,7 +184,8 @@ def test_compiling_is_timed_in_parts(measured):
 def test_a_start_has_the_crop_and_the_batch_asked_for(monkeypatch, capsys):
   commands = []
 
-  def note(command):
+  def note(command, programs):
+    assert command[2].endswith('main') and os.path.isabs(programs)
     commands.append(command)
     return float(len(commands))
 

@@ -98,3 +98,13 @@ def test_ignore_label_among_the_classes_is_void():
   tally.add(np.array([[0, 1, 2, 2]], np.uint8))
   assert tally.class_pixels.tolist() == [0, 1, 2]
   assert tally.void_pixels == 1
+
+
+@pytest.mark.parametrize(
+  'name', ['x' * 10**6, 'a\x1b[31m', 'a\nb', 'a\u2028b', 'a\x00', 7, None]
+)
+def test_class_names_that_a_terminal_cannot_show_are_refused(name):
+  with pytest.raises(ValueError, match='must be short and printable') as error:
+    datasets.DatasetInfo('x', ('a', name), np.zeros((2, 3)))
+  assert len(str(error.value)) < 200 and str(error.value).isprintable()
+  datasets.DatasetInfo('x', ('सड़क', 'خیابان‌ها'), np.zeros((2, 3)))

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
@@ -7,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 
 import numpy as np
 import pytest
+from image_writers import sparse
 from PIL import Image
 
-from deeplab_jax.data import folder, images, load
+from deeplab_jax.data import folder, folder_files, images, load
 from deeplab_jax.runtime import errors
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -804,3 +807,79 @@ def test_small_case_of_colors_is_mapped_by_them(tmp_path, prepared, case):
     np.testing.assert_array_equal(
       np.array(sorted(colors))[label], np.array(Image.open(path).convert('RGB'))
     )
+
+
+def test_links_that_lead_out_of_the_folder_are_refused(voc_folder, tmp_path):
+  image, outside = voc_folder / 'JPEGImages' / 'val_1.jpg', tmp_path / 'out'
+  outside.mkdir()
+  inside = voc_folder / 'originals'
+  inside.mkdir()
+  image.rename(inside / 'x.jpg')
+  image.symlink_to(inside / 'x.jpg')
+  gone = voc_folder / 'JPEGImages' / 'gone.jpg'
+  gone.symlink_to(outside / 'nothing')
+  (tmp_path / 'linked').symlink_to(voc_folder)
+  for root in (voc_folder, tmp_path / 'linked'):
+    folder_files.check_inside(str(root))
+  for link in (
+    image,
+    voc_folder / 'classes.txt',
+    voc_folder / 'ImageSets' / 'Segmentation' / 'val.txt',
+    voc_folder / 'SegmentationClass',
+  ):
+    kept = link.rename(tmp_path / 'kept')
+    target = outside / link.name
+    target.mkdir() if link.suffix == '' else target.touch()
+    link.symlink_to(target)
+    with pytest.raises(errors.UserError) as caught:
+      folder_files.check_inside(str(tmp_path / 'linked'))
+    assert str(caught.value) == (
+      f'{link} leads out of {voc_folder}, to {target}; if that is meant, set'
+      ' config.data.allow_outside=True'
+    )
+    link.unlink()
+    kept.rename(link)
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'x' * 10**6,
+    'ground\na' + ' ' * 300 + '1\n',
+    'a\n' * 100_000,
+    *('ground\nleft\x1b[2J\n', 'le\x00ft\n', 'left\x9b31m\n'),
+  ],
+  ids=itertools.count(),
+)
+def test_class_names_that_are_none_are_refused_at_once(
+  voc_folder, prepared, text
+):
+  (voc_folder / 'classes.txt').write_text(text)
+  start = time.monotonic()
+  message = _refused(voc_folder, prepared)
+  assert time.monotonic() - start < 5
+  assert message.startswith(f'{voc_folder}/classes.txt: ')
+  assert len(message) < 500 and message.isprintable()
+
+
+@pytest.mark.parametrize(
+  'name', ['classes.txt', 'ImageSets/Segmentation/val.txt']
+)
+@pytest.mark.parametrize(
+  ('spoil', 'words'),
+  [
+    (os.mkfifo, 'not a regular file'),
+    (lambda path: path.symlink_to('/dev/zero'), 'not a regular file'),
+    (lambda path: path.symlink_to(path), ''),
+    (pathlib.Path.mkdir, ''),
+    (lambda path: sparse(path, 2**40), 'too many'),
+  ],
+  ids=itertools.count(),
+)
+def test_lists_that_have_no_end_are_refused(
+  voc_folder, prepared, name, spoil, words
+):
+  (voc_folder / name).unlink()
+  spoil(voc_folder / name)
+  message = _refused(voc_folder, prepared)
+  assert name in message and (words in message or 'no such file' in message)

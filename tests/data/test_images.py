@@ -1,16 +1,24 @@
 import concurrent.futures
 import io
+import itertools
+import os
 import struct
+import time
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from image_writers import gradient, gray_png, tiff
+from image_writers import gradient, gray_png, sparse, tiff
 from PIL import Image, ImageOps, features
 
 from deeplab_jax.data import image_files, images, label_files
 from deeplab_jax.runtime import errors
+
+EPS = (
+  b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n'
+)
 
 
 def test_rgb_png_reads_exactly(tmp_path):
@@ -448,3 +456,41 @@ def test_an_empty_file_is_called_empty(tmp_path):
 
 def test_jpeg_2000_is_read_where_pillow_reads_it():
   assert features.check('jpg_2000') == ('.jp2' in images.IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (os.mkfifo, 'not a regular file'),
+    (lambda path: path.symlink_to('/dev/zero'), 'not a regular file'),
+    (lambda path: path.symlink_to('/dev/stdin'), 'not a regular file'),
+    (lambda path: path.symlink_to(path), 'Too many levels'),
+    (Path.mkdir, 'not a regular file'),
+    (Path.touch, 'the file is empty'),
+    (lambda path: sparse(path, 2**40), 'too many'),
+    (lambda path: sparse(path, 2**32), 'unknown'),
+    (lambda path: path.write_bytes(EPS), 'EPS is not read'),
+  ],
+  ids=itertools.count(),
+)
+@pytest.mark.parametrize(
+  'read', [images.read_image, images.read_size, label_files.open_label]
+)
+def test_what_is_no_image_file_is_refused_at_once(tmp_path, make, words, read):
+  path = tmp_path / 'a.png'
+  make(path)
+  start = time.monotonic()
+  with pytest.raises(errors.UserError, match=words) as caught:
+    read(path)
+  assert time.monotonic() - start < 5
+  assert str(caught.value).startswith(f'{path}: ')
+  assert '\n' not in str(caught.value)
+
+
+def test_an_image_may_not_take_half_of_the_memory(tmp_path, monkeypatch):
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  assert min(2**30, memory // 32) == image_files._MOST_PIXELS
+  monkeypatch.setattr(image_files, '_MOST_PIXELS', 99)
+  path = tmp_path / 'a.tif'
+  Image.new('L', (10, 10)).save(path)
+  assert '10x10 is too large, at most 99 pixels' in _read_refused(path)

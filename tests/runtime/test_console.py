@@ -43,6 +43,23 @@ def test_an_error_is_one_line_or_with_debug_raised(error, status, line, capsys):
     raise error
 
 
+def test_names_move_no_cursor_and_have_an_end(capsys):
+  name = 'ä \x1b[2J\x9b\r\n' + 'x' * 10**6
+  with pytest.raises(SystemExit), console.one_line_errors():
+    raise UserError(name)
+  logger = logging.getLogger('deeplab_jax')
+  before, level = list(logger.handlers), logger.level
+  try:
+    console.log_to_stderr()
+    logger.warning('two\nlines of %s', name)
+  finally:
+    logger.handlers[:], logger.propagate = before, True
+    logger.setLevel(level)
+  first, *others = capsys.readouterr().err.splitlines()
+  assert first.startswith(r'error: ä \x1b[2J\x9b\r\nxxx') and len(first) < 10**5
+  assert others[:2] == ['two', r'lines of ä \x1b[2J\x9b\r']
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
   with pytest.raises(ZeroDivisionError), console.one_line_errors():
     raise ZeroDivisionError

@@ -1,11 +1,13 @@
 """Files that appear whole, locks, and hints at near names."""
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from deeplab_jax.runtime import files
+from deeplab_jax.runtime.errors import UserError
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
@@ -71,3 +73,19 @@ def test_hints_are_looked_for_beside_a_file(tmp_path):
   (tmp_path / 'photo.png').touch()
   assert files.near_file(tmp_path / 'Photo.jpg') == '; there is photo.png'
   assert files.near_file(tmp_path / 'missing' / 'photo.png') == ''
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+  path, pipe = tmp_path / 'small', tmp_path / 'pipe'
+  path.write_bytes(b'abc')
+  assert files.read_bytes(path, 3) == b'abc'
+  os.mkfifo(pipe)
+  for file, words in (
+    (path, '3 bytes are too many, at most 2 are read'),
+    (pipe, 'not a regular file'),
+    (Path('/dev/zero'), 'not a regular file'),
+    (tmp_path, 'not a regular file'),
+  ):
+    with pytest.raises(UserError, match=words) as error:
+      files.read_bytes(file, 2)
+    assert str(error.value).startswith(f'{file}: ')

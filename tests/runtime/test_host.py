@@ -79,19 +79,29 @@ def test_compiles_with_the_option_of_the_user():
 
 
 @pytest.mark.parametrize(
-  ('variable', 'expected'), [(None, '/w'), ('/own', '/own')]
+  ('variable', 'mode', 'expected'),
+  [
+    (None, 0o755, '{}/deeplab_jax/programs'),
+    ('/given', 0o755, '/given'),
+    (None, 0o777, None),
+  ],
 )
-def test_programs_are_cached_where_the_environment_says(
-  monkeypatch, variable, expected
+def test_programs_are_cached_where_the_environment_says_or_no_other_writes(
+  tmp_path, monkeypatch, variable, mode, expected
 ):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  folder = tmp_path / 'deeplab_jax' / 'programs'
+  folder.mkdir(parents=True)
+  folder.chmod(mode)
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update('jax_compilation_cache_dir', variable)
     if variable:  # which JAX reads when it is imported
       monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', variable)
-    host.cache_programs(Path('/w'))
-    assert jax.config.jax_compilation_cache_dir == expected
+    host.cache_programs()
+    found = jax.config.jax_compilation_cache_dir
+    assert found == (expected and expected.format(tmp_path))
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
 

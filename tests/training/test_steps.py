@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from miniature import CLASSES, global_batch, make, one_device_step, shard_mapped
 
 from deeplab_jax.benchmark.timing import compilations
@@ -131,24 +131,65 @@ def assert_same_update(ours, theirs):
   assert int(state.step) == int(expected.step) == 1
 
 
-def test_train_step_under_plain_jit_is_the_mapped_one_on_one_device(
-  random_variables,
+def test_pmap_shard_map_and_jit_with_and_without_a_mesh_take_the_same_step(
+  start,
 ):
-  model = make(sync_bn=False)
-  start = Start(model, random_variables(model))
-  batch = global_batch(4)
-  plain = functools.partial(
-    steps.train_step, **start.settings, **LOSS, axis_name=None
-  )
-  ours = jax.jit(plain)(start.state, batch)
-  assert_same_update(ours, start.one(batch, **LOSS))
-
-
-def test_train_step_under_shard_map_is_the_one_under_pmap(start):
   batch = global_batch()
-  step = functools.partial(steps.train_step, **start.settings)
-  ours = shard_mapped(step, PartitionSpec())(start.state, batch)
-  assert_same_update(ours, start.four(start.plain, batch))
+  expected = start.four(start.with_loss, batch)
+  step = functools.partial(steps.train_step, **start.settings, **LOSS)
+  shard_map = shard_mapped(step, PartitionSpec())
+  assert_same_update(shard_map(start.state, batch), expected)
+  # Without a named axis the program is that of the whole batch, so its batch
+  # statistics are global in any case.
+  whole = functools.partial(step, model=make(sync_bn=False), axis_name=None)
+  assert_same_update(jax.jit(whole)(start.state, batch), expected)
+  mesh = Mesh(np.array(jax.devices()), ('images',))
+  rows = NamedSharding(mesh, PartitionSpec('images'))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  meshed = jax.jit(whole, in_shardings=(everywhere, rows), out_shardings=None)
+  state, metrics = meshed(start.state, jax.device_put(batch, rows))
+  assert len(state.step.sharding.device_set) == 4
+  assert_same_update((state, metrics), expected)
+
+
+@pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.parametrize('devices', [1, 4])
+def test_micro_batches_take_the_step_of_the_whole_batch_with_frozen_bn(
+  start, devices, count
+):
+  batch = global_batch(devices * 4)
+  batch['label'][: devices * 2] %= 2  # of small weight, or none
+  whole = start.one(batch, **LOSS, freeze_bn=True)
+  settings = {**LOSS, 'freeze_bn': True, 'accumulate': count}
+  if devices == 1:
+    ours = start.one(batch, **settings)
+  else:
+    step = steps.pmap_train_step(**start.settings, **settings)
+    ours = start.four(step, batch)
+  assert_same_update(ours, whole)
+  assert ours[1]['valid_pixels'] == whole[1]['valid_pixels']
+
+
+def test_statistics_move_with_each_micro_batch(start, random_variables):
+  model = make(sync_bn=False)
+  batch, count = global_batch(4), 2
+  start = Start(model, random_variables(model))
+  state, _ = start.one(batch, accumulate=count)
+  apply = jax.jit(
+    functools.partial(model.apply, train=True, mutable=['batch_stats'])
+  )
+  stats = start.state.batch_stats
+  for part in range(count):
+    variables = {'params': start.state.params, 'batch_stats': stats}
+    stats = apply(variables, batch['image'][part::count])[1]['batch_stats']
+  assert_trees_close(jax.device_get(state.batch_stats), stats, atol=1e-5)
+
+
+def test_micro_batches_of_void_alone_give_zero_and_not_nan(start):
+  batch = global_batch(4)
+  batch['label'][:] = 255
+  _, metrics = start.one(batch, **LOSS, accumulate=2)
+  assert metrics['loss'] == 0 and np.isfinite(metrics['grad_norm'])
 
 
 def test_loss_is_the_mean_over_all_valid_pixels(start, training_logits):
