@@ -481,13 +481,18 @@ def test_workdir_of_other_classes_is_refused(trained, refused, tmp_path, mode):
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'predict'])
-def test_damaged_checkpoint_is_refused(trained, refused, tmp_path, mode):
+def test_where_all_are_damaged_each_checkpoint_has_a_line(
+  trained, command, tmp_path, mode
+):
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
   for step in (workdir / 'checkpoints').iterdir():
     (step / 'metadata' / 'metadata').write_text('{')
   inputs = [trained.folder] if mode == 'predict' else []
-  line = refused(f'--workdir={workdir}', f'--mode={mode}', *inputs)
-  assert str(workdir / 'checkpoints') in line and 'cannot be restored' in line
+  status, _, errors = command(f'--workdir={workdir}', f'--mode={mode}', *inputs)
+  *skipped, last = [x for x in errors.splitlines() if 'is damaged' in x]
+  assert status == 1 and len(skipped) == 2
+  assert all(line.endswith('it is skipped') for line in skipped)
+  assert last.startswith(f'error: {workdir / "checkpoints"}')
 
 
 def test_checkpoint_of_another_optimizer_is_refused(trained, command, tmp_path):
