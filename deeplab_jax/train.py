@@ -36,6 +36,7 @@ class _Run:
   description: dict[str, Any]  # of network and classes, for each checkpoint
 
 
+@distributed.one_run
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Trains in `workdir`; a run that was stopped goes on where it was.
 
@@ -45,7 +46,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   there are no metrics, and it returns the `step` of the latest checkpoint.
 
   Raises:
-    UserError: if settings, data or workdir do not fit, or the loss diverges.
+    UserError: if settings, data or workdir do not fit, another run uses the
+      workdir, or the loss diverges.
     Preempted: if a signal stopped the run, after a checkpoint.
   """
   before = _settings_before(workdir)
@@ -182,6 +184,7 @@ def _save(run: _Run, start: int, state: Any, scores: Scores | None) -> None:
   """
   is_new = run.saved.latest_step in (None, start)
   metadata = {'metrics': scores.metrics} if scores else {}
+  distributed.check_run(run.workdir)
   run.saved.save(state, {**run.description, **metadata})
   first, step = distributed.is_first_process(), int(state.step)
   if scores and first and run.saved.step_named('best') == step:
