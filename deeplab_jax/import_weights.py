@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_SOURCE = 'keras'
 
 
+@distributed.one_run
 def import_weights(config: ConfigDict, workdir: Path) -> None:
   """Writes a checkpoint of step 0 with the weights of `config.init_from`.
 

@@ -43,6 +43,7 @@ class _Run:
   skipped: tuple[tuple[int, int], ...] = ()
 
 
+@distributed.one_run
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Trains in `workdir`; a run that was stopped goes on where it was.
 
@@ -52,7 +53,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   there are no metrics, and it returns the `step` of the latest checkpoint.
 
   Raises:
-    UserError: if settings, data or workdir do not fit, or the loss diverges.
+    UserError: if settings, data or workdir do not fit, another run uses the
+      workdir, or the loss diverges.
     Preempted: if a signal stopped the run, after a checkpoint.
   """
   before = last_used(workdir)
@@ -244,5 +246,6 @@ def _save(run: _Run, state: Any, *, new: bool) -> None:
 
   if new:
     own.remember(to_json(run.config))
+  distributed.check_run(run.workdir)
   metadata = {**run.description, 'skipped': run.skipped}
   run.saved.save(state, metadata, then=write_settings if new else None)

@@ -15,10 +15,10 @@ from deeplab_jax.runtime.errors import UserError
 
 
 class Records(Sequence[dict[str, Any]]):
-  """Random access to the records that TFDS gives as bytes."""
+  """Random access to the records that TFDS gives as bytes, from a folder."""
 
-  def __init__(self, serialized: Sequence[bytes]) -> None:
-    self._serialized = serialized
+  def __init__(self, serialized: Sequence[bytes], folder: str) -> None:
+    self._serialized, self._folder = serialized, folder
 
   def __len__(self) -> int:
     return len(self._serialized)
@@ -28,7 +28,13 @@ class Records(Sequence[dict[str, Any]]):
 
   def __getitem__(self, index: Any) -> Any:
     # TFDS's own parser takes several times as long: it makes arrays of all.
-    example = tf_example_pb2.Example.FromString(self._serialized[index])
+    try:
+      example = tf_example_pb2.Example.FromString(self._serialized[index])
+    except RuntimeError as error:  # by the hashes of array_record
+      raise UserError(
+        f'{self._folder}: a file of records is damaged or missing; remove the'
+        ' folder to prepare it again'
+      ) from error
     return {
       name: (feature.bytes_list.value or feature.int64_list.value)[0]
       for name, feature in example.features.feature.items()
@@ -50,7 +56,8 @@ class Dataset:
     """
     builder, key = self._builder(split), records.split_key(split)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    return Records(builder.as_data_source(key, deserialize_method=raw))
+    serialized = builder.as_data_source(key, deserialize_method=raw)
+    return Records(serialized, builder.data_path)
 
   def sizes(self, split: str) -> list[tuple[int, int]]:
     """Returns (height, width) of each record; decodes no image."""

@@ -1,36 +1,43 @@
-"""Batches for training and evaluation, loaded in the background by grain.
+"""Batches for training and evaluation, loaded in the background.
 
 The numbers of threads and workers never change a pixel.
 """
 
+import atexit
 import collections
 import functools
+import itertools
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any, TypeAlias, TypeVar
 
+import cloudpickle
 import cv2
-import grain
 import numpy as np
-from absl import flags
 
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
 from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
 from deeplab_jax.runtime.errors import UserError, require
 
+log = logging.getLogger(__name__)
+
+_STARTS = 3  # of a loader process for one batch
 T = TypeVar('T')
 R = TypeVar('R')
 Record = dict[str, bytes]
 Batch = dict[str, np.ndarray]
 # `close()` ends the background work.
-Batches: TypeAlias = 'grain.DatasetIterator[Batch]'
+Batches: TypeAlias = Generator[Batch, None, None]
 
 
 def make_train_iterator(
@@ -55,8 +62,10 @@ def make_train_iterator(
   Each of `workers` processes loads with `threads` threads. With 0 workers this
   process loads. With 0 threads the workers share the cores, at most 16 threads
   each. Workers are spawned, so programs need an `if __name__ == '__main__'`.
+  For one that is killed another goes on with the same batches.
 
-  `next` raises `UserError` if a record cannot be decoded.
+  `next` raises `UserError` if a record cannot be decoded, or workers are killed
+  again and again.
   """
   _check_hosts(batch_size, host, hosts)
   require(len(source) > 0, 'source must have records', len(source))
@@ -133,25 +142,90 @@ def _iterate(
   load: Callable[[int], Batch], steps: range, threads: int, workers: int = 0
 ) -> Batches:
   """Yields `load` of each step, computed in the background."""
-  # grain's shuffle, random_map and batch would change the stream of a seed, and
-  # so resumed runs, and copy images again; its batch_and_pad knows one size.
   counts = threads, workers
   require(min(counts) >= 0, 'threads and workers must be at least 0', counts)
   cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loaders
   # More threads would mostly wait for the interpreter.
   threads = threads or min(cores() // max(workers, 1) or 1, 16)
-  # The buffer counts batches here; grain's own 500 would fill the memory.
-  options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 1)
-  dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
-  dataset = dataset.to_iter_dataset(options)
-  if workers:
-    if not flags.FLAGS.is_parsed():  # outside absl.app; grain reads its flags
-      flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
-      worker_init_fn=_start_worker,
-    )
-  return iter(dataset)
+  if not workers:
+    return in_background(load, steps, threads, ahead=threads)
+  work = cloudpickle.dumps(load)
+  rows = [steps[worker::workers] for worker in range(workers)]
+  batches = _in_turn([_from_worker(work, row, threads) for row in rows])
+  left: Any = weakref.ref(
+    batches
+  )  # at the end of a program that did not close it
+  atexit.register(lambda: (found := left()) and found.close())
+  return batches
+
+
+def _in_turn(iterators: Sequence[Batches]) -> Batches:
+  """Yields one batch of each, again and again; all begin with an empty one."""
+  try:
+    for iterator in iterators:
+      next(iterator)
+    for iterator in itertools.cycle(iterators):
+      yield next(iterator)
+  finally:
+    for iterator in iterators:
+      iterator.close()
+
+
+def _from_worker(work: bytes, steps: range, threads: int) -> Batches:
+  """Yields an empty batch, then those of the steps, from another process."""
+  # The process shares a pipe with this one, and no lock or memory: if it is
+  # killed, the pipe ends and nothing is left.
+  spawn, failures, ended = multiprocessing.get_context('spawn'), 0, ''
+  while failures < _STARTS:
+    receiver, sender = spawn.Pipe()  # sockets, which are faster than pipes
+    process = spawn.Process(target=_work, args=(sender, work, steps, threads))
+    process.start()
+    sender.close()
+    receive, result = receiver.recv_bytes, None
+    try:
+      if not failures:
+        yield {}
+      while True:
+        result = pickle.loads(receive(), buffers=iter(receive, None))
+        if isinstance(result, Exception):
+          break
+        yield result
+        steps, failures = steps[1:], 0
+    except (EOFError, OSError):  # in the middle of a batch, OSError
+      failures += 1
+    finally:
+      receiver.close()
+      process.kill()
+      process.join()
+    if isinstance(result, Exception):
+      raise result
+    ended = f'a loader process ended with status {process.exitcode}'
+    log.warning('%s; another goes on', ended)
+  raise UserError(
+    f'{ended}, {_STARTS} times in a row, as for lack of memory; lower'
+    ' config.data.workers'
+  )
+
+
+def _work(sender: Connection, work: bytes, steps: range, threads: int) -> None:
+  """Sends the batches of a loader process, until nobody receives them."""
+  # A signal to the whole group must leave the workers alive: the parent still
+  # trains until its checkpoint is written.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  cv2.setNumThreads(0)
+  try:
+    load = pickle.loads(work)
+    for batch in in_background(load, steps, threads, ahead=threads):
+      arrays: list[Any] = []
+      sender.send_bytes(pickle.dumps(batch, 5, buffer_callback=arrays.append))
+      for array in arrays:  # without a copy of them
+        sender.send_bytes(array.raw())
+  except ConnectionError:  # the parent has ended
+    pass
+  except Exception as error:
+    error.add_note(traceback.format_exc())
+    sender.send(error)
 
 
 def load_example(
@@ -181,11 +255,15 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
 
 
 def in_background(
-  function: Callable[[T], R], items: Iterable[T], threads: int = 0
-) -> Iterator[R]:
+  function: Callable[[T], R],
+  items: Iterable[T],
+  threads: int = 0,
+  ahead: int = 0,
+) -> Generator[R, None, None]:
   """Yields `function` of each item in order, computed ahead in threads.
 
-  With 0 threads there is one per core.
+  With 0 threads there is one per core. Of the results, `ahead` wait at most, by
+  default two per thread.
   """
   threads = threads or cores()
   waiting: collections.deque[Any] = collections.deque()
@@ -193,7 +271,7 @@ def in_background(
     try:
       for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > 2 * threads:
+        if len(waiting) > (ahead or 2 * threads):
           yield waiting.popleft().result()
       while waiting:
         yield waiting.popleft().result()
@@ -207,21 +285,3 @@ def cores() -> int:
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
-
-
-def _start_worker(worker: int, workers: int) -> None:
-  """Makes a loader process end with its parent, and not before."""
-  del worker, workers
-  cv2.setNumThreads(0)
-  # A signal to the whole group must leave the workers alive: the parent still
-  # trains until its checkpoint is written.
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def watch() -> None:
-    while parent and os.getppid() == parent.pid:
-      time.sleep(1)
-    os._exit(1)  # the parent was killed; nobody else would end this process
-
-  threading.Thread(target=watch, daemon=True).start()

@@ -26,11 +26,12 @@ from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
-from deeplab_jax.runtime.errors import UnreadableError, UserError
+from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
 _SHARD = 4096  # records in a file
+_STATE = 'state.json'  # of the other files of a prepared folder
 
 # What a loader returns: for every split the builder that holds its records.
 Builders = dict[str, tfds.core.DatasetBuilder]
@@ -215,6 +216,30 @@ def _quiet() -> Iterator[None]:
     logger.removeFilter(others)
 
 
+def _state(path: pathlib.Path) -> dict[str, Any]:
+  """Tells files apart: by digests those that no hash in them protects."""
+  return {
+    file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+    if file.suffix == '.json'
+    else file.stat().st_size
+    for file in path.iterdir()
+    if file.name != _STATE
+  }
+
+
+def _damage(path: pathlib.Path, make: Callable[[], Any]) -> str:
+  """Says what is wrong with a prepared folder; '' if nothing is."""
+  try:
+    if (path / _STATE).exists():  # older ones have none
+      noted, found = json.loads((path / _STATE).read_text()), _state(path)
+      differ = {name for name, _ in noted.items() ^ found.items()}
+      return ', '.join(sorted(differ))
+    make().info.metadata['info']
+  except Exception as error:  # TFDS raises many kinds
+    return first_line(error)
+  return ''
+
+
 @_quiet()
 def prepared(
   builder_class: type[RecordsBuilder], prepared_dir: str, config: SourceConfig
@@ -222,33 +247,45 @@ def prepared(
   """Returns the builder of `config`, with its records on disk.
 
   TFDS writes into a folder of another name and renames it at the end, so a
-  prepared folder is complete. A second process waits for the first. Raises
-  `UserError` if `prepared_dir` (empty: TFDS's own) cannot be written.
+  prepared folder is complete. One that was damaged later is prepared again. A
+  second process waits for the first. Raises `UserError` if `prepared_dir`
+  (empty: TFDS's own) cannot be written.
   """
   make = functools.partial(
     builder_class, data_dir=prepared_dir or None, config=config
   )
-  builder = make()
-  if builder.info.splits:
-    return builder
   # <prepared_dir>/<data set>/<config>/<version>
-  path = pathlib.Path(builder.data_path)
-  home = path.parent.parent
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(disk.locked(home / f'.{config.name}.lock'))
-    except OSError as error:
-      raise UserError(
-        f'{home}: cannot be written ({error.strerror}); set '
-        'config.data.prepared_dir to another folder'
-      ) from error
-    builder = make()
-    if builder.info.splits:  # another process has done it
-      return builder
-    for leftover in path.parent.glob('incomplete.*'):
-      shutil.rmtree(leftover, ignore_errors=True)
-    builder.download_and_prepare(file_format='array_record')
-    builder = make()  # read back, as every later run will
+  home = pathlib.Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
+  home /= builder_class.name
+  path = home / config.name / str(builder_class.VERSION)
+  if path.exists() and not _damage(path, make):
+    return make()
+  try:
+    with disk.locked(home / f'.{config.name}.lock'):
+      damage = _damage(path, make) if path.exists() else ''
+      if path.exists() and not damage:  # another process has done it
+        return make()
+      for leftover in path.parent.glob('incomplete.*'):
+        shutil.rmtree(leftover, ignore_errors=True)
+      aside = path.with_name('incomplete.damaged')
+      if damage:
+        log.warning('%s is damaged (%s); it is prepared again', path, damage)
+        path.rename(aside)
+      try:
+        make().download_and_prepare(file_format='array_record')
+      except BaseException:
+        if damage:
+          aside.rename(path)
+        raise
+      shutil.rmtree(aside, ignore_errors=True)
+      disk.write_json(path / _STATE, _state(path))
+  except (OSError, RuntimeError) as error:  # the latter of array_record
+    reason = getattr(error, 'strerror', None) or str(error).partition(';')[0]
+    raise UserError(
+      f'{home}: cannot be written ({reason}); make space there, or set '
+      'config.data.prepared_dir to another folder'
+    ) from error
+  builder = make()  # read back, as every later run will
   # A preparation that failed has left a folder without a version.
   others = home.glob(f'{config.prefix}{"[0-9a-f]" * 12}/[0-9]*')
   for version in sorted(others) if config.prefix else ():

@@ -1,10 +1,12 @@
 """Hosts and devices: joining them, placing arrays there and fetching them."""
 
 import contextlib
+import functools
 import itertools
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deeplab_jax.runtime import watchdog
 from deeplab_jax.runtime.errors import UserError, first_line, require
+from deeplab_jax.runtime.files import check_held, held
 
 AXIS_NAME = 'batch'  # of the devices, in every mapped step
 _COMPILES = 3600  # seconds that one process may compile longer than others
@@ -161,6 +164,39 @@ def barrier(name: str) -> None:
   """Waits until all processes are there."""
   if jax.process_count() > 1:
     watchdog.wait(f'{name} {next(_numbers)}', _COMPILES)
+
+
+def one_run(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Lets `function(config, workdir)` be the only one that uses the workdir.
+
+  The first process holds it; if it cannot, all raise a `UserError`.
+  """
+
+  @functools.wraps(function)
+  def alone(config: Any, workdir: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+      refused: Exception | None = None
+      try:
+        if is_first_process():
+          stack.enter_context(held(workdir))
+      except (UserError, OSError) as error:
+        refused = error
+      failed = np.array(refused is not None, np.int32)
+      if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(failed)
+      if failed:
+        raise refused or UserError(
+          f'{workdir}: the first process cannot use it'
+        )
+      return function(config, workdir)
+
+  return alone
+
+
+def check_run(workdir: Any) -> None:
+  """Raises `UserError` if the workdir of `one_run` is gone or another's."""
+  if is_first_process():
+    check_held(workdir)
 
 
 def replicate(tree: Any) -> Any:

@@ -2,20 +2,28 @@
 
 import contextlib
 import difflib
+import errno
 import fcntl
+import json
 import logging
+import operator
 import os
 import re
+import socket
 import stat
 import tarfile
+import time
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from deeplab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_START = time.strftime('%Y-%m-%d %H:%M:%S %Z')
 
 
 @contextlib.contextmanager
@@ -31,7 +39,8 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     os.replace(temporary, path)
   except BaseException as error:
     Path(temporary).unlink(missing_ok=True)
-    if isinstance(error, OSError) and error.filename == temporary:
+    unnamed = None, temporary
+    if isinstance(error, OSError) and error.errno and error.filename in unnamed:
       error.filename = os.fspath(path)
     raise
 
@@ -53,6 +62,35 @@ def check_regular(path: str | os.PathLike, most: int) -> None:
     )
 
 
+def append(path: Path, data: bytes) -> None:
+  """Appends to a file whole or, as on a full disk, not at all."""
+  with path.open('ab', buffering=0) as file:
+    size = file.tell()
+    if file.write(data) < len(data):
+      file.truncate(size)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a value, arrays included, as indented JSON, whole or not at all.
+
+  NaN and the infinities, which JSON does not know, become null.
+  """
+  text = json_text(value, indent=2) + '\n'
+  with replacing(path) as temporary:
+    Path(temporary).write_text(text, encoding='utf-8')
+
+
+def json_text(value: Any, **options: Any) -> str:
+  """Returns a value, arrays included, as JSON; NaN and the infinities as null.
+
+  The `options` are those of `json.dumps`.
+  """
+  text = json.dumps(value, default=operator.methodcaller('tolist'))
+  finite = json.loads(text, parse_constant=lambda _: None)
+  return json.dumps(finite, **options)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
   """Holds an exclusive lock between processes; a killed one releases it.
@@ -69,6 +107,54 @@ def locked(path: Path) -> Iterator[None]:
       log.info('waiting for another process that prepares %s', name)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+  """Holds a folder for this process, by `.lock` in it; a killed one frees it.
+
+  Raises `UserError`, which names the owner, if another process holds it. Where
+  the file system has no locks, a warning says so.
+  """
+  path, is_new = folder / '.lock', not folder.exists()
+  folder.mkdir(parents=True, exist_ok=True)
+  with path.open('a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      owner = file.read() or 'another process'
+      raise UserError(
+        f'{folder} is in use by {owner}; use another --workdir or end that run'
+      ) from None
+    except OSError as error:
+      log.warning('%s cannot be locked: %s', folder, error.strerror)
+    file.truncate(0)
+    file.write(_owner())
+    file.flush()
+    try:
+      check_held(folder)  # an owner may have removed it since it was opened
+      yield
+    finally:
+      with contextlib.suppress(UserError, OSError):
+        check_held(folder)
+        path.unlink()
+      if is_new:  # and nothing was written
+        with contextlib.suppress(OSError):
+          folder.rmdir()
+
+
+def check_held(folder: Path) -> None:
+  """Raises `UserError` unless `held` still holds a folder, as it was."""
+  with contextlib.suppress(OSError):
+    if (folder / '.lock').read_text('utf-8') == _owner():
+      return
+  raise UserError(f'{folder} was removed or taken by another run; start again')
+
+
+def _owner() -> str:
+  """This process, in words that no other one has."""
+  return f'process {os.getpid()} on {socket.gethostname()} since {_START}'
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """What a run leaves behind: logs in several places, files, progress."""
 
+import collections
 import html
 import importlib
 import json
-import operator
+import logging
 import os
 import re
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +21,9 @@ from tqdm import tqdm
 
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import choose, first_line
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import append, json_text, replacing, write_json
 
+log = logging.getLogger(__name__)
 _Settings = dict[str, Any]
 
 
@@ -33,6 +36,7 @@ class Backend:
     The steps of a killed run after that one are logged again. `settings` are
     JSON values by key, as 'train.steps'.
     """
+    self._workdir = workdir
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Logs numbers by name."""
@@ -51,31 +55,35 @@ class _TensorBoard(Backend):
   """Events in `workdir/tensorboard`; it hides steps that are logged again."""
 
   def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
-    # A late import: tensorboardX loads torch where torch is installed.
-    from tensorboardX import SummaryWriter
+    # Late: it loads torch, if installed. Its own writer hangs on a full disk.
+    from tensorboardX import proto, record_writer, summary
 
-    self._events = SummaryWriter(
-      str(workdir / 'tensorboard'),
-      purge_step=start + 1,
-      flush_secs=10,
-      # Two writers of the same second would share a file.
-      filename_suffix=f'.{time.time_ns()}',
-    )
+    self._event, self._summary = proto.event_pb2.Event, summary
+    self._check = record_writer.masked_crc32c
+    folder = workdir / 'tensorboard'
+    folder.mkdir(exist_ok=True)
+    self._path = folder / f'events.out.tfevents.{time.time_ns()}'
+    self._add(file_version='brain.Event:2')
+    self._add(step=start + 1, session_log={'status': 'START'})
+
+  def _add(self, **values: Any) -> None:
+    """Appends an event, framed as TFRecord files are."""
+    data = self._event(wall_time=time.time(), **values).SerializeToString()
+    size = struct.pack('<Q', len(data))
+    checks = [struct.pack('<I', self._check(part)) for part in (size, data)]
+    append(self._path, size + checks[0] + data + checks[1])
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
-      self._events.add_scalar(name, float(value), step)
+      self._add(step=step, summary=self._summary.scalar(name, float(value)))
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    self._events.add_image(name, image, step, dataformats='HWC')
+    self._add(step=step, summary=self._summary.image(name, image, 1, 'HWC'))
 
   def text(self, step: int, name: str, text: str) -> None:
     # TensorBoard reads Markdown, where four spaces make a verbatim block.
     block = '\n'.join('    ' + line for line in text.splitlines())
-    self._events.add_text(name, block, step)
-
-  def close(self) -> None:
-    self._events.close()
+    self._add(step=step, summary=self._summary.text(name, block))
 
 
 class _JsonLines(Backend):
@@ -87,19 +95,17 @@ class _JsonLines(Backend):
   """
 
   def __init__(self, workdir: Path, start: int, settings: _Settings) -> None:
-    path, self._path = workdir / 'metrics.jsonl', workdir / 'sessions.json'
-    before = json.loads(self._path.read_text()) if self._path.exists() else []
+    self._lines, path = workdir / 'metrics.jsonl', workdir / 'sessions.json'
+    before = json.loads(path.read_text()) if path.exists() else []
     self._session = {'first_step': start + 1, 'start': time.time()}
     self._session |= host.describe()
-    self._sessions = [*before, self._session]
-    write_json(self._path, self._sessions)
-    _drop_lines(path, start)
-    self._lines = path.open('a', encoding='utf-8')
-    self.close = self._lines.close  # type: ignore[method-assign]
+    self._path, self._sessions = path, [*before, self._session]
+    write_json(path, self._sessions)
+    _drop_lines(self._lines, start)
+    append(self._lines, b'')
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    self._lines.write(_json({'step': step, **values}) + '\n')
-    self._lines.flush()
+    append(self._lines, f'{json_text({"step": step, **values})}\n'.encode())
     self._session.update(last_step=step, stop=time.time())
     write_json(self._path, self._sessions)
 
@@ -156,7 +162,7 @@ class _MLflow(Backend):
       mlflow.log_params(settings)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    self._mlflow.log_metrics(values, step=step)
+    self._mlflow.log_metrics(values, step=step, synchronous=False)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     self._mlflow.log_image(image, key=name, step=step)
@@ -166,6 +172,17 @@ class _MLflow(Backend):
 
   def close(self) -> None:
     self._mlflow.end_run()
+
+
+class Panels(Backend):
+  """Pictures in `workdir/panels`, whatever else is logged to."""
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Saves a picture uint8 [H, W, 3] as `step_STEP.png`."""
+    folder = self._workdir / 'panels'
+    folder.mkdir(exist_ok=True)
+    with replacing(folder / f'step_{step:08d}.png') as temporary:
+      Image.fromarray(image).save(temporary, 'png')
 
 
 BACKENDS: dict[str, Callable[..., Any]] = {
@@ -195,7 +212,8 @@ def check_backends(to: Sequence[Any], *, starts: bool = False) -> None:
 class Writer(AbstractContextManager):
   """Logs a run to its backends, and pictures to `workdir/panels` as well.
 
-  Processes other than the first write nothing.
+  Processes other than the first write nothing. What a backend refuses, as on a
+  full disk, is dropped with a warning: a log ends no run.
   """
 
   def __init__(
@@ -211,47 +229,47 @@ class Writer(AbstractContextManager):
     What a killed run wrote after `start_step` is dropped or hidden. Raises
     `ValueError` if a backend cannot be used.
     """
-    self._workdir, self._enabled = Path(workdir), distributed.is_first_process()
-    self._opened, self._backends = ExitStack(), list[Any]()
-    if not self._enabled:
+    self._backends, self._lost = dict[str, Any](), collections.Counter[str]()
+    if not distributed.is_first_process():
       return
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    with self._opened as opened:
-      for name in dict.fromkeys(to):
-        make = choose('to', name, BACKENDS)
-        try:
-          backend = make(self._workdir, start_step, settings or {})
-        except (OSError, ValueError):
-          raise
-        except Exception as error:  # a service may raise anything
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    for key in dict.fromkeys((*to, Panels)):
+      make, name = choose('to', key, BACKENDS), getattr(key, '__name__', key)
+      try:
+        self._backends[name] = make(Path(workdir), start_step, settings or {})
+      except Exception as error:  # a service may raise anything
+        self._log('close')
+        if not isinstance(error, (OSError, ValueError)):
           raise ValueError(f'to={name}: {first_line(error)}') from error
-        opened.callback(backend.close)
-        self._backends.append(backend)
-      self._opened = opened.pop_all()
+        raise
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Logs numbers by name; arrays of one element become numbers."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
-    for backend in self._backends:
-      backend.scalars(int(step), numbers)
+    self._log('scalars', int(step), numbers)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Logs a picture uint8 [H, W, 3]."""
-    for backend in self._backends:
-      backend.image(int(step), name, image)
-    if self._enabled:
-      panels = self._workdir / 'panels'
-      panels.mkdir(exist_ok=True)
-      with replacing(panels / f'step_{step:08d}.png') as temporary:
-        Image.fromarray(image).save(temporary, 'png')
+    self._log('image', int(step), name, image)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Logs text, whose lines are shown as they are."""
-    for backend in self._backends:
-      backend.text(int(step), name, text)
+    self._log('text', int(step), name, text)
+
+  def _log(self, method: str, *values: Any) -> None:
+    for name, backend in self._backends.items():
+      try:
+        getattr(backend, method)(*values)
+      except Exception as error:
+        if not self._lost[name]:
+          why = getattr(error, 'strerror', None) or first_line(error)
+          log.warning('events are dropped: cannot log to %s (%s)', name, why)
+        self._lost[name] += 1
 
   def __exit__(self, *_: object) -> None:
-    self._opened.close()
+    self._log('close')
+    for name, count in self._lost.items():
+      log.warning('%d events are missing in %s', count, name)
 
 
 class Progress(AbstractContextManager):
@@ -314,34 +332,17 @@ class Progress(AbstractContextManager):
     self._bar.close()
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a value, arrays included, as indented JSON, whole or not at all.
-
-  NaN and the infinities, which JSON does not know, become null.
-  """
-  text = _json(value, indent=2) + '\n'
-  with replacing(path) as temporary:
-    Path(temporary).write_text(text, encoding='utf-8')
-
-
 def _drop_lines(path: Path, start_step: int) -> None:
-  """Drops lines after `start_step`, and those a killed run left half done."""
+  """Drops half lines, those after `start_step`, and its evaluation."""
   before = path.read_text('utf-8', 'replace') if path.exists() else ''
   kept = ''
   for line in before.splitlines():
     whole = re.fullmatch(r'\{"step": (\d+)\b.*\}', line)
-    # The evaluation after the last step is logged again, perhaps made again.
     if whole and int(whole[1]) <= start_step - ('"eval_' in line):
       kept += line + '\n'
   if kept != before:
     with replacing(path) as temporary:
       Path(temporary).write_text(kept, encoding='utf-8')
-
-
-def _json(value: Any, **options: Any) -> str:
-  text = json.dumps(value, default=operator.methodcaller('tolist'))
-  finite = json.loads(text, parse_constant=lambda _: None)
-  return json.dumps(finite, **options)
 
 
 def _earlier_run(path: Path, start: int) -> str | None:

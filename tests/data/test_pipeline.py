@@ -1,4 +1,6 @@
 import itertools
+import logging
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -303,3 +305,76 @@ def test_worker_outlives_a_signal_but_not_its_parent(tmp_path):
   while _runs(worker) and time.monotonic() < deadline:
     time.sleep(0.1)
   assert not _runs(worker)
+
+
+def _workers():
+  return multiprocessing.active_children()
+
+
+@pytest.mark.xdist_group('alone')
+@pytest.mark.parametrize('moment', ['waiting', 'sending'])
+def test_a_killed_worker_is_replaced_and_the_stream_stays(
+  moment, monkeypatch, caplog
+):
+  monkeypatch.setattr(logging.getLogger('deeplab_jax'), 'propagate', True)
+  segments = set(os.listdir('/dev/shm'))
+  # A batch is larger than what a pipe holds, so workers wait in the middle.
+  chain = (transforms.RandomScaleCropFlip((256, 256)),)
+  records = _records(5)
+  options = {'batch_size': 4, 'seed': 1, 'threads': 1}
+  expected = _take(9, records, chain, threads=1)
+  iterator = pipeline.make_train_iterator(records, chain, **options, workers=2)
+  batches = [next(iterator)]
+  for count in (3, 5):
+    if moment == 'sending':
+      time.sleep(0.3)
+    os.kill(_workers()[0].pid, signal.SIGKILL)
+    batches += itertools.islice(iterator, count)
+  iterator.close()
+  _same(batches, expected)
+  assert (
+    caplog.messages
+    == ['a loader process ended with status -9; another goes on'] * 2
+  )
+  assert not _workers()
+  assert set(os.listdir('/dev/shm')) == segments
+
+
+class _Ends:
+  """Ends the process that loads."""
+
+  def __call__(self, image, label, rng):
+    os._exit(7)
+
+
+@pytest.mark.xdist_group('alone')
+def test_workers_that_end_again_and_again_are_an_error():
+  with pytest.raises(
+    errors.UserError, match=r'status 7, 3 times.*data\.workers'
+  ):
+    _take(1, _records(3), (_Ends(),), workers=1)
+
+
+@pytest.mark.xdist_group('alone')
+def test_a_worker_passes_errors_on():
+  records = _records(3)
+  records[1]['image'] = b'x'
+  with pytest.raises(errors.UserError, match=r"'record_1'.*damaged"):
+    _take(3, records, (), workers=2, threads=1)
+  assert not _workers()
+
+
+@pytest.mark.xdist_group('alone')
+def test_a_program_that_closes_nothing_ends_without_a_word(tmp_path):
+  script = tmp_path / 'loads.py'
+  script.write_text(_SCRIPT)
+  done = subprocess.run(
+    [sys.executable, script],
+    env={**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[2])},
+    input='\n',
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.stdout.endswith('more\n') and done.stderr == ''
+  assert not _runs(int(done.stdout.split()[0]))

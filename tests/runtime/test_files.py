@@ -1,12 +1,20 @@
 """Files that appear whole, locks, and hints at near names."""
 
+import errno
+import fcntl
+import logging
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from deeplab_jax.runtime import files
+from deeplab_jax.runtime import errors, files
 from deeplab_jax.runtime.errors import UserError
 
 
@@ -89,3 +97,99 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
     with pytest.raises(UserError, match=words) as error:
       files.read_bytes(file, 2)
     assert str(error.value).startswith(f'{file}: ')
+
+
+def test_what_is_appended_stays_whole_on_a_disk_that_fills(tmp_path):
+  path = tmp_path / 'lines'
+  files.append(path, b'one\n')
+  # In a process of its own: SIGXFSZ and the limit are the process's.
+  script = (
+    'import resource, signal, sys\n'
+    'from pathlib import Path\n'
+    'from deeplab_jax.runtime import files\n'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n'
+    'for data in (b"two too long\\n", b"two\\n", b"three\\n"):\n'
+    '  try:\n'
+    '    files.append(Path(sys.argv[1]), data)\n'
+    '  except OSError as error:\n'
+    '    print(error.errno)\n'
+  )
+  command = [sys.executable, '-c', script, str(path)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == [str(errno.ENOSPC)] * 2
+  assert path.read_text() == 'one\ntwo\n'
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_replaced(tmp_path):
+  with pytest.raises(OSError) as error, files.replacing(tmp_path / 'x'):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  assert error.value.filename == str(tmp_path / 'x')
+
+
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from deeplab_jax.runtime import files
+with files.held(Path(sys.argv[1])):
+  child = subprocess.Popen(['sleep', '60'])
+  print(child.pid, flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_whose_death_frees_it(tmp_path):
+  folder = tmp_path / 'run'
+  command = [sys.executable, '-c', HOLD, str(folder)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
+    child = int(owner.stdout.readline())
+    words = f'{folder} is in use by process {owner.pid} on '
+    with (
+      pytest.raises(errors.UserError, match=re.escape(words)) as refused,
+      files.held(folder),
+    ):
+      pass
+    assert '--workdir' in str(refused.value) and '\n' not in str(refused.value)
+    owner.kill()
+  try:  # a process that the owner started keeps nothing
+    with files.held(folder):
+      files.check_held(folder)
+  finally:
+    os.kill(child, signal.SIGKILL)
+  assert list(folder.iterdir()) == []
+
+
+def test_a_folder_made_to_be_held_goes_if_nothing_was_written(tmp_path):
+  with files.held(tmp_path / 'new'):
+    assert (tmp_path / 'new' / '.lock').exists()
+  assert list(tmp_path.iterdir()) == []
+  with pytest.raises(KeyError), files.held(tmp_path / 'new'):
+    (tmp_path / 'new' / 'result').touch()
+    raise KeyError
+  assert os.listdir(tmp_path / 'new') == ['result']
+
+
+@pytest.mark.parametrize('change', ['removed', 'replaced'])
+def test_a_holder_notices_that_its_folder_is_gone(tmp_path, change):
+  folder = tmp_path / 'run'
+  with files.held(folder):
+    shutil.rmtree(folder)
+    if change == 'replaced':
+      folder.mkdir()
+      (folder / '.lock').write_text('process 1 on another host since 2020')
+    with pytest.raises(errors.UserError, match='removed or taken'):
+      files.check_held(folder)
+  assert folder.exists() == (change == 'replaced')
+  if change == 'replaced':  # the lock of another one stays
+    assert (folder / '.lock').exists()
+
+
+def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(logging.getLogger('deeplab_jax'), 'propagate', True)
+  monkeypatch.setattr(fcntl, 'flock', no_locks)
+  with files.held(tmp_path):
+    files.check_held(tmp_path)
+  assert caplog.messages == [f'{tmp_path} cannot be locked: No locks available']

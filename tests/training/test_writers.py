@@ -1,10 +1,12 @@
 """What the writers leave on disk and on the screen, read back from there."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import io
 import json
+import logging
 import os
 import pty
 import re
@@ -277,6 +279,72 @@ def test_a_backend_that_cannot_open_closes_the_others_and_is_named(tmp_path):
   assert Recorder.calls[1:] == ['closed']
   with pytest.raises(ValueError, match="or mlflow, got 'tensorbord'"):
     writers.Writer(tmp_path, to=('tensorbord',))
+
+
+class Breaks(Recorder):
+  """Refuses the calls whose step is in `bad`, as a full disk or a service."""
+
+  bad: dict = {}  # noqa: RUF012
+
+  def scalars(self, step, values):
+    if step in self.bad:
+      raise self.bad[step]
+    super().scalars(step, values)
+
+
+def test_what_a_backend_refuses_is_dropped_with_one_warning(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(logging.getLogger('deeplab_jax'), 'propagate', True)
+  full = OSError(errno.ENOSPC, 'No space left on device')
+  monkeypatch.setattr(
+    Breaks, 'bad', {2: full, 3: RuntimeError('service: down')}
+  )
+  monkeypatch.setattr(Breaks, 'calls', [])
+  with writers.Writer(tmp_path, to=('jsonl', Breaks)) as writer:
+    for step in range(1, 5):
+      writer.scalars(step, {'loss': 1.0})
+  logged = [call[0] for call in Breaks.calls[1:-1]]
+  assert logged == [1, 4] and Breaks.calls[-1] == 'closed'
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3, 4]
+  assert caplog.messages == [
+    'events are dropped: cannot log to Breaks (No space left on device)',
+    '2 events are missing in Breaks',
+  ]
+
+
+FILL = """
+import resource, signal, sys
+import numpy as np
+from deeplab_jax.training import writers
+noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with writers.Writer(sys.argv[1]) as writer:
+  for step in range(1, 7):
+    limit = 500 if step in (3, 4) else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    writer.scalars(step, {'a': step, 'b': step})
+    writer.image(step, 'panel', noise)
+"""
+
+
+def test_files_stay_whole_when_the_disk_fills_and_go_on_after(tmp_path):
+  # The limit of the size of a file acts in the middle of what is written.
+  command = [sys.executable, '-c', FILL, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  steps = [line['step'] for line in read_lines(tmp_path)]
+  assert {1, 2, 5, 6} <= set(steps) and steps == sorted(set(steps))
+  scalars = [step for step, value in event_values(tmp_path) if value.tag == 'a']
+  assert {1, 2, 5, 6} <= set(scalars)
+  pictures = [step for step, v in event_values(tmp_path) if v.tag == 'panel']
+  assert pictures == [1, 2, 5, 6]
+  panels = sorted(os.listdir(tmp_path / 'panels'))
+  assert panels == [f'step_{step:08d}.png' for step in (1, 2, 5, 6)]
+  for name in panels:
+    Image.open(tmp_path / 'panels' / name).load()
+  assert 'Traceback' not in done.stderr
+  said = [line for line in done.stderr.splitlines() if 'cannot log' in line]
+  assert len(said) == len(set(said)) <= 3
 
 
 def test_each_start_of_a_run_is_a_session(tmp_path):
