@@ -27,6 +27,7 @@ from deeplab_jax import build, evaluate, train
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import Preempted, UserError
+from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -336,6 +337,38 @@ def test_run_leaves_its_files(trained):
   assert [p.name for p in panels] == [f'step_{s:08d}.png' for s in (2, 4, 6)]
   assert all(np.asarray(Image.open(p)).shape[2:] == (3,) for p in panels)
   assert any((workdir / 'tensorboard').glob('events*'))
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_leaves_it_alone(
+  trained, tmp_path
+):
+  workdir = tmp_path / 'w'
+  unfinished = workdir / 'checkpoints' / '4.orbax-checkpoint-tmp'
+  unfinished.mkdir(parents=True)
+  with held(workdir):
+    words = f'{workdir} is in use by process {os.getpid()} on .*--workdir'
+    with pytest.raises(UserError, match=words):
+      train_and_evaluate(trained.config, workdir)
+    assert unfinished.exists()  # it may be the other one's
+  assert sorted(os.listdir(workdir)) == ['checkpoints']
+
+
+def test_a_run_whose_workdir_is_deleted_ends_with_one_line(trained, tmp_path):
+  workdir = tmp_path / 'w'
+  settings = {**trained.settings, 'train.steps': 500, 'train.eval_every': 40}
+  command = [sys.executable, '-m', 'deeplab_jax.main', f'--workdir={workdir}']
+  with subprocess.Popen(
+    [*command, *as_options(settings)], stderr=subprocess.PIPE, text=True
+  ) as process:
+    for line in process.stderr:
+      if line.startswith('step  50/500'):
+        shutil.rmtree(workdir, ignore_errors=True)
+        break
+    rest = process.stderr.read()
+  assert process.returncode == 1, rest
+  said = [line for line in rest.splitlines() if not line.startswith('step')]
+  assert said[-1].startswith(f'error: {workdir} was removed'), rest
+  assert 'Traceback' not in rest
 
 
 def test_without_a_split_to_evaluate_a_run_saves_and_scores_nothing(

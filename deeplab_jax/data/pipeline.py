@@ -152,9 +152,8 @@ def _iterate(
   work = cloudpickle.dumps(load)
   rows = [steps[worker::workers] for worker in range(workers)]
   batches = _in_turn([_from_worker(work, row, threads) for row in rows])
-  left: Any = weakref.ref(
-    batches
-  )  # at the end of a program that did not close it
+  # Programs that do not close it must end, too.
+  left: Any = weakref.ref(batches)
   atexit.register(lambda: (found := left()) and found.close())
   return batches
 

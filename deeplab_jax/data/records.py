@@ -271,15 +271,20 @@ def prepared(
       if damage:
         log.warning('%s is damaged (%s); it is prepared again', path, damage)
         path.rename(aside)
+      builder = make()
       try:
-        make().download_and_prepare(file_format='array_record')
+        builder.download_and_prepare(file_format='array_record')
       except BaseException:
         if damage:
           aside.rename(path)
         raise
       shutil.rmtree(aside, ignore_errors=True)
+      path = pathlib.Path(builder.data_path)
       disk.write_json(path / _STATE, _state(path))
   except (OSError, RuntimeError) as error:  # the latter of array_record
+    named = str(getattr(error, 'filename', error) or home)
+    if str(home) not in named and named not in str(home):  # in the source
+      raise
     reason = getattr(error, 'strerror', None) or str(error).partition(';')[0]
     raise UserError(
       f'{home}: cannot be written ({reason}); make space there, or set '

@@ -129,9 +129,11 @@ def held(folder: Path) -> Iterator[None]:
       ) from None
     except OSError as error:
       log.warning('%s cannot be locked: %s', folder, error.strerror)
-    file.truncate(0)
-    file.write(_owner())
-    file.flush()
+    try:
+      file.truncate(0)
+      os.write(file.fileno(), _owner().encode())
+    except OSError as error:
+      raise UserError(f'{path}: {error.strerror}') from error
     try:
       check_held(folder)  # an owner may have removed it since it was opened
       yield

@@ -15,6 +15,7 @@ import pytest
 from miniature import as_options, make_config
 
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.weights.checkpoints import Checkpoints
 
@@ -81,6 +82,19 @@ def start_both(trained, tmp_path):
   for process in started:
     process.kill()
     process.wait()
+
+
+@pytest.mark.slow
+def test_both_processes_end_where_another_run_holds_the_workdir(
+  start_both, tmp_path
+):
+  with held(tmp_path / 'workdir'):
+    processes, logs = start_both()
+    status = [process.wait(timeout=120) for process in processes]
+  first, second = (log.read_text().splitlines()[-1] for log in logs)
+  assert status == [1, 1], first + second
+  assert f'workdir is in use by process {os.getpid()} on ' in first
+  assert 'the first process cannot use it' in second
 
 
 @pytest.mark.slow
