@@ -34,9 +34,7 @@ _RUN: dict[str, Callable[..., Any]] = {
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of all errors.')
-_DISTRIBUTED = flags.DEFINE_enum(
-  'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
-)
+_JOIN = flags.DEFINE_enum('distributed', 'auto', host.MODES, 'Join others.')
 _RECIPE = flags.DEFINE_string(
   'config', None, 'Recipe: its name or file; else the settings of the workdir.'
 )
@@ -60,7 +58,7 @@ def main(argv: list[str]) -> None:
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
-  host.start(debug=_DEBUG.value, processes=_DISTRIBUTED.value)
+  host.start(debug=_DEBUG.value, join=_JOIN.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
   if starts and not chosen:
     # What the weights fix replaces the default; the command line comes last.

@@ -26,6 +26,7 @@ from deeplab_jax.weights import networks
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
+_load = watchdog.phase('input')(lambda it: distributed.put(next(it)))
 
 _ROLLBACKS = 3  # in a run
 
@@ -201,15 +202,13 @@ def _train(run: _Run, stop: StopSignal) -> None:
       return
     progress.status('compiling ...')
     since, then = start, (saved_at := time.monotonic())
-    with watchdog.phase('input'):
-      batch = distributed.put(next(batches))
+    batch = _load(batches)
     for step in range(start + 1, settings.steps + 1):
       last = step == settings.steps
       state, metrics = train_step(state, batch)
       checked.add(step, metrics)
       if not last:  # while the devices work
-        with watchdog.phase('input'):
-          batch = distributed.put(next(batches))
+        batch = _load(batches)
       if step == start + 1:
         progress.start_clock(step)
       if logs := last or step % settings.log_every == 0:

@@ -24,22 +24,20 @@ _XLA_FLAGS = (
   # which are compiled already.
   '--xla_backend_optimization_level=1',
 )
+MODES = 'auto', 'on', 'off'  # of `distributed.initialize`
 _MAPPINGS = Path('/proc/sys/vm/max_map_count')
 _THREADS = Path('/proc/sys/kernel/threads-max')
 _LOG_FATAL = 3  # the highest of absl's log levels
 _PACKAGES = 'deeplab_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy'
 
 
-def start(*, debug: bool = False, processes: str = 'auto') -> None:
-  """Does all that a command on a workdir does before JAX starts.
-
-  `processes` is the mode of `distributed.initialize`.
-  """
+def start(*, debug: bool = False, join: str = 'auto') -> None:
+  """Does all that a command on a workdir does before JAX starts."""
   configure()
   if not debug:
     hide_alarms()
   cache_programs()
-  distributed.initialize(processes)
+  distributed.initialize(join)
 
 
 def configure() -> None:

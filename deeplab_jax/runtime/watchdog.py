@@ -69,7 +69,8 @@ class _Watch:
         if self.end:
           self.client.key_value_set(f'{_KEYS}/end', json.dumps(self.end), True)
         found = dict(self.client.key_value_dir_get(f'{_KEYS}/'))
-        self.end = self.end or json.loads(found.pop(f'{_KEYS}/end', '[]'))
+        end = json.loads(found.pop(f'{_KEYS}/end', '[]'))
+        self.end = self.end or end
         self.beats = {int(k.split('/')[1]): json.loads(found[k]) for k in found}
         self.answered = time.monotonic()
       time.sleep(_EVERY)
@@ -119,9 +120,11 @@ class _Watch:
     os._exit(self.end[0])  # the main thread may hang in a collective
 
   def lost(self, *_: Any) -> None:
+    time.sleep(_EVERY)  # the sockets of a killed process do not close at once
     with contextlib.suppress(OSError):
       socket.create_connection(self.address, 5).close()
-      self.aborts()  # the service is there: it is something else
+      if not self.end:
+        self.aborts()  # the service is there: it is something else
     self.fail(0, 'is gone', RETRY)
     self.leave()
 
@@ -185,10 +188,8 @@ def watching(minutes: float | None, workdir: Path, step: int) -> Iterator[None]:
   After `minutes` without progress it shows all stacks and ends the process with
   status 75; None only warns.
   """
-  _watch.limit, _watch.folder = (
-    minutes and 60 * minutes,
-    workdir / 'checkpoints',
-  )
+  _watch.limit = minutes and 60 * minutes
+  _watch.folder = workdir / 'checkpoints'
   _watch.usual, _watch.step, _watch.active = {}, step, True
   with phase('step'):
     if not _watch.client:

@@ -25,7 +25,7 @@ PARTS = {
   'import': 2.0,
   'preparation': 0.2,
   'compile': 1.5,
-  'step': 0.5,
+  'step': 0.03,
   'evaluation': 0.15,
   'save': 0.02,
 }
@@ -48,6 +48,7 @@ class Chain:
       'data.prepared_dir': self.root / f'prepared{self.prepared}',
       'train.steps': self.steps,
       'train.eval_every': EVERY,
+      'eval.buckets': 1,  # one program
     }
     return as_options(settings)
 
@@ -111,7 +112,7 @@ class Chain:
     """All that must be equal: parameters, lines, scores, names of files."""
     with Checkpoints(self.workdir) as saved:
       assert saved.latest_step == self.steps
-      variables = saved.restore_variables(self.steps)
+      variables = saved.open(self.steps).variables
     lines = (self.workdir / 'metrics.jsonl').read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     for line in lines:
@@ -182,7 +183,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 def test_a_run_killed_three_times_ends_as_the_unbroken_one(tmp_path, counts):
   plan = [('step', KILL, 1, False), ('save', KILL, 1, False)]
-  run_chain(tmp_path, counts, 15, [*plan, ('evaluation', TERM, 1, False)], 300)
+  run_chain(tmp_path, counts, 10, [*plan, ('evaluation', TERM, 1, False)], 300)
 
 
 @pytest.mark.slow
@@ -191,7 +192,7 @@ def test_a_run_killed_55_times_ends_as_the_unbroken_one(tmp_path, counts):
     ('import', KILL, 6, False),
     ('preparation', KILL, 6, False),
     ('compile', KILL, 6, False),
-    ('step', KILL, 6, False),
+    ('step', KILL, 6, True),
     ('evaluation', KILL, 3, False),
     ('save', KILL, 3, False),
     ('import', TERM, 2, False),
@@ -212,12 +213,12 @@ def children(pid):
   return [child for child, name in names.items() if 'spawn_main' in name]
 
 
-@pytest.mark.xfail(strict=True, reason='a dead loader ends in a traceback')
+@pytest.mark.slow
 def test_a_killed_loader_is_started_anew_or_stops_the_run_in_one_line(
   tmp_path,
 ):
   memory = shared_memory()
-  chain = Chain(tmp_path, 60)
+  chain = Chain(tmp_path, 30)
   command = chain.start('--config.data.workers=2')
   assert command.wait_for(lambda: re.search('^step +3/', command.text, re.M))
   os.kill(children(command.process.pid)[0], signal.SIGKILL)
@@ -228,7 +229,7 @@ def test_a_killed_loader_is_started_anew_or_stops_the_run_in_one_line(
     (line,) = re.findall('^error: .*', command.text, re.M)
     assert 'worker' in line or 'process' in line
     chain.finish()
-  whole = Chain(tmp_path, 60, 'whole')
+  whole = Chain(tmp_path, 30, 'whole')
   whole.finish()
   assert_same(chain.result(), whole.result())
   check_shared_memory(memory)

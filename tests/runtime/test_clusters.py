@@ -115,7 +115,7 @@ def test_open_mpi_is_found_with_its_launcher(joined):
   assert address.startswith('10.96.0.1:') and rest == [4, 3, [0]]
 
 
-def test_a_slice_on_gke_is_found_in_the_environment(joined, on_tpu):
+def test_a_slice_on_gke_is_found(joined, on_tpu, metadata):
   assert joined(**GKE) == ('127.0.0.1:8482', 2, 1, None)
 
 
