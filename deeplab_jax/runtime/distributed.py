@@ -40,7 +40,7 @@ def initialize(mode: str = 'auto') -> None:
   try:
     address, count, index, local = _find()
     if mode == 'on':
-      require(count not in (None, 1), '--distributed=on needs others', count)
+      require((count or 1) > 1, '--distributed=on must find several', count)
     else:
       _compare(count)
     if count not in (None, 1):
