@@ -17,9 +17,9 @@ from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import replacing, write_json
 from deeplab_jax.training.faults import StopSignal
-from deeplab_jax.training.writers import Progress, Writer, write_json
+from deeplab_jax.training.writers import Progress, Writer
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import confusion_picture
 from deeplab_jax.weights import networks

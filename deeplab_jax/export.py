@@ -29,7 +29,7 @@ from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
-from deeplab_jax.training.writers import write_json
+from deeplab_jax.runtime.files import write_json
 from deeplab_jax.weights import networks
 
 Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results

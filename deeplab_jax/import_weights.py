@@ -18,8 +18,8 @@ from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed, own
 from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.files import write_json
 from deeplab_jax.training import steps
-from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights import checkpoints, networks
 from deeplab_jax.weights import load as sources
 from deeplab_jax.weights.keras import PUBLISHED

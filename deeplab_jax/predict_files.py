@@ -16,7 +16,6 @@ from typing import Any
 import cv2
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import to_json
@@ -107,8 +106,7 @@ def predict(
       writer.writerow(row | dict(by_class))
       file.flush()
       unread -= 1
-  if hosts > 1:
-    unread = int(multihost_utils.process_allgather(np.array(unread)).sum())
+  unread = sum(distributed.gathered(unread))
   if distributed.is_first_process():
     rows = _merge_rows(folder)
     done = [rows.get(target.name, {}) for target in targets.values()]

@@ -13,9 +13,8 @@ from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import replacing, write_json
 from deeplab_jax.training.losses import median_frequency_weights
-from deeplab_jax.training.writers import write_json
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import sample_page
 

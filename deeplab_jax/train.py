@@ -18,9 +18,10 @@ from deeplab_jax.config import flat, last_used, to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.runtime import distributed, own, watchdog
 from deeplab_jax.runtime.errors import Preempted
+from deeplab_jax.runtime.files import check_held, write_json
 from deeplab_jax.training import steps
 from deeplab_jax.training.faults import CheckedMetrics, Diverged, StopSignal
-from deeplab_jax.training.writers import Progress, write_json
+from deeplab_jax.training.writers import Progress
 from deeplab_jax.weights import networks
 from deeplab_jax.weights.checkpoints import Checkpoints
 
@@ -63,16 +64,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   splits = config.data.train_split, config.data.eval_split
   dataset = build.open_dataset(config, *splits)
   suspect = evaluate.check_data(dataset, *splits)
-  keep = {key: config.train[key] for key in ('keep', 'keep_every')}
-  with Checkpoints(workdir, **keep) as saved:
+  keep, every = config.train.keep, config.train.keep_every
+  with Checkpoints(workdir, keep=keep, keep_every=every) as saved:
     saved.remove_interrupted()
-    run, latest = _start(config, workdir, dataset, saved)
+    run, start = _start(config, workdir, dataset, saved)
     changes = ', '.join(
       f'config.{key}={value} (was {before[key]})'
       for key, value in flat(run.config).items()
-      if latest and before.get(key, value) != value
+      if start and before.get(key, value) != value
     )
-    if (latest or 0) < config.train.steps:
+    total, scored = config.train.steps, config.data.eval_split
+    if start < total or (scored and not saved.metrics(start)):
       if changes:
         log.info('changed: %s', changes)
       for finding in suspect:  # now that nothing else is refused
@@ -81,11 +83,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       with StopSignal() as stop:
         _train_on(run, stop)
     else:
-      total = config.train.steps
-      log.info('%s is trained: step %d of %d', workdir, latest, total)
+      log.info('%s is trained: step %d of %d', workdir, start, total)
       if changes:
         log.warning('not used, since no step is left: %s', changes)
-  distributed.barrier('trained')
+  distributed.barrier()
   result = evaluate.finish(run.config, workdir)
   if distributed.is_first_process():
     report.report(workdir)
@@ -94,7 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _start(
   config: ConfigDict, workdir: Path, dataset: Dataset, saved: Checkpoints
-) -> tuple[_Run, int | None]:
+) -> tuple[_Run, int]:
   """Decides what a run starts from: the first of these that there is.
 
   1. The latest checkpoint in the workdir that is not damaged.
@@ -103,8 +104,7 @@ def _start(
   3. The weights that `config.init_from` names.
   4. Random weights, drawn from `config.seed`.
 
-  It returns the run, with their preset in its configuration, and the step of
-  the checkpoint if there is one.
+  It returns the run, with their preset in its configuration, and the step.
   """
   latest = saved.open('latest') if saved.steps else None
   distributed.check_same(
@@ -112,7 +112,7 @@ def _start(
   )
   if latest:
     config = with_preset(config, networks.preset_of(latest.metadata))
-    load = latest.fill if latest.step else latest.fill_variables
+    load = latest.fill
   elif config.init_from:
     weights, config = import_weights.open_source(config)
     load = functools.partial(import_weights.initialize, weights, config=config)
@@ -120,13 +120,13 @@ def _start(
     config, load = with_preset(config, 'paper'), lambda state: state
   model, info = to_json(config)['model'], dataset.info.to_json()
   described = networks.describe(model, info)
-  skipped: tuple[Any, ...] = ()
-  if latest:
-    networks.check_same_architecture(latest.metadata, described, workdir)
-    saved.set_aside(after=latest.step)
-    skipped = tuple(map(tuple, latest.metadata.get('skipped', ())))
-  run = _Run(config, workdir, dataset, saved, load, described, skipped)
-  return run, latest and latest.step
+  run = _Run(config, workdir, dataset, saved, load, described)
+  if not latest:
+    return run, 0
+  networks.check_same_architecture(latest.metadata, described, workdir)
+  saved.set_aside(after=latest.step)
+  skipped = tuple(map(tuple, latest.metadata.get('skipped', ())))
+  return dataclasses.replace(run, skipped=skipped), latest.step
 
 
 def _train_on(run: _Run, stop: StopSignal) -> None:
@@ -143,9 +143,9 @@ def _train_on(run: _Run, stop: StopSignal) -> None:
       if run.config.train.on_nan == 'stop' or count > _ROLLBACKS:
         raise
       run.saved.wait()
-      distributed.barrier(f'rollback {count}')
-      again, latest = _start(run.config, run.workdir, run.dataset, run.saved)
-      passed = latest or 0, error.step - (latest or 0)
+      distributed.barrier()
+      again, start = _start(run.config, run.workdir, run.dataset, run.saved)
+      passed = start, error.step - start
       run = dataclasses.replace(again, skipped=(*run.skipped, passed))
       log.warning(
         '%s at step %d: back to step %d and past %d batches (%d of %d)',
@@ -196,10 +196,12 @@ def _train(run: _Run, stop: StopSignal) -> None:
     if start and evaluator:
       if metrics := saved.metrics(start):
         evaluate.log_metrics(start, metrics, writer)
-      elif start % settings.eval_every == 0:  # it was interrupted
-        score(state)
+      elif start >= settings.steps or start % settings.eval_every == 0:
+        score(state)  # it was interrupted
+    if start >= settings.steps:
+      return
     progress.status('compiling ...')
-    since, then, saved_at = start, (began := time.monotonic()), None
+    since, then = start, (saved_at := time.monotonic())
     batch = _load(batches)
     for step in range(start + 1, settings.steps + 1):
       last = step == settings.steps
@@ -222,11 +224,11 @@ def _train(run: _Run, stop: StopSignal) -> None:
       scoring = evaluator and (last or step % settings.eval_every == 0)
       saving = last or stopping or scoring or step % save_every == 0
       if logs and not saving:
-        passed = time.monotonic() - (saved_at or began)
-        saving = distributed.first_says(passed > 60 * settings.save_minutes)
+        passed = time.monotonic() - saved_at
+        saving = any(distributed.gathered(passed > 60 * settings.save_minutes))
       if saving:
         checked.fetch(saved.latest_step)
-        _save(run, state, new=saved_at is None)
+        _save(run, state)
         saved_at = time.monotonic()
       if stopping and not last:
         raise Preempted(stop.number, step)
@@ -237,14 +239,11 @@ def _train(run: _Run, stop: StopSignal) -> None:
 
 
 @watchdog.phase('save')
-def _save(run: _Run, state: Any, *, new: bool) -> None:
-  """Starts to save; after the first checkpoint it writes `config.json`."""
-
-  def write_settings() -> None:  # a run that dies before leaves no trace
-    write_json(run.workdir / 'config.json', to_json(run.config))
-
-  if new:
-    own.remember(to_json(run.config))
-  distributed.check_run(run.workdir)
-  metadata = {**run.description, 'skipped': run.skipped}
-  run.saved.save(state, metadata, then=write_settings if new else None)
+def _save(run: _Run, state: Any) -> None:
+  """Starts to save, and `config.json` after that: none without a checkpoint."""
+  settings, metadata = to_json(run.config), run.description
+  own.remember(settings)
+  if distributed.is_first_process():
+    check_held(run.workdir)
+  write = functools.partial(write_json, run.workdir / 'config.json', settings)
+  run.saved.save(state, {**metadata, 'skipped': run.skipped}, then=write)

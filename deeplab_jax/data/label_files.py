@@ -18,8 +18,8 @@ LABEL_SUFFIXES = tuple(_SUFFIXES.split())
 _LOSSLESS = ('PNG', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA')
 _LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')
 
-# Pillow spreads gray of 2 and 4 bits over 0..255; indices need them as stored.
 _MOST_MAT = 2**20  # bytes, which may unpack to a thousand times as many
+# Pillow spreads gray of 2 and 4 bits over 0..255; indices need them as stored.
 _GRAY_SCALE = {'L;2': 85, 'L;4': 17}
 
 

@@ -153,8 +153,8 @@ def _iterate(
   rows = [steps[worker::workers] for worker in range(workers)]
   batches = _in_turn([_from_worker(work, row, threads) for row in rows])
   # Programs that do not close it must end, too.
-  left: Any = weakref.ref(batches)
-  atexit.register(lambda: (found := left()) and found.close())
+  alive: Any = weakref.ref(batches)
+  atexit.register(lambda: (found := alive()) and found.close())
   return batches
 
 
@@ -174,8 +174,8 @@ def _from_worker(work: bytes, steps: range, threads: int) -> Batches:
   """Yields an empty batch, then those of the steps, from another process."""
   # The process shares a pipe with this one, and no lock or memory: if it is
   # killed, the pipe ends and nothing is left.
-  spawn, failures, ended = multiprocessing.get_context('spawn'), 0, ''
-  while failures < _STARTS:
+  spawn, failures = multiprocessing.get_context('spawn'), 0
+  while True:
     receiver, sender = spawn.Pipe()  # sockets, which are faster than pipes
     process = spawn.Process(target=_work, args=(sender, work, steps, threads))
     process.start()
@@ -199,11 +199,12 @@ def _from_worker(work: bytes, steps: range, threads: int) -> Batches:
     if isinstance(result, Exception):
       raise result
     ended = f'a loader process ended with status {process.exitcode}'
+    if failures == _STARTS:
+      raise UserError(
+        f'{ended}, {_STARTS} times in a row, as for lack of memory; lower'
+        ' config.data.workers'
+      )
     log.warning('%s; another goes on', ended)
-  raise UserError(
-    f'{ended}, {_STARTS} times in a row, as for lack of memory; lower'
-    ' config.data.workers'
-  )
 
 
 def _work(sender: Connection, work: bytes, steps: range, threads: int) -> None:

@@ -235,6 +235,7 @@ class Evaluator:
     with contextlib.closing(iterator):
       pending = None  # one batch, so that the devices never wait for the host
       for batch in iterator:
+        watchdog.progress()
         results = self._step(variables, distributed.shard(batch))
         if pending is not None:
           count(pending)

@@ -13,17 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import cache_key, clusters
+from jax._src import distributed as service
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deeplab_jax.runtime import watchdog
 from deeplab_jax.runtime.errors import UserError, first_line, require
-from deeplab_jax.runtime.files import check_held, held
+from deeplab_jax.runtime.files import held
 
 AXIS_NAME = 'batch'  # of the devices, in every mapped step
 _COMPILES = 3600  # seconds that one process may compile longer than others
 _COUNTS = 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'
-_numbers = itertools.count()  # of the barriers, the same on all processes
+_barriers = itertools.count()  # their names, the same on all processes
 
 
 def initialize(mode: str = 'auto') -> None:
@@ -39,11 +40,12 @@ def initialize(mode: str = 'auto') -> None:
     return
   try:
     address, count, index, local = _find()
+    several = count not in (None, 1)
     if mode == 'on':
-      require((count or 1) > 1, '--distributed=on must find several', count)
+      require(several, '--distributed=on must find several', count)
     else:
       _compare(count)
-    if count not in (None, 1):
+    if several:
       _share_programs()
       watchdog.join(address, count, index, local)
   except UserError:
@@ -129,7 +131,7 @@ def together(mapped: Any) -> Any:
     shapes = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes not in ready:
       mapped.lower(tree, batch).compile()  # the call finds it
-      barrier('compiled')
+      barrier()
       ready.add(shapes)
     return mapped(tree, batch)
 
@@ -141,29 +143,27 @@ def is_first_process() -> bool:
   return jax.process_index() == 0
 
 
-def first_says(value: bool) -> bool:
-  """Returns what the first process says; all processes ask together."""
+def gathered(number: int) -> list[int]:
+  """Returns the numbers of all processes, which call it together."""
   if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return [number]
+  return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def check_same(number: int | None, what: str) -> None:
   """Raises `UserError` unless all processes, which call it, see one number."""
-  if jax.process_count() > 1:
-    own = np.int32(-1 if number is None else number)
-    found = multihost_utils.process_allgather(own).tolist()
-    if len(set(found)) > 1:
-      raise UserError(
-        f'{what} differs between the processes ({found}; -1 is none); all of'
-        ' them must see the same folder'
-      )
+  found = gathered(-1 if number is None else number)
+  if len(set(found)) > 1:
+    raise UserError(
+      f'{what} differs between the processes ({found}; -1 is none); all of them'
+      ' must see the same folder'
+    )
 
 
-def barrier(name: str) -> None:
-  """Waits until all processes are there."""
-  if jax.process_count() > 1:
-    watchdog.wait(f'{name} {next(_numbers)}', _COMPILES)
+def barrier() -> None:
+  """Waits until all processes are there, which may still compile."""
+  if client := service.global_state.client:
+    client.wait_at_barrier(f'{next(_barriers)}', 1000 * _COMPILES)
 
 
 def one_run(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,28 +175,18 @@ def one_run(function: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(function)
   def alone(config: Any, workdir: Any) -> Any:
     with contextlib.ExitStack() as stack:
-      refused: Exception | None = None
+      failed: Exception | None = None
       try:
         if is_first_process():
           stack.enter_context(held(workdir))
       except (UserError, OSError) as error:
-        refused = error
-      failed = np.array(refused is not None, np.int32)
-      if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(failed)
-      if failed:
-        raise refused or UserError(
-          f'{workdir}: the first process cannot use it'
-        )
+        failed = error
+      if any(gathered(failed is not None)):
+        text = f'{workdir}: the first process cannot use it'
+        raise failed or UserError(text)
       return function(config, workdir)
 
   return alone
-
-
-def check_run(workdir: Any) -> None:
-  """Raises `UserError` if the workdir of `one_run` is gone or another's."""
-  if is_first_process():
-    check_held(workdir)
 
 
 def replicate(tree: Any) -> Any:

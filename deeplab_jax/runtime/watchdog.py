@@ -8,6 +8,7 @@ nothing of the service, which may not answer.
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import itertools
 import json
 import os
@@ -156,30 +157,28 @@ _watch = _Watch()
 def join(address: str, count: int, index: int, local: Any) -> None:
   """Joins the other processes and watches them."""
   host, _, port = address.rpartition(':')
-  _watch.address, _watch.index, _watch.count = (host, int(port)), index, count
-  make, lost = _jax.get_distributed_runtime_client, _watch.lost
-  _jax.get_distributed_runtime_client = lambda *args, **options: make(
-    *args, missed_heartbeat_callback=lost, **options
+  _watch.address = host.strip('[]'), int(port)
+  _watch.index, _watch.count = index, count
+  # JAX aborts the process that loses process 0, and `jax_enable_recoverability`
+  # changes that only for the loss of others.
+  make = _jax.get_distributed_runtime_client
+  _jax.get_distributed_runtime_client = functools.partial(
+    make, missed_heartbeat_callback=_watch.lost
   )
   # Jaxlib 0.10 cannot pass its status to that function, and terminates.
   with contextlib.suppress(OSError, AttributeError):
     set_terminate = ctypes.CDLL('libstdc++.so.6')._ZSt13set_terminatePFvvE
     set_terminate.restype = type(_watch.aborts)
     _watch.aborts = set_terminate(_watch.terminates)
-  heartbeat = 86_400  # seconds; ours are faster, and say more
+  day = 86_400  # our own beats are faster, and say more
   jax.distributed.initialize(
-    address, count, index, local, heartbeat_timeout_seconds=heartbeat
+    address, count, index, local, heartbeat_timeout_seconds=day
   )
   _jax.get_distributed_runtime_client = make
   _watch.client = distributed.global_state.client
   _watch.answered = _watch.looked = time.monotonic()
   for target in (_watch.tell, _watch.judge):
     threading.Thread(target=target, daemon=True).start()
-
-
-def wait(name: str, seconds: int) -> None:
-  """Waits until all processes are here."""
-  _watch.client.wait_at_barrier(name, 1000 * seconds)
 
 
 @contextlib.contextmanager
@@ -215,9 +214,9 @@ def phase(name: str) -> Iterator[None]:
       _watch.enter(before)
 
 
-def progress(step: int) -> None:
-  """Notes that the main thread has begun a step."""
-  _watch.step = step
+def progress(step: int | None = None) -> None:
+  """Notes that the main thread has begun a step, or a batch of another loop."""
+  _watch.step = step or _watch.step
   _watch.enter(_watch.phase)
 
 

@@ -6,6 +6,7 @@ checkpoint is evaluated, its metrics are written beside them.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -51,7 +52,12 @@ class Saved(NamedTuple):
     return {key: tree[key] for key in ('params', 'batch_stats')}
 
   def fill(self, state: Any) -> Any:
-    """Returns a state with the saved values, which it gives away."""
+    """Returns a state with the saved values, which it gives away.
+
+    A checkpoint of step 0 has weights alone: the optimizer stays as it is.
+    """
+    if not self.step:
+      return state.replace(**self.variables)
     names, treedef = list(_named(state)), jax.tree.structure(state)
     if set(names) != set(self.arrays):
       raise UserError(
@@ -60,10 +66,6 @@ class Saved(NamedTuple):
       )
     values = [self.arrays.pop(name) for name in names]
     return jax.tree.unflatten(treedef, values)
-
-  def fill_variables(self, state: Any) -> Any:
-    """Returns a state with the saved variables and its own optimizer."""
-    return state.replace(**self.variables)
 
 
 class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
@@ -83,8 +85,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     """
     self._directory = Path(workdir).absolute() / 'checkpoints'
     self._keep, self._keep_every = keep, keep_every
-    self._thread, self._saving = ThreadPoolExecutor(1), Future[None]()
-    self._saving.set_result(None)
+    self._thread = ThreadPoolExecutor(1)
+    self._saving: Future[None] | None = None
     self._metrics: dict[int, dict[str, Any] | None] = {}
     own = jax.process_index()  # no process waits for another one
     options = ocp.options.MultiprocessingOptions(
@@ -180,8 +182,6 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
         metadata = _unsealed(metadata)
         if metadata.pop('checksums') != _checksums(arrays):
           raise ValueError('an array differs from its checksum')
-      if 'measures' in metadata:  # their name in older workdirs
-        metadata['metrics'] = metadata.pop('measures')
     return Saved(path, metadata, arrays)
 
   def _restore(self, path: Path, **items: Any) -> Any:
@@ -223,7 +223,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     self,
     state: Any,
     metadata: dict[str, Any],
-    then: Callable[[], None] | None = None,
+    then: Callable[[], None] = lambda: None,
   ) -> None:
     """Starts to save a tree with a field `step`, unless that step is there.
 
@@ -235,26 +235,19 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     step = int(state.step)
     if step not in self.steps and distributed.is_first_process():
       copies = jax.tree.map(_copy, state)
+      path = self._directory / str(step)
       self._saving = self._thread.submit(
-        self._write, step, copies, metadata, then or (lambda: None)
+        self._write, path, copies, metadata, then
       )
 
-  def _write(
-    self,
-    step: int,
-    state: Any,
-    metadata: dict[str, Any],
-    then: Callable[[], None],
-  ) -> None:
+  def _write(self, path: Path, state: Any, metadata: Any, then: Any) -> None:
     state = jax.device_get(state)
     metadata = _sealed({**metadata, 'checksums': _checksums(_named(state))})
-    path = self._directory / str(step)
+    state, metadata = ocp.args.PyTreeSave(state), ocp.args.JsonSave(metadata)
     try:
       path.parent.stat()  # Orbax would make the folder again
-      items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
-      )
-      self._orbax.save(path, items)
+      both = ocp.args.Composite(state=state, metadata=metadata)
+      self._orbax.save(path, both)
     except Exception as error:  # of TensorStore, too
       self.remove_interrupted()
       raise UserError(
@@ -262,32 +255,30 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
         ' same command goes on from the checkpoint before'
       ) from error
     then()
-    steps = self.steps
-    kept = {*steps[-self._keep :], self.best_step}
-    kept.update(
-      s for s in steps if self._keep_every and not s % self._keep_every
-    )
-    for old in set(steps) - kept:
-      self._directory.joinpath(str(old)).rename(f'{path}{_TEMPORARY}-{old}')
+    every, kept = self._keep_every, {*self.steps[-self._keep :], self.best_step}
+    for step in self.steps:
+      if step not in kept and not (every and step % every == 0):
+        path.with_name(str(step)).rename(f'{path}{_TEMPORARY}-{step}')
     self.remove_interrupted()
 
   def wait(self) -> None:
     """Waits until what `save` started is on disk; raises its `UserError`."""
-    self._saving.result()
+    if self._saving:
+      self._saving.result()
 
   def remove_interrupted(self) -> None:
     """Removes what a killed save left; only for the run that saves."""
-    left = self._directory.glob(f'*{_TEMPORARY}*')
-    for path in left if distributed.is_first_process() else ():
-      shutil.rmtree(path, ignore_errors=True)
+    if distributed.is_first_process():
+      for path in self._directory.glob(f'*{_TEMPORARY}*'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def set_aside(self, after: int) -> None:
     """Renames the checkpoints after a step, which are damaged."""
-    for step in self.steps if distributed.is_first_process() else ():
-      if step > after:
+    for step in self.steps:
+      if step > after and distributed.is_first_process():
         aside = self._directory / f'damaged-{step}'
         shutil.rmtree(aside, ignore_errors=True)
-        self._directory.joinpath(str(step)).rename(aside)
+        aside.with_name(str(step)).rename(aside)
 
 
 def _copy(leaf: Any) -> Any:
@@ -300,10 +291,8 @@ def _copy(leaf: Any) -> Any:
 def _named(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by path, as 'params/logits/bias'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in leaves
-  }
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  return {name(path): leaf for path, leaf in leaves}
 
 
 def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:

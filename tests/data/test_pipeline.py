@@ -348,11 +348,13 @@ class _Ends:
 
 
 @pytest.mark.xdist_group('alone')
-def test_workers_that_end_again_and_again_are_an_error():
+def test_workers_that_end_again_and_again_are_an_error(caplog):
   with pytest.raises(
     errors.UserError, match=r'status 7, 3 times.*data\.workers'
   ):
     _take(1, _records(3), (_Ends(),), workers=1)
+  ended = 'a loader process ended with status 7; another goes on'
+  assert caplog.messages == [ended] * 2  # and none after the third
 
 
 @pytest.mark.xdist_group('alone')

@@ -130,6 +130,21 @@ def test_what_is_usually_slow_may_be_slow(watch, clock, capsys):
   assert capsys.readouterr().err == ''
 
 
+def test_each_batch_of_an_evaluation_is_progress(watch, clock, monkeypatch):
+  monkeypatch.setattr(watchdog, '_watch', watch)
+  monkeypatch.setattr(watchdog.faulthandler, 'dump_traceback', lambda _: None)
+  watch.limit = 60.0
+  with watchdog.phase('evaluation'):
+    for _ in range(10):
+      clock[0] += 50
+      watchdog.progress()
+      watch.judge_time()
+    assert not watch.end and watch.step == 51
+    clock[0] += 61
+    watch.judge_time()
+  assert 'evaluation has taken 61 s' in watch.end[1]
+
+
 def test_while_another_compiles_nobody_is_late(watch, clock, capsys):
   usual_steps(watch, clock)
   watch.limit = 60.0
