@@ -89,6 +89,12 @@ def raising(error):
   return function
 
 
+def test_a_process_that_must_not_be_alone_is_refused(refused, tmp_path):
+  line = refused('--distributed=on', f'--workdir={tmp_path}')
+  assert '--distributed=on must find several' in line
+  assert line.endswith('; start all of them, or use --distributed=off')
+
+
 @pytest.mark.parametrize(
   'option, words',
   [

@@ -42,7 +42,7 @@ def initialize(mode: str = 'auto') -> None:
     address, count, index, local = _find()
     several = count not in (None, 1)
     if mode == 'on':
-      require(several, '--distributed=on needs others', count)
+      require(several, '--distributed=on must find several', count)
     else:
       _compare(count)
     if several:

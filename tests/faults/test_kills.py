@@ -192,7 +192,7 @@ def test_a_run_killed_55_times_ends_as_the_unbroken_one(tmp_path, counts):
     ('import', KILL, 6, False),
     ('preparation', KILL, 6, False),
     ('compile', KILL, 6, False),
-    ('step', KILL, 6, True),
+    ('step', KILL, 6, False),
     ('evaluation', KILL, 3, False),
     ('save', KILL, 3, False),
     ('import', TERM, 2, False),

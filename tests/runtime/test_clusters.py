@@ -195,7 +195,9 @@ def test_a_cluster_of_one_stays_alone(joined, environment):
   if 'SLURM_PROCID' in environment:
     environment = {**environment, 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
   assert joined(**environment) is None
-  with pytest.raises(UserError, match='--distributed=on needs others'):
+  with pytest.raises(
+    UserError, match='--distributed=on must find several, got'
+  ):
     distributed.initialize('on')
 
 
