@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import re
-import shutil
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import as_path, is_remote, replacing
 
 log = logging.getLogger(__name__)
 
 _TEMPORARY = '.orbax-checkpoint-tmp'  # in the names of what is not complete
+_MARK = 'commit_success.txt'  # on gs://, in the folder of what is
 _METRICS = 'evaluation.json'  # in the folder of an evaluated checkpoint
 
 
@@ -81,7 +82,9 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     It keeps the latest `keep` checkpoints, the best one, and those of every
     step that `keep_every` divides.
     """
-    self._directory = Path(workdir).absolute() / 'checkpoints'
+    folder, self._remote = as_path(workdir), is_remote(workdir)
+    folder = folder if self._remote else folder.absolute()
+    self._directory = folder / 'checkpoints'
     self._keep, self._keep_every = keep, keep_every
     self._thread, self._saving = ThreadPoolExecutor(1), Future[None]()
     self._saving.set_result(None)
@@ -116,7 +119,10 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def steps(self) -> list[int]:
     """Steps of the checkpoints on disk, which may be damaged, in order."""
     try:
-      names = [path.name for path in self._directory.iterdir()]
+      if self._remote:  # where Orbax marks what is complete
+        names = [p.parent.name for p in self._directory.glob(f'*/{_MARK}')]
+      else:
+        names = [path.name for path in self._directory.iterdir()]
     except OSError as error:
       raise UserError(f'{self._directory} is gone: {error.strerror}') from error
     return sorted(int(n) for n in names if re.fullmatch('0|[1-9][0-9]*', n))
@@ -250,7 +256,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     metadata = _sealed({**metadata, 'checksums': _checksums(_named(state))})
     path = self._directory / str(step)
     try:
-      path.parent.stat()  # Orbax would make the folder again
+      if not self._remote:
+        path.parent.stat()  # Orbax would make the folder again
       items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
       )
@@ -264,11 +271,13 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     then()
     steps = self.steps
     kept = {*steps[-self._keep :], self.best_step}
-    kept.update(
-      s for s in steps if self._keep_every and not s % self._keep_every
-    )
+    kept |= {s for s in steps if self._keep_every and not s % self._keep_every}
     for old in set(steps) - kept:
-      self._directory.joinpath(str(old)).rename(f'{path}{_TEMPORARY}-{old}')
+      folder = self._directory / str(old)
+      if self._remote:
+        (folder / _MARK).unlink()
+      else:
+        folder.rename(f'{path}{_TEMPORARY}-{old}')
     self.remove_interrupted()
 
   def wait(self) -> None:
@@ -277,16 +286,18 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
 
   def remove_interrupted(self) -> None:
     """Removes what a killed save left; only for the run that saves."""
-    left = self._directory.glob(f'*{_TEMPORARY}*')
-    for path in left if distributed.is_first_process() else ():
-      shutil.rmtree(path, ignore_errors=True)
+    steps, paths = set(map(str, self.steps)), self._directory.glob('[0-9]*')
+    for path in paths if distributed.is_first_process() else ():
+      if _TEMPORARY in path.name or (self._remote and path.name not in steps):
+        with contextlib.suppress(OSError):
+          epath.Path(path).rmtree()
 
   def set_aside(self, after: int) -> None:
     """Renames the checkpoints after a step, which are damaged."""
     for step in self.steps if distributed.is_first_process() else ():
       if step > after:
         aside = self._directory / f'damaged-{step}'
-        shutil.rmtree(aside, ignore_errors=True)
+        epath.Path(aside).rmtree(missing_ok=True)
         self._directory.joinpath(str(step)).rename(aside)
 
 
