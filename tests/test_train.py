@@ -367,7 +367,8 @@ def test_a_run_whose_workdir_is_deleted_ends_with_one_line(trained, tmp_path):
     rest = process.stderr.read()
   assert process.returncode == 1, rest
   said = [line for line in rest.splitlines() if not line.startswith('step')]
-  assert said[-1].startswith(f'error: {workdir} was removed'), rest
+  assert said[-1].startswith(f'error: {workdir}'), rest
+  assert 'was removed' in said[-1] and said[-1].endswith('start again'), rest
   assert 'Traceback' not in rest
 
 
@@ -637,6 +638,8 @@ def test_run_killed_in_an_evaluation_makes_up_for_it(trained, tmp_path, step):
   assert_same_run(tmp_path, trained.workdir)
 
 
+# Orbax leaves a future of a reader that failed without an event loop.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
   trained, stopped, tmp_path, caplog
 ):

@@ -126,7 +126,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
       else:
         names = [path.name for path in self._directory.iterdir()]
     except OSError as error:
-      raise UserError(f'{self._directory} is gone: {error.strerror}') from error
+      text = f'{self._directory} was removed ({error.strerror}); start again'
+      raise UserError(text) from error
     return sorted(int(n) for n in names if re.fullmatch('0|[1-9][0-9]*', n))
 
   @property
