@@ -17,7 +17,7 @@ from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
-from deeplab_jax.runtime.files import replacing, write_json
+from deeplab_jax.runtime.files import as_path, replacing, write_json
 from deeplab_jax.training.faults import StopSignal
 from deeplab_jax.training.writers import Progress, Writer
 from deeplab_jax.visualize import labels as visualize
@@ -76,7 +76,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # All files before the first line, which nobody may be there to read.
     lines = _save_archive(path, scores) if saves else []
     if _has_labels(dataset, split):
-      _warn_of_another(Path(f'{path}.json'), network.step)
+      _warn_of_another(as_path(f'{path}.json'), network.step)
       lines += _save_metrics(path, scores, result, config.eval)
       print_report(result)
     print(*lines, sep='\n', flush=True)
@@ -85,7 +85,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _save_archive(path: Path, scores: Scores) -> list[str]:
   """Writes PATH.tar.gz, palette PNGs for a test server; returns its report."""
-  path, info = Path(f'{path}.tar.gz'), scores.evaluator.info
+  path, info = as_path(f'{path}.tar.gz'), scores.evaluator.info
   if path.exists():
     log.warning('%s: earlier predictions are replaced', path)
 
@@ -120,7 +120,7 @@ def _save_metrics(
   }
   mious = scores.mious()
   for kind, chosen in extremes(mious, settings.worst_and_best).items():
-    Path(f'{path}_{kind}.png').unlink(missing_ok=True)  # of an earlier one
+    as_path(f'{path}_{kind}.png').unlink(missing_ok=True)  # of an earlier one
     if chosen:
       pictures[f'_{kind}'] = scores.picture(chosen)
       names = [f'{name(i)} {100 * mious[i]:.1f}' for i in chosen]

@@ -29,7 +29,7 @@ from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
-from deeplab_jax.runtime.files import write_json
+from deeplab_jax.runtime.files import as_path, is_remote, write_json
 from deeplab_jax.weights import networks
 
 Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results
@@ -48,7 +48,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
   missing, impossible or there already.
   """
   settings = config.export
-  folder = Path(settings.output_dir or workdir / 'export' / settings.format)
+  folder = as_path(settings.output_dir or workdir / 'export' / settings.format)
   _check(settings, folder)
   networks.check_workdir(workdir)
   predictor = Predictor.from_config(config, workdir)
@@ -229,6 +229,8 @@ def _check(settings: ConfigDict, folder: Path) -> None:
         f'config.export.format={settings.format} needs {package}: pip install'
         f" 'deeplab_jax[{extra}]'"
       )
+  if is_remote(folder):
+    raise UserError(f'{folder}: give a local --config.export.output_dir=DIR')
   if folder.exists():
     raise UserError(
       f'{folder} exists; remove it, or name another folder:'

@@ -18,7 +18,7 @@ from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed, own
 from deeplab_jax.runtime.errors import UserError, naming
-from deeplab_jax.runtime.files import write_json
+from deeplab_jax.runtime.files import as_path, write_json
 from deeplab_jax.training import steps
 from deeplab_jax.weights import checkpoints, networks
 from deeplab_jax.weights import load as sources
@@ -50,7 +50,7 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
           ' another --workdir'
         )
   default_data = get_config().data.to_dict()
-  mine = sources.own_checkpoint(Path(config.init_from).expanduser())
+  mine = sources.own_checkpoint(as_path(config.init_from))
   before = mine[0] / 'config.json' if mine else None
   if before and before.exists() and config.data.to_dict() == default_data:
     config.data.update(from_json(before).data)

@@ -5,7 +5,6 @@ changes a setting, `--mode=predict` takes images or folders after the options.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -20,6 +19,7 @@ from deeplab_jax.prepare import prepare
 from deeplab_jax.report import report
 from deeplab_jax.runtime import console, host
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import as_path
 from deeplab_jax.train import train_and_evaluate
 
 _RUN: dict[str, Callable[..., Any]] = {
@@ -43,7 +43,7 @@ _RECIPE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
   mode, chosen = _MODE.value, True
-  workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+  workdir = as_path(_WORKDIR.value) if _WORKDIR.value else None
   if _RECIPE.value is not None:
     config = settings.from_recipe(_RECIPE.value)
   elif workdir and (workdir / 'config.json').exists():

@@ -23,6 +23,7 @@ from deeplab_jax.evaluation import evaluator, protocols, windows
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import check_choice, naming, require
+from deeplab_jax.runtime.files import as_path
 from deeplab_jax.weights import load as sources
 from deeplab_jax.weights import networks
 
@@ -129,7 +130,7 @@ class Predictor:
     `protocol='sliding_window'`, `flip=True` or `max_side=2000`, and
     `output_stride`. Raises `UserError` for what is not there or does not fit.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = as_path(workdir)
     networks.check_workdir(workdir)
     config = from_json(workdir / 'config.json')
     config.eval.step = str(step)
@@ -181,7 +182,7 @@ class Predictor:
     of `__init__`, and for a workdir those of `from_workdir`.
     """
     source = str(source)
-    if own := sources.own_checkpoint(Path(source).expanduser()):
+    if own := sources.own_checkpoint(as_path(source)):
       require(info is None, 'a workdir says what its classes are', info)
       return cls.from_workdir(*own, **settings)
     return cls(**import_weights.open_network(source, info), **settings)

@@ -25,7 +25,7 @@ from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import as_path, is_remote, replacing
 from deeplab_jax.runtime.progress import logged
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.weights import networks
@@ -63,12 +63,13 @@ def predict(
   networks.check_workdir(workdir)
   paths = images.list_images(inputs)
   predictor = Predictor.from_config(config, workdir)
-  folder = Path(config.predict.output_dir or workdir / 'predictions')
+  folder = as_path(config.predict.output_dir or workdir / 'predictions')
   deepest = folder / 'probabilities' if config.predict.probabilities else folder
   place = f'config.predict.output_dir={folder}'
   for source in map(Path, inputs):
     source = source.expanduser().resolve()
-    if source.is_dir() and folder.resolve().is_relative_to(source):
+    inside = not is_remote(folder) and folder.resolve().is_relative_to(source)
+    if source.is_dir() and inside:
       raise UserError(
         f'{place} is inside {source}, which is read; name another'
       )
@@ -92,7 +93,8 @@ def predict(
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   unread, names = len(todo), _class_columns(info)
   journal = folder / f'.class_shares_{time.time_ns()}_{host}.csv'
-  with open(journal, 'w', **_TEXT) as file:
+  options = {} if is_remote(folder) else _TEXT  # there it is put at the end
+  with journal.open('w', **options) as file:
     writer = csv.DictWriter(file, [*_COLUMNS, *names])
     writer.writeheader()
     # What was noted of these images holds no more.
@@ -251,10 +253,8 @@ def _read_rows(folder: Path) -> dict[str, Row]:
   """Reads what earlier runs in a folder noted, by the name of the mask."""
   rows = {}
   for path in (folder / _TABLE, *sorted(folder.glob('.class_shares_*.csv'))):
-    text = ''
-    if path.exists():
-      with open(path, **_TEXT) as file:
-        text = file.read()
+    data = path.read_bytes() if path.exists() else b''
+    text = data.decode('utf-8', 'surrogateescape')
     lines = text[: text.rfind('\n') + 1]  # without half a line of a killed run
     for row in csv.DictReader(io.StringIO(lines)):
       rows[row['mask']] = row

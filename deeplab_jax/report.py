@@ -1,6 +1,7 @@
 """The report of a run, WORKDIR/report.html: one file that needs no other."""
 
 import csv
+import io
 import json
 import logging
 import time
@@ -11,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from deeplab_jax.config import get_config, to_json
 from deeplab_jax.runtime.errors import UserError, first_line
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import as_path, replacing
 from deeplab_jax.visualize.report import page, picture_url
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def _read(path: Path) -> Any:
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
   """Values by step in metrics.jsonl, thinned; without those not finite."""
-  text = path.read_text('utf-8', 'replace') if path.exists() else ''
+  text = path.read_bytes().decode('utf-8', 'replace') if path.exists() else ''
   # A killed run may leave its last line half done.
   lines = [json.loads(x) for x in text.splitlines() if x.endswith('}')]
   curves = {}
@@ -69,19 +70,22 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _evaluations(workdir: Path) -> list[dict[str, Any]]:
   """All evaluations, the newest first and with all that was written of it."""
-  paths = list((workdir / 'eval').glob('*.json'))
-  paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+  def changed(path: Any) -> float:
+    return getattr(state := path.stat(), 'mtime', 0) or state.st_mtime_ns
+
+  paths = sorted((workdir / 'eval').glob('*.json'), key=changed, reverse=True)
   paths = paths or [workdir / 'eval.json']
   found = [{'name': p.stem, **r} for p in paths if (r := _read(p))]
   for newest in found[:1]:
     start = paths[0].with_name(newest['name'])
-    file = Path(f'{start}_confusion.csv')
+    file = as_path(f'{start}_confusion.csv')
     if file.exists():
-      with file.open(newline='', encoding='utf-8') as stream:
-        _, *rows = csv.reader(stream)
+      text = file.read_bytes().decode()
+      _, *rows = csv.reader(io.StringIO(text, newline=''))
       newest['colors'] = [row[1] for row in rows]
       newest['confusion'] = [list(map(int, row[2:])) for row in rows]
     for kind in 'worst', 'best':
-      if (picture := Path(f'{start}_{kind}.png')).exists():
+      if (picture := as_path(f'{start}_{kind}.png')).exists():
         newest[kind] = picture_url(picture)
   return found

@@ -316,9 +316,8 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f'{rest[0]}: not an option; images come over HTTP')
   if not options.workdir:
     raise UserError('--workdir=DIR is missing: the folder of a training run')
-  workdir = Path(options.workdir).expanduser()
   host.start(debug=options.debug)
-  predictor = Predictor.from_workdir(workdir, step=options.step)
+  predictor = Predictor.from_workdir(options.workdir, step=options.step)
   examples = make_examples(options.examples, predictor.info)
   size = predictor.trained_size or (257, 257)
   predictor(np.zeros((*size, 3), np.uint8))  # compiles
@@ -331,7 +330,7 @@ def main(argv: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
     url = 'http://{}:{}/'.format(*place.getsockname())
-    print(f'step {predictor.step} of {workdir} at {url}', flush=True)
+    print(f'step {predictor.step} of {options.workdir} at {url}', flush=True)
     server.run(sockets=[place])
   count = prometheus.REGISTRY.get_sample_value('deeplab_images_total')
   print(f'stopped after {count:.0f} images; all accepted requests are answered')

@@ -76,14 +76,14 @@ def test_package_declares_what_it_imports():
   tops -= {*sys.stdlib_module_names, 'deeplab_jax'}
   used = {NAMES.get(name, name).replace('-', '_') for name in tops}
   assert {'jax', 'tensorflow_datasets'} < used
-  assert used <= packages('tf', 'hf', 'wandb', 'mlflow', 'onnx', 'serve')
+  assert used <= packages('tf', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve')
 
 
 def test_package_declares_nothing_that_it_does_not_use():
   sources = (ROOT / 'deeplab_jax').rglob('*.py')
   words = set(re.findall(r'\w+', ' '.join(s.read_text() for s in sources)))
   imports = {package.replace('-', '_'): n for n, package in NAMES.items()}
-  declared = packages('tf', 'hf', 'wandb', 'mlflow', 'onnx', 'serve')
+  declared = packages('tf', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve')
   unused = {p for p in declared if imports.get(p, p) not in words}
   assert unused <= {'manimgx_fonts', 'manimgx_fonts_cjk'}  # read as files
 

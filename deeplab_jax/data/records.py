@@ -256,6 +256,8 @@ def prepared(
   )
   # <prepared_dir>/<data set>/<config>/<version>
   home = pathlib.Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
+  if disk.is_remote(prepared_dir):
+    raise UserError('config.data.prepared_dir: gs:// needs a mount by gcsfuse')
   home /= builder_class.name
   path = home / config.name / str(builder_class.VERSION)
   if path.exists() and not _damage(path, make):

@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import tarfile
+import tempfile
 import time
 import unicodedata
 import zlib
@@ -26,12 +27,38 @@ log = logging.getLogger(__name__)
 _START = time.strftime('%Y-%m-%d %H:%M:%S %Z')
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+  """Whether a path is in Google's object store, as gs://BUCKET/FOLDER is."""
+  return str(path).startswith('gs://')
+
+
+def as_path(name: str | os.PathLike) -> Path:
+  """Returns a `Path`, or of gs://, which needs gcsfs, what acts like one."""
+  if not is_remote(name):
+    return Path(name).expanduser()
+  try:
+    import fsspec
+    import gcsfs  # noqa: F401
+    from etils import epath
+  except ImportError as error:
+    pip = "pip install 'deeplab_jax[gcs]'"
+    raise UserError(f'{name}: {error}; {pip}') from error
+  # Other hosts write there, too, and TensorStore.
+  fsspec.config.conf['gs'] = {'use_listings_cache': False}
+  return epath.Path(name)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
   """Yields a temporary name; what is written there replaces `path` at the end.
 
   If the body raises, `path` stays as it was. Errors name `path`.
   """
+  if is_remote(path):  # where objects are put whole
+    with tempfile.TemporaryDirectory() as near:
+      yield (temporary := os.path.join(near, 'new'))
+      as_path(path).write_bytes(Path(temporary).read_bytes())
+    return
   folder, name = os.path.split(os.fspath(path))
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
   try:
@@ -47,8 +74,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 def read_bytes(path: Path, most: int = 2**20) -> bytes:
   """Reads a file that `check_regular` accepts."""
-  check_regular(path, most)
-  return path.read_bytes()
+  if not is_remote(path):
+    check_regular(path, most)
+  with path.open('rb') as file:
+    return file.read(most)
 
 
 def check_regular(path: str | os.PathLike, most: int) -> None:
@@ -64,6 +93,9 @@ def check_regular(path: str | os.PathLike, most: int) -> None:
 
 def append(path: Path, data: bytes) -> None:
   """Appends to a file whole or, as on a full disk, not at all."""
+  if is_remote(path):
+    path.write_bytes((path.read_bytes() if path.exists() else b'') + data)
+    return
   with path.open('ab', buffering=0) as file:
     size = file.tell()
     if file.write(data) < len(data):
@@ -114,8 +146,14 @@ def held(folder: Path) -> Iterator[None]:
   """Holds a folder for this process, by `.lock` in it; a killed one frees it.
 
   Raises `UserError`, which names the owner, if another process holds it. Where
-  the file system has no locks, a warning says so.
+  the file system has no locks, a warning says so. A remote folder is taken from
+  its owner, who learns it from `check_held`.
   """
+  if is_remote(folder):
+    log.warning('%s has no lock: a later run ends this one', folder)
+    (folder / '.lock').write_text(_owner())
+    yield
+    return
   path, is_new = folder / '.lock', not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   with path.open('a+', encoding='utf-8') as file:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deeplab_jax.runtime import distributed, host
+from deeplab_jax.runtime import distributed, files, host
 from deeplab_jax.runtime.errors import choose, first_line
 from deeplab_jax.runtime.files import append, json_text, replacing, write_json
 
@@ -60,8 +60,7 @@ class _TensorBoard(Backend):
 
     self._event, self._summary = proto.event_pb2.Event, summary
     self._check = record_writer.masked_crc32c
-    folder = workdir / 'tensorboard'
-    folder.mkdir(exist_ok=True)
+    (folder := workdir / 'tensorboard').mkdir(exist_ok=True)
     self._path = folder / f'events.out.tfevents.{time.time_ns()}'
     self._add(file_version='brain.Event:2')
     self._add(step=start + 1, session_log={'status': 'START'})
@@ -71,11 +70,13 @@ class _TensorBoard(Backend):
     data = self._event(wall_time=time.time(), **values).SerializeToString()
     size = struct.pack('<Q', len(data))
     checks = [struct.pack('<I', self._check(part)) for part in (size, data)]
+    if files.is_remote(self._path):  # which would be written again each time
+      self._path = self._path.with_suffix(f'.{time.time_ns()}')
     append(self._path, size + checks[0] + data + checks[1])
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items():
-      self._add(step=step, summary=self._summary.scalar(name, float(value)))
+    found = (self._summary.scalar(k, float(v)) for k, v in values.items())
+    self._add(step=step, summary={'value': [x.value[0] for x in found]})
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     self._add(step=step, summary=self._summary.image(name, image, 1, 'HWC'))
@@ -232,11 +233,11 @@ class Writer(AbstractContextManager):
     self._backends, self._lost = dict[str, Any](), collections.Counter[str]()
     if not distributed.is_first_process():
       return
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    (folder := files.as_path(workdir)).mkdir(parents=True, exist_ok=True)
     for key in dict.fromkeys((*to, Panels)):
       make, name = choose('to', key, BACKENDS), getattr(key, '__name__', key)
       try:
-        self._backends[name] = make(Path(workdir), start_step, settings or {})
+        self._backends[name] = make(folder, start_step, settings or {})
       except Exception as error:  # a service may raise anything
         self._log('close')
         if not isinstance(error, (OSError, ValueError)):
@@ -303,8 +304,7 @@ class Progress(AbstractContextManager):
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
     """Shows the state after `step` steps; `values` by their names below."""
-    first, then = self._mark
-    left = ''
+    (first, then), left = self._mark, ''
     if step > first or step == self._total:
       pace = (time.monotonic() - then) / max(step - first, 1)
       seconds = round(pace * (self._total - step))
@@ -334,7 +334,7 @@ class Progress(AbstractContextManager):
 
 def _drop_lines(path: Path, start_step: int) -> None:
   """Drops half lines, those after `start_step`, and its evaluation."""
-  before = path.read_text('utf-8', 'replace') if path.exists() else ''
+  before = path.read_bytes().decode('utf-8', 'replace') if path.exists() else ''
   kept = ''
   for line in before.splitlines():
     whole = re.fullmatch(r'\{"step": (\d+)\b.*\}', line)

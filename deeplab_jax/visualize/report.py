@@ -31,7 +31,7 @@ def page(title: str, data: dict[str, Any]) -> str:
 
 def picture_url(path: Path) -> str:
   """Returns a picture as the URL of a JPEG, smaller where it is too large."""
-  image: Image.Image = Image.open(path)
+  image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))
   width, height = image.size
   scale = min(1, _WIDEST / width, math.sqrt(_PIXELS / (width * height)))
   size = max(1, int(width * scale)), max(1, int(height * scale))

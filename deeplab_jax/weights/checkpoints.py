@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import re
-import shutil
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import as_path, is_remote, replacing
 
 log = logging.getLogger(__name__)
 
 _TEMPORARY = '.orbax-checkpoint-tmp'  # in the names of what is not complete
+_MARK = 'commit_success.txt'  # on gs://, in the folder of what is
 _METRICS = 'evaluation.json'  # in the folder of an evaluated checkpoint
 
 
@@ -83,7 +84,9 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     It keeps the latest `keep` checkpoints, the best one, and those of every
     step that `keep_every` divides.
     """
-    self._directory = Path(workdir).absolute() / 'checkpoints'
+    folder, self._remote = as_path(workdir), is_remote(workdir)
+    folder = folder if self._remote else folder.absolute()
+    self._directory = folder / 'checkpoints'
     self._keep, self._keep_every = keep, keep_every
     self._thread = ThreadPoolExecutor(1)
     self._saving: Future[None] | None = None
@@ -118,7 +121,10 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def steps(self) -> list[int]:
     """Steps of the checkpoints on disk, which may be damaged, in order."""
     try:
-      names = [path.name for path in self._directory.iterdir()]
+      if self._remote:  # where Orbax marks what is complete
+        names = [p.parent.name for p in self._directory.glob(f'*/{_MARK}')]
+      else:
+        names = [path.name for path in self._directory.iterdir()]
     except OSError as error:
       text = f'{self._directory} was removed ({error.strerror}); start again'
       raise UserError(text) from error
@@ -246,7 +252,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     metadata = _sealed({**metadata, 'checksums': _checksums(_named(state))})
     state, metadata = ocp.args.PyTreeSave(state), ocp.args.JsonSave(metadata)
     try:
-      path.parent.stat()  # Orbax would make the folder again
+      if not self._remote:
+        path.parent.stat()  # Orbax would make the folder again
       both = ocp.args.Composite(state=state, metadata=metadata)
       self._orbax.save(path, both)
     except Exception as error:  # of TensorStore, too
@@ -259,7 +266,11 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     every, kept = self._keep_every, {*self.steps[-self._keep :], self.best_step}
     for step in self.steps:
       if step not in kept and not (every and step % every == 0):
-        path.with_name(str(step)).rename(f'{path}{_TEMPORARY}-{step}')
+        old = path.with_name(str(step))
+        if self._remote:
+          (old / _MARK).unlink()
+        else:
+          old.rename(f'{path}{_TEMPORARY}-{step}')
     self.remove_interrupted()
 
   def wait(self) -> None:
@@ -269,16 +280,18 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
 
   def remove_interrupted(self) -> None:
     """Removes what a killed save left; only for the run that saves."""
-    if distributed.is_first_process():
-      for path in self._directory.glob(f'*{_TEMPORARY}*'):
-        shutil.rmtree(path, ignore_errors=True)
+    steps, paths = set(map(str, self.steps)), self._directory.glob('[0-9]*')
+    for path in paths if distributed.is_first_process() else ():
+      if _TEMPORARY in path.name or (self._remote and path.name not in steps):
+        with contextlib.suppress(OSError):
+          epath.Path(path).rmtree()
 
   def set_aside(self, after: int) -> None:
     """Renames the checkpoints after a step, which are damaged."""
     for step in self.steps:
       if step > after and distributed.is_first_process():
         aside = self._directory / f'damaged-{step}'
-        shutil.rmtree(aside, ignore_errors=True)
+        epath.Path(aside).rmtree(missing_ok=True)
         aside.with_name(str(step)).rename(aside)
 
 

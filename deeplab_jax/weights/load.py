@@ -14,7 +14,7 @@ import numpy as np
 
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import near_file, reading_archive
+from deeplab_jax.runtime.files import as_path, near_file, reading_archive
 from deeplab_jax.weights import mapping
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
@@ -141,7 +141,7 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   elif source.startswith('hf://'):
     path = hub_file(source.removeprefix('hf://'))
   else:
-    path = Path(source).expanduser()
+    path = as_path(source)
   if own := own_checkpoint(path):
     return _open_own(source, *own)
   with unpacked(path) as file:

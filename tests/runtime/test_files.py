@@ -193,3 +193,60 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
   with files.held(tmp_path):
     files.check_held(tmp_path)
   assert caplog.messages == [f'{tmp_path} cannot be locked: No locks available']
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """A folder in an emulated bucket, and the server."""
+  gcs_server = pytest.importorskip('gcs_server')
+  with gcs_server.serving() as server:
+    for name, value in server.environment.items():
+      monkeypatch.setenv(name, value)
+    pytest.importorskip('gcsfs')
+    yield files.as_path('gs://bucket/run'), server
+
+
+def test_a_remote_file_is_replaced_only_when_it_is_whole(bucket):
+  folder, server = bucket
+  files.write_json(f'{folder}/a.json', {'value': 1})
+  assert server.objects['bucket/run/a.json'][0] == b'{\n  "value": 1\n}\n'
+  with (
+    pytest.raises(RuntimeError),
+    files.replacing(folder / 'a.json') as temporary,
+  ):
+    Path(temporary).write_bytes(b'half')
+    raise RuntimeError
+  assert set(server.objects) == {'bucket/run/a.json'}
+  assert files.read_bytes(folder / 'a.json') == b'{\n  "value": 1\n}\n'
+  assert len(files.read_bytes(folder / 'a.json', 5)) == 5
+
+
+def test_remote_files_grow_and_what_other_hosts_write_is_seen(bucket):
+  folder, server = bucket
+  files.append(folder / 'lines', b'one\n')
+  files.append(folder / 'lines', b'')
+  files.append(folder / 'lines', b'two\n')
+  assert server.objects['bucket/run/lines'][0] == b'one\ntwo\n'
+  assert [path.name for path in folder.iterdir()] == ['lines']
+  for number in range(20):  # in several pages
+    server.objects[f'bucket/run/{number}'] = server.objects['bucket/run/lines']
+  assert len(list(folder.iterdir())) == 21
+
+
+def test_a_later_run_takes_a_remote_folder_which_the_earlier_notices(
+  bucket, caplog
+):
+  folder, server = bucket
+  with files.held(folder):
+    files.check_held(folder)
+    assert 'gs://bucket/run has no lock' in caplog.text
+    (folder / '.lock').write_text('another process')
+    with pytest.raises(UserError, match='taken by another run'):
+      files.check_held(folder)
+  assert server.objects['bucket/run/.lock'][0] == b'another process'
+
+
+def test_a_missing_gcsfs_is_named_with_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)
+  with pytest.raises(UserError, match=r"gs://b/run: .*'deeplab_jax\[gcs\]'"):
+    files.as_path('gs://b/run')
