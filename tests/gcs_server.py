@@ -24,9 +24,12 @@ _PAGE = 7  # entries of a list at most, to have pages in tests
 def serving():
   """Yields `objects` by 'BUCKET/NAME': bytes, generation and time.
 
-  `environment` lets gcsfs and TensorStore use it; `requests` are those so far.
+  `environment` lets gcsfs and TensorStore use it; `requests` are those so far;
+  `refusal` is a status that answers all, or None.
   """
-  state = types.SimpleNamespace(objects={}, requests=[], uploads={}, count=0)
+  state = types.SimpleNamespace(
+    objects={}, requests=[], uploads={}, count=0, refusal=None
+  )
   state.lock = threading.Lock()
   handler = functools.partial(_Handler, state)
   served = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -75,8 +78,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     )
     with self.state.lock:
       self.state.requests.append((self.command, self.path))
-      if not found:
-        return self._answer(404, {'error': {'code': 404, 'message': url.path}})
+      if not found or self.state.refusal:
+        return self._answer(
+          self.state.refusal or 404, {'error': {'message': url.path}}
+        )
       kind, bucket, name, copies, *target = map(
         urllib.parse.unquote, (part or '' for part in found.groups())
       )

@@ -93,7 +93,9 @@ def test_a_run_in_a_bucket_that_was_killed_equals_one_on_a_disk(
 # In another process: TensorStore reads the environment once.
 _READ = """
 import sys, numpy as np
+from deeplab_jax.predict import Predictor
 from deeplab_jax.weights.checkpoints import Checkpoints
+assert Predictor.from_workdir(sys.argv[1], step='latest').step == 12
 with Checkpoints(sys.argv[1]) as saved:
   np.savez(sys.argv[2], **saved.open('latest').arrays)
 """

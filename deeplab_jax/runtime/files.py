@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +33,24 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(name: str | os.PathLike) -> Path:
-  """Returns a `Path`, or of gs://, which needs gcsfs, what acts like one."""
+  """Returns a `Path`, or of gs:// what acts like one.
+
+  Raises `UserError` if gcsfs is missing or, for a string, cannot reach it.
+  """
   if not is_remote(name):
     return Path(name).expanduser()
   try:
     import fsspec
     import gcsfs  # noqa: F401
     from etils import epath
-  except ImportError as error:
-    pip = "pip install 'deeplab_jax[gcs]'"
-    raise UserError(f'{name}: {error}; {pip}') from error
-  # Other hosts write there, too, and TensorStore.
-  fsspec.config.conf['gs'] = {'use_listings_cache': False}
+
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it raises them, too
+    # Other hosts write there, and TensorStore.
+    fsspec.config.conf['gs'] = {'use_listings_cache': False}
+    _ = isinstance(name, str) and epath.Path(name).exists()
+  except Exception as error:
+    advice = "it needs access, and pip install 'deeplab_jax[gcs]'"
+    raise UserError(f'{name}: {first_line(error)}; {advice}') from error
   return epath.Path(name)
 
 

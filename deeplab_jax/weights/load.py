@@ -14,7 +14,12 @@ import numpy as np
 
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import as_path, near_file, reading_archive
+from deeplab_jax.runtime.files import (
+  as_path,
+  is_remote,
+  near_file,
+  reading_archive,
+)
 from deeplab_jax.weights import mapping
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
@@ -144,6 +149,10 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
     path = as_path(source)
   if own := own_checkpoint(path):
     return _open_own(source, *own)
+  if is_remote(path):
+    raise UserError(
+      f'init_from: {source} is no workdir; copy it to a local file'
+    )
   with unpacked(path) as file:
     read, map_names, presets = _KINDS[kind_of(file)]
     raw = read(file)

@@ -246,6 +246,13 @@ def test_a_later_run_takes_a_remote_folder_which_the_earlier_notices(
   assert server.objects['bucket/run/.lock'][0] == b'another process'
 
 
+def test_a_bucket_without_access_is_refused_in_one_line(bucket):
+  _, server = bucket
+  server.refusal = 401
+  with pytest.raises(UserError, match=r'^gs://bucket/other: .*, 401; it needs'):
+    files.as_path('gs://bucket/other')
+
+
 def test_a_missing_gcsfs_is_named_with_its_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(UserError, match=r"gs://b/run: .*'deeplab_jax\[gcs\]'"):
