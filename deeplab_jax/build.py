@@ -23,6 +23,7 @@ from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
+from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming
 from deeplab_jax.training import losses, steps
@@ -32,6 +33,8 @@ from deeplab_jax.training.writers import Writer, check_backends
 log = logging.getLogger(__name__)
 
 MEDIAN_FREQUENCY = ('median_frequency',)
+# Settings that may differ between the hosts of a run.
+_OF_A_HOST = ['data.dir', 'data.prepared_dir', 'data.threads', 'data.workers']
 
 
 def check(config: ConfigDict) -> None:
@@ -272,6 +275,9 @@ def check_machine(
 
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   """Checks the batch on these devices; `before` are settings of the workdir."""
+  for key, value in flatten_dict(to_json(config), sep='.').items():
+    if key not in _OF_A_HOST:
+      distributed.check_same(value, f'config.{key}')
   warmup, last = config.optimizer.warmup_steps, config.train.steps
   if warmup > last and warmup != before.get('optimizer.warmup_steps'):
     raise UserError(

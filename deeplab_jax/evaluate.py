@@ -77,8 +77,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     lines = _save_archive(path, scores) if saves else []
     if _has_labels(dataset, split):
       _warn_of_another(as_path(f'{path}.json'), network.step)
-      lines += _save_metrics(path, scores, result, config.eval)
-      print_report(result)
+      try:
+        lines += _save_metrics(path, scores, result, config.eval)
+      finally:
+        print_report(result)
     print(*lines, sep='\n', flush=True)
   return result
 
@@ -173,7 +175,10 @@ def score_checkpoint(
   if first and saved.best_step == step:
     name = result_name(evaluator.description, config.model.output_stride)
     result = {**scores.metrics, 'step': step}
-    _save_metrics(workdir / 'eval' / name, scores, result, config.eval)
+    try:
+      _save_metrics(workdir / 'eval' / name, scores, result, config.eval)
+    except OSError as error:  # a picture ends no run
+      log.warning('%s: %s; not written', error.filename, error.strerror)
 
 
 def log_metrics(

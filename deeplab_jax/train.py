@@ -107,9 +107,7 @@ def _start(
   It returns the run, with their preset in its configuration, and the step.
   """
   latest = saved.open('latest') if saved.steps else None
-  distributed.check_same(
-    latest and latest.step, f'--workdir={workdir}: the latest checkpoint'
-  )
+  distributed.check_same(latest and latest.step, f'{workdir}: its checkpoint')
   if latest:
     config = with_preset(config, networks.preset_of(latest.metadata))
     load = latest.fill

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import cloudpickle
 import cv2
 import numpy as np
+from absl import logging as absl_logging
 
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
@@ -214,6 +215,7 @@ def _work(sender: Connection, work: bytes, steps: range, threads: int) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   cv2.setNumThreads(0)
+  absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS greets each builder
   try:
     load = pickle.loads(work)
     for batch in in_background(load, steps, threads, ahead=threads):

@@ -31,6 +31,10 @@ def run(
   log_to_stderr()
 
   def command(argv: list[str]) -> None:
+    if not debug.value:  # what fails is raised; these tell it again, at length
+      absl_logging.set_verbosity(absl_logging.FATAL)
+      logging.getLogger('asyncio').disabled = True
+      sys.unraisablehook = lambda _: None
     with watchdog.leaving(), one_line_errors(debug.value):
       main(argv)
 

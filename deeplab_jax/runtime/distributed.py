@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
+import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deeplab_jax.runtime import watchdog
 from deeplab_jax.runtime.errors import UserError, first_line, require
 from deeplab_jax.runtime.files import held
+
+log = logging.getLogger(__name__)
 
 AXIS_NAME = 'batch'  # of the devices, in every mapped step
 _COMPILES = 3600  # seconds that one process may compile longer than others
@@ -42,10 +47,13 @@ def initialize(mode: str = 'auto') -> None:
     address, count, index, local = _find()
     several = count not in (None, 1)
     if mode == 'on':
-      require(several, '--distributed=on must find several', count)
+      require(
+        several, '--distributed=on must find several processes', count or 1
+      )
     else:
       _compare(count)
     if several:
+      log.info('process %s of %s meets the others at %s', index, count, address)
       _share_programs()
       watchdog.join(address, count, index, local)
   except UserError:
@@ -60,6 +68,9 @@ def initialize(mode: str = 'auto') -> None:
 def _find() -> tuple[Any, ...]:
   """Returns address, number, index and devices; None where nothing is found."""
   if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
+    host, _, port = address.rpartition(':')
+    if not host or not port.isdigit() or int(port) > 65535:
+      raise UserError(f'JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT')
     count, index = _number('JAX_NUM_PROCESSES'), _number('JAX_PROCESS_ID')
     return address, count, index, None
   with warnings.catch_warnings(action='ignore'):  # of packages, in seven lines
@@ -150,14 +161,10 @@ def gathered(number: int) -> list[int]:
   return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
-def check_same(number: int | None, what: str) -> None:
-  """Raises `UserError` unless all processes, which call it, see one number."""
-  found = gathered(-1 if number is None else number)
-  if len(set(found)) > 1:
-    raise UserError(
-      f'{what} differs between the processes ({found}; -1 is none); all of them'
-      ' must see the same folder'
-    )
+def check_same(value: Any, what: str) -> None:
+  """Raises `UserError` unless all processes, which call it, have one value."""
+  if len(set(gathered(zlib.crc32(repr(value).encode()) >> 1))) > 1:
+    raise UserError(f'{what} must be the same for all processes; here {value}')
 
 
 def barrier() -> None:
@@ -184,9 +191,19 @@ def one_run(function: Callable[..., Any]) -> Callable[..., Any]:
       if any(gathered(failed is not None)):
         text = f'{workdir}: the first process cannot use it'
         raise failed or UserError(text)
+      if not all(gathered(_appears(workdir / '.lock'))):
+        raise UserError(f'{workdir}: some process sees another folder there')
       return function(config, workdir)
 
   return alone
+
+
+def _appears(path: Path) -> bool:
+  """Whether a file is there, in a minute on a slow shared file system."""
+  end = time.monotonic() + 60
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(1)
+  return path.exists()
 
 
 def replicate(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 """The exceptions for bad input and for a stop by a signal."""
 
 import contextlib
+import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,9 +20,14 @@ class UnreadableError(UserError):
 
 
 def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message, else the name of its type."""
+  """Returns what the system refused, else the beginning of an error's message.
+
+  Without a message it is the name of the error's type.
+  """
   message = str(error).strip() or type(error).__name__
-  return message.splitlines()[0].rstrip(':')
+  if refused := re.search(r'\[OS error \d+: \w+ ([^]]+)', message):
+    return refused[1]  # in what TensorStore says
+  return textwrap.shorten(message.splitlines()[0], 200).rstrip(':')
 
 
 class Preempted(Exception):

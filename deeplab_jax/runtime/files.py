@@ -162,12 +162,13 @@ def held(folder: Path) -> Iterator[None]:
     return
   path, is_new = folder / '.lock', not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
-  with path.open('a+', encoding='utf-8') as file:
+  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no pipe
+  with open(os.open(path, flags, 0o666), 'rb+', buffering=0) as file:
+    check_regular(path, 2**20)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.seek(0)
-      owner = file.read() or 'another process'
+      owner = file.read().decode('utf-8', 'replace') or 'another process'
       raise UserError(
         f'{folder} is in use by {owner}; use another --workdir or end that run'
       ) from None
@@ -175,7 +176,7 @@ def held(folder: Path) -> Iterator[None]:
       log.warning('%s cannot be locked: %s', folder, error.strerror)
     try:
       file.truncate(0)
-      os.write(file.fileno(), _owner().encode())
+      file.write(_owner().encode())
     except OSError as error:
       raise UserError(f'{path}: {error.strerror}') from error
     try:

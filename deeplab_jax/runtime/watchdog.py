@@ -76,7 +76,7 @@ class _Watch:
       time.sleep(_EVERY)
 
   def judge(self) -> None:
-    while (self.active or self.client) and self.phase not in ('done', 'failed'):
+    while (self.active or self.client) and self.phase != 'failed':
       if self.client:
         self.judge_others()
       if self.active:

@@ -58,11 +58,14 @@ class StopSignal:
 class Diverged(UserError):
   """The loss or the gradient of `step` is not finite, or has exploded."""
 
-  def __init__(self, what: str, step: int, kept: int | None) -> None:
+  def __init__(
+    self, what: str, step: int, kept: int | None, *, rolls_back: bool = False
+  ) -> None:
+    hint = '' if rolls_back else ', or config.train.on_nan=rollback'
     also = '' if kept is None else f'. The checkpoint of step {kept} is kept'
     super().__init__(
-      f'{what} at step {step}; lower config.optimizer.learning_rate, set'
-      f' config.optimizer.clip_norm, or config.train.on_nan=rollback{also}'
+      f'{what} at step {step}; lower config.optimizer.learning_rate or set'
+      f' config.optimizer.clip_norm{hint}{also}'
     )
     self.what, self.step = what, step
 
@@ -95,16 +98,16 @@ class CheckedMetrics(AbstractContextManager):
     Raises `Diverged`, which names the checkpoint of step `kept`, at the first
     loss or gradient that is not finite.
     """
-    values = {}
+    values, back = {}, {'rolls_back': math.isfinite(self._limit)}
     for step, metrics in self._pending:
       values = {k: float(v[0]) for k, v in jax.device_get(metrics).items()}
       for name, value in values.items():
         if not math.isfinite(value):
-          raise Diverged(f'{name} is {value}', step, kept)
+          raise Diverged(f'{name} is {value}', step, kept, **back)
       full = len(self._losses) == self._losses.maxlen
       usual = max(statistics.median(self._losses), 1) if full else math.inf
       if values['loss'] > self._limit * usual:
-        raise Diverged(f'loss rose to {values["loss"]:.4g}', step, kept)
+        raise Diverged(f'loss rose to {values["loss"]:.4g}', step, kept, **back)
       self._losses.append(values['loss'])
       if not values['valid_pixels']:
         self._empty_batches += 1

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import re
-import textwrap
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -113,6 +113,10 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def __exit__(self, *_: object) -> None:
     try:
       self.wait()
+    except UserError:
+      time.sleep(1)  # TensorStore still writes what is in its queue
+      self.remove_interrupted()
+      raise
     finally:
       self._thread.shutdown()
       self._orbax.close()
@@ -156,28 +160,30 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     A damaged checkpoint is skipped with a warning, unless its step was asked
     for. Raises `UserError` if none can be read.
     """
-    steps, order = self.steps, self._order(str(name))
-    if not steps:
+    if not (steps := self.steps):
       raise UserError(
         f'no checkpoint in {self._directory}; train there first, or give the'
         ' --workdir of a training run'
       )
-    if not order:
-      raise UserError(
-        f'config.eval.step={name} is not in {self._directory}, which has'
-        f' {", ".join(map(str, steps))}'
-      )
-    for step in order:
+    tried: set[int] = set()
+    while left := [s for s in self._order(str(name)) if s not in tried]:
+      tried.add(left[0])
+      path = self._directory / str(left[0])
       try:
-        return self._read(self._directory / str(step))
+        return self._read(path)
       except UnreadableError as error:
-        if step == order[-1]:
-          advice = f'remove {self._directory} to start again'
-          if len(order) < len(steps):
+        if not path.exists():  # a run beside this one has just removed it
+          continue
+        if not left[1:]:
+          advice = f'remove {path.parent} to start again'
+          if len(tried) < len(steps):
             advice = 'choose another config.eval.step'
           raise UserError(f'{error}; {advice}') from error
         log.warning('%s; it is skipped', error)
-    raise AssertionError('unreachable')
+    raise UserError(
+      f'config.eval.step={name} is not in {self._directory}, which has'
+      f' {", ".join(map(str, steps))}'
+    )
 
   def _read(self, path: Path) -> Saved:
     """Reads a checkpoint; raises `UnreadableError` if anything is damaged."""
@@ -185,6 +191,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
       metadata = self._restore(path, metadata=ocp.args.JsonRestore()).metadata
       state = self._restore(path, state=ocp.args.PyTreeRestore()).state
       arrays = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
+      if str(arrays['step']) != path.name:
+        raise ValueError(f'it holds step {arrays["step"]}')
       if 'checksum' in metadata or 'checksums' in metadata:  # else an old one
         metadata = _unsealed(metadata)
         if metadata.pop('checksums') != _checksums(arrays):
@@ -210,7 +218,10 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def _read_metrics(self, path: Path) -> dict[str, Any] | None:
     if (path / _METRICS).exists():
       with _reading(path / _METRICS):
-        return _unsealed(json.loads((path / _METRICS).read_text()))
+        found = _unsealed(json.loads((path / _METRICS).read_text()))
+        if not 0 <= (found['miou'] or 0) <= 1:
+          raise ValueError(f'miou is {found["miou"]}')
+        return found
     with _reading(path):  # older versions wrote them with the rest
       saved = self._restore(path, metadata=ocp.args.JsonRestore()).metadata
       return saved.get('metrics', saved.get('measures'))
@@ -257,7 +268,6 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
       both = ocp.args.Composite(state=state, metadata=metadata)
       self._orbax.save(path, both)
     except Exception as error:  # of TensorStore, too
-      self.remove_interrupted()
       raise UserError(
         f'{path} cannot be saved: {first_line(error)}; when that is mended, the'
         ' same command goes on from the checkpoint before'
@@ -337,5 +347,4 @@ def _reading(path: Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # damage may break anything in the readers
-    reason = textwrap.shorten(first_line(error), 160)
-    raise UnreadableError(f'{path} is damaged: {reason}') from error
+    raise UnreadableError(f'{path} is damaged: {first_line(error)}') from error

@@ -121,3 +121,24 @@ def test_logs(disk, trained, tmp_path):
   assert 1 <= len(said) <= 2 and all('No space left' in x for x in said)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines][:3] == [1, 2, 3]
+
+
+def test_saves(disk, trained):
+  # The disk holds one checkpoint, and not two.
+  workdir = disk / 'w'
+  arguments = [f'--workdir={workdir}']
+  arguments += as_options({**trained.settings, 'train.eval_every': 2})
+  status, errors = command(*arguments, '--config.train.steps=2')
+  assert status == 0, errors
+  one = sum(len(data) for data in files(workdir / 'checkpoints').values())
+  before = files(workdir / 'checkpoints')
+  fill(disk, one // 2)
+  status, errors = command(*arguments)
+  *_, line = errors.splitlines()
+  assert status == 1 and line.startswith('error: ')
+  assert 'cannot be saved: No space left on device' in line
+  assert len([x for x in errors.splitlines() if 'rror' in x]) == 1, errors
+  assert files(workdir / 'checkpoints') == before
+  (disk / 'filler').unlink()
+  status, errors = command(*arguments)
+  assert status == 0, errors

@@ -196,7 +196,7 @@ def test_a_cluster_of_one_stays_alone(joined, environment):
     environment = {**environment, 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
   assert joined(**environment) is None
   with pytest.raises(
-    UserError, match='--distributed=on must find several, got'
+    UserError, match='--distributed=on must find several processes, got'
   ):
     distributed.initialize('on')
 

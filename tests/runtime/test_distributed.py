@@ -131,6 +131,28 @@ def test_two_processes_train_what_one_process_trains(
 
 
 @pytest.mark.slow
+def test_processes_with_other_settings_or_another_folder_are_refused(
+  trained, tmp_path
+):
+  for settings, folders, words in (
+    (('0.1', '0.5'), ('w', 'w'), 'config.optimizer.learning_rate must be the'),
+    (('0.1', '0.1'), ('a', 'b'), 'some process sees another folder there'),
+  ):
+    address, logs = (
+      f'127.0.0.1:{free_port()}',
+      [tmp_path / 'l0', tmp_path / 'l1'],
+    )
+    pair = []
+    for index in range(2):
+      changes = {'optimizer.learning_rate': settings[index]}
+      options = [f'--workdir={tmp_path / folders[index]}']
+      options += as_options(trained.settings | changes)
+      pair.append(start_process(index, address, options, logs[index]))
+    assert [process.wait(timeout=200) for process in pair] == [1, 1]
+    assert all(words in log.read_text() for log in logs)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_the_same_step(
   start_both, tmp_path
 ):

@@ -257,3 +257,19 @@ def test_a_missing_gcsfs_is_named_with_its_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(UserError, match=r"gs://b/run: .*'deeplab_jax\[gcs\]'"):
     files.as_path('gs://b/run')
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('precious')
+  (tmp_path / '.lock').symlink_to(victim)
+  with pytest.raises(OSError, match=r'\.lock'), files.held(tmp_path):
+    pass
+  assert victim.read_text() == 'precious'
+  (tmp_path / '.lock').unlink()
+  os.mkfifo(tmp_path / '.lock')
+  with (
+    pytest.raises(UserError, match=r'\.lock: not a regular file'),
+    files.held(tmp_path),
+  ):
+    pass

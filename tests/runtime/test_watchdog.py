@@ -268,16 +268,24 @@ def pair():
     process.communicate()
 
 
+def said(process, seconds):
+  """What a process has printed after its first line, of where it meets."""
+  output, errors = process.communicate(timeout=seconds)
+  first, _, rest = errors.partition('\n')
+  assert 'meets the others at 127.0.0.1:' in first
+  return output, rest
+
+
 def test_two_processes_that_end_well_say_nothing(pair):
   for process in pair('none', 1):
-    assert process.communicate(timeout=100) == ('joined\n', '')
+    assert said(process, 100) == ('joined\n', '')
     assert process.returncode == 0
 
 
 @pytest.mark.parametrize('who', [0, 1])
 def test_an_error_of_one_process_ends_the_other_with_one_line(pair, who):
   both = pair(str(who), 100)
-  found = [process.communicate(timeout=60)[1] for process in both]
+  found = [said(process, 60)[1] for process in both]
   assert [process.returncode for process in both] == [1, 1]
   assert found[who] == 'error: no such file\n'
   assert found[1 - who].startswith(f'process {who} of 2 on ')

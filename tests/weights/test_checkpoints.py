@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from properties import few
 
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 # Orbax leaves a future of a reader that failed without an event loop.
@@ -334,6 +335,45 @@ def test_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
     assert saved.steps == [1]
     assert_equal(saved.open('latest'), 1)
   assert len(list((tmp_path / 'checkpoints').iterdir())) == 1
+
+
+def test_folder_renamed_to_another_step_is_not_believed(tmp_path, caplog):
+  save(tmp_path, [None, None])
+  folder = tmp_path / 'checkpoints'
+  (folder / '2').rename(folder / '20')
+  with Checkpoints(tmp_path) as saved:
+    assert saved.open('latest').step == 1
+  assert '20 is damaged: it holds step 2' in caplog.text
+
+
+def test_checkpoint_that_a_run_removes_meanwhile_is_not_called_damaged(
+  tmp_path, monkeypatch, caplog
+):
+  save(tmp_path, [None, None])
+  read = Checkpoints._read
+
+  def removed(saved, path):
+    if path.name == '2':
+      save(tmp_path, [None], start=3)
+      shutil.rmtree(path)
+    return read(saved, path)
+
+  monkeypatch.setattr(Checkpoints, '_read', removed)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.open('latest').step == 3
+    with pytest.raises(UserError, match=r'eval\.step=2 is not in'):
+      saved.open(2)
+  assert not caplog.messages
+
+
+@pytest.mark.parametrize('miou', ['x', float('nan'), 1.5])
+def test_metrics_that_are_none_count_as_not_evaluated(tmp_path, miou, caplog):
+  save(tmp_path, [0.4, 0.5])
+  path = tmp_path / 'checkpoints' / '2' / 'evaluation.json'
+  path.write_text(json.dumps(checkpoints._sealed({'miou': miou})))
+  with Checkpoints(tmp_path) as saved:
+    assert saved.best_step == 1
+  assert 'evaluation.json is damaged' in caplog.text
 
 
 def test_deleted_folder_is_noticed_at_the_next_save(tmp_path):
