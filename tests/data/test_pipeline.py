@@ -340,19 +340,15 @@ def test_a_killed_worker_is_replaced_and_the_stream_stays(
   assert set(os.listdir('/dev/shm')) == segments
 
 
-class _Ends:
-  """Ends the process that loads."""
-
-  def __call__(self, image, label, rng):
-    os._exit(7)
-
-
 @pytest.mark.xdist_group('alone')
 def test_workers_that_end_again_and_again_are_an_error(caplog):
+  def ends(image, label, rng):
+    os._exit(7)
+
   with pytest.raises(
     errors.UserError, match=r'status 7, 3 times.*data\.workers'
   ):
-    _take(1, _records(3), (_Ends(),), workers=1)
+    _take(1, _records(3), (ends,), workers=1)
   ended = 'a loader process ended with status 7; another goes on'
   assert caplog.messages == [ended] * 2  # and none after the third
 
