@@ -1,6 +1,7 @@
 """The exceptions for bad input and for a stop by a signal."""
 
 import contextlib
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,8 +26,8 @@ def first_line(error: Exception) -> str:
   Without a message it is the name of the error's type.
   """
   message = str(error).strip() or type(error).__name__
-  if refused := re.search(r'\[OS error \d+: \w+ ([^]]+)', message):
-    return refused[1]  # in what TensorStore says
+  if refused := re.search(r"\[os_error_code='(\d+)'", message):  # TensorStore
+    return os.strerror(int(refused[1]))
   return textwrap.shorten(message.splitlines()[0], 200).rstrip(':')
 
 

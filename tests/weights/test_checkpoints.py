@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import few
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.weights import checkpoints
 from deeplab_jax.weights.checkpoints import Checkpoints
 
@@ -319,6 +319,13 @@ def fails_to_write(saved, monkeypatch):
     raise OSError(28, os.strerror(28))
 
   monkeypatch.setattr(saved._orbax, 'save', save)
+
+
+def test_of_what_tensorstore_says_the_refusal_of_the_system_is_kept():
+  said = 'RESOURCE_EXHAUSTED: Error writing "a" in OCDBT database: ' + 'x' * 900
+  said += " [os_error_code='28' errno='ENOSPC']"
+  assert first_line(ValueError(said)) == 'No space left on device'
+  assert len(first_line(ValueError('word ' * 200))) <= 200
 
 
 def test_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
