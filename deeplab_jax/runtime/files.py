@@ -153,7 +153,8 @@ def held(folder: Path) -> Iterator[None]:
 
   Raises `UserError`, which names the owner, if another process holds it. Where
   the file system has no locks, a warning says so. A remote folder is taken from
-  its owner, who learns it from `check_held`.
+  its owner, who learns it from `check_held`. What a killed `replacing` left is
+  removed.
   """
   if is_remote(folder):
     log.warning('%s has no lock: a later run ends this one', folder)
@@ -181,6 +182,9 @@ def held(folder: Path) -> Iterator[None]:
       raise UserError(f'{path}: {error.strerror}') from error
     try:
       check_held(folder)  # an owner may have removed it since it was opened
+      for pattern in ('.*.tmp', '*/.*.tmp'):  # of `replacing`, when killed
+        for left in folder.glob(pattern):
+          left.unlink(missing_ok=True)
       yield
     finally:
       with contextlib.suppress(UserError, OSError):

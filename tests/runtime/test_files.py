@@ -273,3 +273,14 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path):
     files.held(tmp_path),
   ):
     pass
+
+
+def test_who_holds_a_folder_removes_what_a_killed_process_left(tmp_path):
+  (tmp_path / 'eval').mkdir()
+  left = [tmp_path / '.eval.json.7.tmp', tmp_path / 'eval' / '.x.png.12.tmp']
+  kept = [tmp_path / 'own.tmp', tmp_path / 'eval' / 'x.png']
+  for path in (*left, *kept):
+    path.write_text('')
+  with files.held(tmp_path):
+    assert [path.exists() for path in left] == [False] * 2
+    assert all(path.exists() for path in kept)
