@@ -64,13 +64,14 @@ def start_process(index, address, options, output):
 
 @pytest.fixture
 def start_both(trained, tmp_path):
-  """Function (**changes) -> two processes of one run, and their logs."""
+  """Function (*options, **changes) -> two processes of one run, their logs."""
   started = []
 
-  def start(**changes):
+  def start(*options, workdir='workdir', **changes):
     address = f'127.0.0.1:{free_port()}'
     options = [
-      f'--workdir={tmp_path / "workdir"}',
+      f'--workdir={tmp_path / workdir}',
+      *options,
       *as_options(trained.settings | changes),
     ]
     logs = [tmp_path / f'{index}.log' for index in range(2)]
@@ -128,6 +129,62 @@ def test_two_processes_train_what_one_process_trains(
   np.testing.assert_allclose(
     result['pixel_accuracy'], expected['pixel_accuracy'], atol=0.01
   )
+
+
+def losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [line['loss'] for line in map(json.loads, lines) if 'loss' in line]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes_and_devices(
+  trained, start_both, tmp_path, monkeypatch
+):
+  def both(*options, **named):
+    processes, logs = start_both(*options, **named)
+    status = [process.wait(timeout=300) for process in processes]
+    assert status == [0, 0], [log.read_text() for log in logs]
+
+  def one(devices, workdir, *options, **changes):
+    flag = f'--xla_force_host_platform_device_count={devices}'
+    monkeypatch.setenv(
+      'XLA_FLAGS', f'{flag} --xla_backend_optimization_level=0'
+    )
+    command = [sys.executable, '-m', 'deeplab_jax.main', *options]
+    command += as_options(trained.settings | changes)
+    subprocess.run([*command, f'--workdir={tmp_path / workdir}'], check=True)
+
+  two, three = (
+    {'train.steps': steps, 'optimizer.warmup_steps': 0, 'train.keep': 9}
+    for steps in (2, 3)
+  )
+  both(workdir='2x2', **two)
+  one(4, '1x4', **two)
+  one(1, '1x1', **two)
+  first, *others = (losses(tmp_path / name) for name in ('2x2', '1x4', '1x1'))
+  for other in others:
+    np.testing.assert_allclose(first[0], other[0], rtol=1e-6)
+    np.testing.assert_allclose(first[1], other[1], rtol=1e-5)
+  # Saved by two and resumed by one, and the reverse.
+  shutil.copytree(tmp_path / '1x4', tmp_path / 'reverse')
+  one(4, '2x2', **three)
+  one(4, '1x4', **three)
+  both(workdir='reverse', **three)
+  last = [losses(tmp_path / name)[2] for name in ('2x2', '1x4', 'reverse')]
+  np.testing.assert_allclose(last, last[1], rtol=1e-3)
+  np.testing.assert_allclose(last[2], last[1], rtol=1e-5)
+  # One checkpoint, evaluated by both and by one, on four devices and on one.
+  table = tmp_path / '2x2' / 'eval' / 'val_whole_step3_confusion.csv'
+  found, step = [], '--config.eval.step=3'
+  for evaluate in (
+    lambda: both('--mode=eval', step, workdir='2x2'),
+    lambda: one(4, '2x2', '--mode=eval', step),
+    lambda: one(1, '2x2', '--mode=eval', step),
+  ):
+    evaluate()
+    found.append(table.read_bytes())
+    table.unlink()
+  assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow
