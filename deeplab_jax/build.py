@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import flat, get_config, to_json
@@ -183,7 +182,7 @@ def make_writer(config: ConfigDict, workdir: Path, start_step: int) -> Writer:
       'config.log.to has no jsonl: the report will show neither curves nor time'
     )
   with naming('config.log'):
-    settings = flatten_dict(to_json(config), sep='.')
+    settings = flat(to_json(config))
     return Writer(workdir, start_step, config.log.to, settings)
 
 
@@ -275,7 +274,7 @@ def check_machine(
 
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   """Checks the batch on these devices; `before` are settings of the workdir."""
-  for key, value in flatten_dict(to_json(config), sep='.').items():
+  for key, value in flat(to_json(config)).items():
     if key not in _OF_A_HOST:
       distributed.check_same(value, f'config.{key}')
   warmup, last = config.optimizer.warmup_steps, config.train.steps

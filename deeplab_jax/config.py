@@ -200,9 +200,10 @@ def check_types(config: ConfigDict) -> None:
     config.update_from_flattened_dict(given)
 
 
-def flat(config: ConfigDict) -> dict[str, Any]:
-  """The values by key, as 'train.steps'."""
-  return flatten_dict(config.to_dict(), sep='.')
+def flat(config: Any) -> dict[str, Any]:
+  """The values of a configuration, or of its `to_json`, as 'train.steps'."""
+  values = config.to_dict() if isinstance(config, ConfigDict) else config
+  return flatten_dict(values, sep='.')
 
 
 def check_key(key: str, config: ConfigDict | None = None) -> None:
@@ -284,7 +285,7 @@ def from_json(path: Path) -> ConfigDict:
   try:
     saved = json.loads(read_bytes(path))
     known = own.wrote(saved)
-    saved = flatten_dict(saved, sep='.')
+    saved = flat(saved)
     moved = {key: saved.pop(key) for key in _MOVED if key in saved}
     if moved.get('data.list'):  # else nothing was held out
       for key, value in moved.items():

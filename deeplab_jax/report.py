@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
-from deeplab_jax.config import get_config, to_json
+from deeplab_jax.config import flat, get_config, to_json
 from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.runtime.files import as_path, replacing
 from deeplab_jax.visualize.report import page, picture_url
@@ -28,14 +26,14 @@ def report(workdir: Path) -> Path:
   data says what is missing. Raises `UserError` if there is nothing to show.
   """
   data = {
-    'settings': flatten_dict(_read(workdir / 'config.json') or {}, sep='.'),
+    'settings': flat(_read(workdir / 'config.json') or {}),
     'sessions': _read(workdir / 'sessions.json') or [],
     'curves': _curves(workdir / 'metrics.jsonl'),
     'evaluations': _evaluations(workdir),
   }
   if not any(data.values()):
     raise UserError(f'nothing to report in {workdir}; train there first')
-  data['defaults'] = flatten_dict(to_json(get_config()), sep='.')
+  data['defaults'] = flat(to_json(get_config()))
   data['time'] = time.time()
   path = workdir / 'report.html'
   with replacing(path) as temporary:

@@ -265,16 +265,16 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     try:
       if not self._remote:
         path.parent.stat()  # Orbax would make the folder again
-      both = ocp.args.Composite(state=state, metadata=metadata)
-      self._orbax.save(path, both)
+      self._orbax.save(path, ocp.args.Composite(state=state, metadata=metadata))
     except Exception as error:  # of TensorStore, too
       raise UserError(
         f'{path} cannot be saved: {first_line(error)}; when that is mended, the'
         ' same command goes on from the checkpoint before'
       ) from error
     then()
-    every, kept = self._keep_every, {*self.steps[-self._keep :], self.best_step}
-    for step in self.steps:
+    every, steps = self._keep_every, self.steps
+    kept = {*steps[-self._keep :], self.best_step}
+    for step in steps:
       if step not in kept and not (every and step % every == 0):
         old = path.with_name(str(step))
         if self._remote:
