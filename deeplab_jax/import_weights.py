@@ -13,7 +13,8 @@ import optax
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.config import from_json, get_config, to_json
+from deeplab_jax.config import get_config, to_json
+from deeplab_jax.configure import from_json
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed, own

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, import_weights
+from deeplab_jax import build, configure, import_weights
 from deeplab_jax import config as settings
 from deeplab_jax.evaluate import evaluate
 from deeplab_jax.export import export
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
   mode, chosen = _MODE.value, True
   workdir = as_path(_WORKDIR.value) if _WORKDIR.value else None
   if _RECIPE.value is not None:
-    config = settings.from_recipe(_RECIPE.value)
+    config = configure.from_recipe(_RECIPE.value)
   elif workdir and (workdir / 'config.json').exists():
-    config = settings.from_json(workdir / 'config.json')
+    config = configure.from_json(workdir / 'config.json')
   else:
     config, chosen = settings.get_config(), False
   inputs = _apply(argv, config)
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
 def _apply(argv: list[str], config: ConfigDict) -> list[str]:
   """Changes and checks the configuration in place; returns the inputs."""
   known = 'workdir', 'mode', 'config', 'debug', 'distributed', 'help'
-  inputs = settings.override(config, argv, known)
+  inputs = configure.override(config, argv, known)
   settings.validate(config)
-  settings.make_paths_absolute(config)
+  configure.make_paths_absolute(config)
   build.check(config)
   return inputs
 

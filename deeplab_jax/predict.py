@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, import_weights, ops
-from deeplab_jax.config import from_json, to_json, validate, with_preset
+from deeplab_jax.config import to_json, validate, with_preset
+from deeplab_jax.configure import from_json
 from deeplab_jax.data import buckets, pipeline
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.images import as_pixels

@@ -14,7 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from deeplab_jax import build, evaluate, import_weights, report
-from deeplab_jax.config import flat, last_used, to_json, with_preset
+from deeplab_jax.config import flat, to_json, with_preset
+from deeplab_jax.configure import last_used
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.runtime import distributed, own, watchdog
 from deeplab_jax.runtime.errors import Preempted

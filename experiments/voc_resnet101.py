@@ -10,10 +10,10 @@ Published, not ours: val mIoU 77.21; evaluated at output stride 8 78.51, at six
 scales too 79.45, and mirrored as well 79.77 (the paper).
 """
 
-from deeplab_jax import config as default
+from deeplab_jax.configure import from_recipe
 
 
 def get_config():
-  config = default.from_recipe('voc_resnet50')
+  config = from_recipe('voc_resnet50')
   config.model.backbone = 'resnet101'
   return config

@@ -17,11 +17,11 @@ Published, not ours, averages over the images of val: pixel accuracy 91, mean
 accuracy 82, mIoU 74, frequency weighted IoU 86.
 """
 
-from deeplab_jax import config as default
+from deeplab_jax.configure import from_recipe
 
 
 def get_config():
-  config = default.from_recipe('voc_resnet50')
+  config = from_recipe('voc_resnet50')
   config.init_from = 'resnet_v2_50_2017_04_14.tar.gz'
   config.model.preset = 'seed'
   config.model.bn_decay = 0.997

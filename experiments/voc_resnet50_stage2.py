@@ -14,11 +14,11 @@ Published, not ours: nothing for this network. Trained at output stride 8 on the
 masks of SBD alone, ResNet-50 reaches val mIoU 76.2 to 77.7 (mmsegmentation).
 """
 
-from deeplab_jax import config as default
+from deeplab_jax.configure import from_recipe
 
 
 def get_config():
-  config = default.from_recipe('voc_resnet50')
+  config = from_recipe('voc_resnet50')
   # There is no such folder: a run without the option of the command stops.
   config.init_from = 'STAGE1_WORKDIR'
   config.model.output_stride = 8

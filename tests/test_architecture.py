@@ -17,6 +17,7 @@ ORDER = (
   ('evaluate', 'predict', 'prepare', 'report'),
   ('import_weights',),
   ('build',),
+  ('configure',),
   ('config',),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from deeplab_jax import build
+from deeplab_jax import build, configure
 from deeplab_jax import config as default_config
 from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import UserError
@@ -101,7 +101,7 @@ def test_class_weights_are_a_word_or_numbers_by_commas(text, values, by):
   config = default_config.get_config()
   if by == 'option':
     argv = ['main', f'--config.loss.class_weights={text}']
-    assert default_config.override(config, argv) == []
+    assert configure.override(config, argv) == []
   else:
     config.loss.class_weights = text
   default_config.validate(config)
@@ -112,7 +112,7 @@ def test_class_weights_are_a_word_or_numbers_by_commas(text, values, by):
 def test_patterns_are_words_by_commas():
   config = default_config.get_config()
   argv = ['main', '--config.init_allow=*/moving_mean, logits/*']
-  default_config.override(config, argv)
+  configure.override(config, argv)
   default_config.validate(config)
   assert config.init_allow == ('*/moving_mean', 'logits/*')
 
@@ -133,14 +133,14 @@ def test_older_spellings_of_not_set_still_say_so(spelling):
   }[spelling]
   config = default_config.get_config()
   argv = ['main', *(f'--config.{key}={spelling}' for key in keys)]
-  default_config.override(config, argv)
+  configure.override(config, argv)
   default_config.validate(config)
   assert config.to_dict() == default_config.get_config().to_dict()
 
 
 def test_nothing_may_be_held_out():
   config = default_config.get_config()
-  default_config.override(config, ['main', '--config.data.options.holdout=0'])
+  configure.override(config, ['main', '--config.data.options.holdout=0'])
   default_config.validate(config)
   assert config.data.options.holdout == 0
 
@@ -167,14 +167,14 @@ def test_paths_become_absolute_and_sources_stay(tmp_path, monkeypatch):
   config = default_config.get_config()
   config.data.dir, config.data.options.list = 'a/../b', '~/ids.txt'
   config.init_from, config.predict.output_dir = 'keras', 'out'
-  default_config.make_paths_absolute(config)
+  configure.make_paths_absolute(config)
   assert config.data.dir == f'{tmp_path}/b'
   assert config.data.options.list == '/home/me/ids.txt'
   assert config.predict.output_dir == f'{tmp_path}/out'
   assert config.init_from == 'keras' and config.data.prepared_dir is None
   for source in ('hf://timm/net', 'weights.h5'):
     config.init_from = source
-    default_config.make_paths_absolute(config)
+    configure.make_paths_absolute(config)
     assert config.init_from in (source, f'{tmp_path}/weights.h5')
   assert config.init_from == f'{tmp_path}/weights.h5'
 
@@ -223,7 +223,7 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
   config = changed('data.crop_size', (65, 33))
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(default_config.to_json(config)))
-  assert default_config.from_json(path).to_dict() == config.to_dict()
+  assert configure.from_json(path).to_dict() == config.to_dict()
 
 
 # What version 0.1.0 wrote.
@@ -261,7 +261,7 @@ def test_settings_of_an_older_workdir_are_read(tmp_path, key, value, expected):
   else:
     config.data.options.update(list='ids.txt', holdout=0.2)
     config[section][name] = expected
-  assert default_config.from_json(path).to_dict() == config.to_dict()
+  assert configure.from_json(path).to_dict() == config.to_dict()
 
 
 def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
@@ -275,14 +275,14 @@ def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
     '  config.data.options.folders = 3\n'
     '  return config\n'
   )
-  config = default_config.from_recipe(path)
+  config = configure.from_recipe(path)
   default_config.validate(config)
   assert callable(config.optimizer.name) and config.data.options.folders == 3
   saved = default_config.to_json(config)
   assert saved['optimizer']['name'] == 'lion.optimizer'
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   with pytest.raises(UserError) as error:
-    default_config.from_json(tmp_path / 'config.json')
+    configure.from_json(tmp_path / 'config.json')
   assert str(error.value) == (
     f'{tmp_path}/config.json cannot be used: config.optimizer.name='
     'lion.optimizer is a function of a recipe, which --config=RECIPE names;'
@@ -313,9 +313,7 @@ def test_places_are_taken_only_from_settings_that_this_user_wrote(
 
   def places(name):
     caplog.clear()
-    found = default_config.flat(
-      default_config.from_json(tmp_path / f'{name}.json')
-    )
+    found = default_config.flat(configure.from_json(tmp_path / f'{name}.json'))
     assert found['train.steps'] == 7
     return [key for key in PLACES if found[key]]
 
@@ -335,7 +333,7 @@ def test_places_are_taken_only_from_settings_that_this_user_wrote(
 def test_keras_is_no_place_and_is_taken_from_any_workdir(tmp_path, caplog):
   path = tmp_path / 'config.json'
   path.write_text('{"init_from": "keras"}')
-  assert default_config.from_json(path).init_from == 'keras'
+  assert configure.from_json(path).init_from == 'keras'
   assert not caplog.messages
 
 
@@ -346,7 +344,7 @@ def test_without_a_folder_for_notes_settings_count_as_those_of_others(
   own.remember({'data': {'dir': '/data'}})
   path = tmp_path / 'config.json'
   path.write_text('{"data": {"dir": "/data"}}')
-  assert default_config.from_json(path).data.dir is None
+  assert configure.from_json(path).data.dir is None
   assert [('is not used' in line) for line in caplog.messages] == [True, False]
 
 
@@ -368,7 +366,7 @@ def test_damaged_or_strange_saved_configuration_is_named(tmp_path, text):
   path = tmp_path / 'config.json'
   path.write_text(text)
   with pytest.raises(UserError) as error:
-    default_config.from_json(path)
+    configure.from_json(path)
   assert str(error.value).startswith(str(path))
   assert '\n' not in str(error.value)
 
@@ -385,7 +383,7 @@ def get_config():
 def test_recipe_changes_the_default(tmp_path):
   path = tmp_path / 'recipe.py'
   path.write_text(RECIPE.format('config.train.steps = 7'))
-  config = default_config.from_recipe(str(path))
+  config = configure.from_recipe(str(path))
   assert config.train.steps == 7
   expected = default_config.get_config()
   expected.train.steps = 7
@@ -409,7 +407,7 @@ def test_recipe_that_fails_is_named_with_its_line(tmp_path, text, words):
   path = tmp_path / 'recipe.py'
   path.write_text(text)
   with pytest.raises(UserError) as error:
-    default_config.from_recipe(str(path))
+    configure.from_recipe(str(path))
   message = str(error.value)
   assert message.startswith(f'--config={path}') and words in message
   assert '\n' not in message and len(message) < len(str(path)) + 250
@@ -419,13 +417,13 @@ def test_recipe_that_fails_is_named_with_its_line(tmp_path, text, words):
 def test_missing_recipe_is_named(tmp_path, name):
   path = tmp_path / name
   with pytest.raises(UserError, match='no such file') as error:
-    default_config.from_recipe(str(path))
+    configure.from_recipe(str(path))
   assert str(path) in str(error.value)
 
 
 def test_a_wrong_name_of_a_recipe_is_answered_with_those_there_are():
   with pytest.raises(UserError) as error:
-    default_config.from_recipe('camvid_resnet')
+    configure.from_recipe('camvid_resnet')
   assert str(error.value).startswith('--config=camvid_resnet: no such file')
   assert str(error.value).endswith(
     'known recipes: camvid_resnet18, camvid_resnet50, voc_resnet101,'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from miniature import one_device_step
 
-from deeplab_jax import build
+from deeplab_jax import build, configure
 from deeplab_jax import config as default
 from deeplab_jax.import_weights import open_source
 from deeplab_jax.runtime.errors import UserError
@@ -19,7 +19,7 @@ RECIPES = sorted(EXPERIMENTS.glob('*.py'))
 
 
 def load(name):
-  return default.from_recipe(name)
+  return configure.from_recipe(name)
 
 
 def description(path):
@@ -37,7 +37,7 @@ def test_recipe_is_valid_and_names_its_command(path):
   config = load(path.stem)
   default.validate(config)
   build.check(config)
-  assert default.flat(config) == default.flat(default.from_recipe(path))
+  assert default.flat(config) == default.flat(configure.from_recipe(path))
   text = description(path)
   assert f'--config={path.stem} ' in text
   for key in re.findall(r'--config\.([\w.]+)=', text):

@@ -11,8 +11,7 @@ import pytest
 from miniature import as_options, make_config
 from reference import fill, keras_shapes, slim_shapes, write_keras
 
-from deeplab_jax import config as default_config
-from deeplab_jax import import_weights, train
+from deeplab_jax import configure, import_weights, train
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights import load
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -107,7 +106,7 @@ def test_training_goes_on_from_what_was_imported(imported, trained, tmp_path):
 
 
 def test_import_into_a_workdir_in_use_is_refused(imported):
-  config = default_config.from_json(imported[0] / 'config.json')
+  config = configure.from_json(imported[0] / 'config.json')
   with pytest.raises(UserError, match='has a checkpoint of step 0; import'):
     import_weights.import_weights(config, imported[0])
 
@@ -194,7 +193,7 @@ def test_the_weights_fix_the_network_and_options_win(source):
   )
   assert config.to_dict() == expected.to_dict()
   import_weights.open_source(config)
-  default_config.override(config, ['main', '--config.model.width=0.5'])
+  configure.override(config, ['main', '--config.model.width=0.5'])
   with pytest.raises(UserError, match='contradicts'):
     import_weights.open_source(config)
 

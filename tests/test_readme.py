@@ -23,13 +23,8 @@ from miniature import as_options, global_batch, make
 from PIL import Image
 
 from deeplab_jax import BACKBONES, PRESETS, Predictor, deeplab_v3
-from deeplab_jax.config import (
-  from_recipe,
-  get_config,
-  override,
-  to_json,
-  validate,
-)
+from deeplab_jax.config import get_config, to_json, validate
+from deeplab_jax.configure import from_recipe, override
 from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS

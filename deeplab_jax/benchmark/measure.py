@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
 from deeplab_jax.benchmark import timing
-from deeplab_jax.config import from_recipe, get_config, override, validate
+from deeplab_jax.config import get_config, validate
+from deeplab_jax.configure import from_recipe, override
 from deeplab_jax.data.pipeline import cores
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError

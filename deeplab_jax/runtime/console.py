@@ -44,8 +44,8 @@ def run(
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the flags of the command; returns settings, inputs, and mistakes.
 
-  `config.override` reads settings, --config.section.key=value, and refuses what
-  is misspelled.
+  `configure.override` reads settings, --config.section.key=value, and refuses
+  what is misspelled.
   """
   with one_line_errors('--debug' in argv), named_options():
     try:

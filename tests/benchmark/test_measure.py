@@ -11,7 +11,8 @@ from miniature import SETTINGS, as_options
 from deeplab_jax import deeplab_v3
 from deeplab_jax.benchmark import __main__ as benchmark
 from deeplab_jax.benchmark import measure, timing
-from deeplab_jax.config import get_config, override, validate
+from deeplab_jax.config import get_config, validate
+from deeplab_jax.configure import override
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.runtime import host
 from deeplab_jax.runtime.errors import UserError

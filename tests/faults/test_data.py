@@ -15,7 +15,7 @@ from miniature import make_config, write_voc_folder
 from PIL import Image
 
 from deeplab_jax import build
-from deeplab_jax.config import from_json
+from deeplab_jax.configure import from_json
 from deeplab_jax.data.pipeline import load_example
 from deeplab_jax.predict_files import predict
 from deeplab_jax.prepare import prepare

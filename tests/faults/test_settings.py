@@ -13,7 +13,7 @@ import pytest
 from faults import kit
 from miniature import SETTINGS, make_config
 
-from deeplab_jax import build, config, main
+from deeplab_jax import build, config, configure, main
 from deeplab_jax.runtime.errors import UserError
 
 VALUES = (
@@ -87,7 +87,7 @@ def check_files(tmp_path, counts, cases):
       kit.damage(path, kind, rng)
     note = f'case {case}, {kind}: {path.read_bytes()[:3000]!r}'
     try:
-      line = kit.refusal(lambda: check(lambda: config.from_json(path)))
+      line = kit.refusal(lambda: check(lambda: configure.from_json(path)))
     except Exception as error:
       raise AssertionError(note) from error
     assert not line or re.search(r'config\.|json', line), line
@@ -108,7 +108,7 @@ def check_options(counts, cases):
 
     def settings(option=option):
       made = make_config(SETTINGS)
-      config.override(made, ['program', option])
+      configure.override(made, ['program', option])
       return made
 
     try:
