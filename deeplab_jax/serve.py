@@ -182,6 +182,7 @@ class Server:
     finally:
       work.cancel()
       left.cancel()
+      await asyncio.wait((work, left))  # its job is given up before the answer
 
   async def _work(self, data: bytes, kind: str) -> bytes:
     info, most = self._predictor.info, self._limits['pixels']
