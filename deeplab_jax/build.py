@@ -274,9 +274,11 @@ def check_machine(
 
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   """Checks the batch on these devices; `before` are settings of the workdir."""
-  for key, value in flat(to_json(config)).items():
-    if key not in _OF_A_HOST:
-      distributed.check_same(value, f'config.{key}')
+  given = flat(to_json(config)).items()
+  distributed.check_same({'the number of settings': len(given)})
+  distributed.check_same(
+    {f'config.{k}': value for k, value in given if k not in _OF_A_HOST}
+  )
   warmup, last = config.optimizer.warmup_steps, config.train.steps
   if warmup > last and warmup != before.get('optimizer.warmup_steps'):
     raise UserError(

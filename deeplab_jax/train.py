@@ -108,7 +108,7 @@ def _start(
   It returns the run, with their preset in its configuration, and the step.
   """
   latest = saved.open('latest') if saved.steps else None
-  distributed.check_same(latest and latest.step, f'{workdir}: its checkpoint')
+  distributed.check_same({f'{workdir}: its step': latest and latest.step})
   if latest:
     config = with_preset(config, networks.preset_of(latest.metadata))
     load = latest.fill
@@ -185,7 +185,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
     contextlib.closing(batches),
     build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
-    CheckedMetrics(progress.write, limit) as checked,
+    CheckedMetrics(progress.write, lambda: saved.latest_step, limit) as checked,
   ):
     score = functools.partial(
       evaluate.score_checkpoint,
@@ -211,7 +211,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
       if step == start + 1:
         progress.start_clock(step)
       if logs := last or step % settings.log_every == 0:
-        values = checked.fetch(saved.latest_step)
+        values = checked.fetch()
         speed = (step - since) / (time.monotonic() - then)
         values['learning_rate'] = float(schedule(step - 1))
         values['images_per_second'] = speed * settings.batch_size
@@ -226,7 +226,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
         passed = time.monotonic() - saved_at
         saving = any(distributed.gathered(passed > 60 * settings.save_minutes))
       if saving:
-        checked.fetch(saved.latest_step)
+        checked.fetch()
         _save(run, state)
         saved_at = time.monotonic()
       if stopping and not last:

@@ -15,6 +15,7 @@ import pytest
 from miniature import as_options, make_config
 
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -39,6 +40,20 @@ def test_put_gives_each_device_its_share():
   for share in image.addressable_shards:
     row = jax.local_devices().index(share.device)
     np.testing.assert_array_equal(share.data[0], batch['image'][2 * row :][:2])
+
+
+def test_of_all_values_that_differ_the_first_is_named(monkeypatch):
+  calls = []
+
+  def gather(numbers):  # of two processes; the other one has another b and c
+    calls.append(numbers)
+    return np.array([numbers, numbers + np.array([0, 1, 1], np.int32)])
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', gather)
+  with pytest.raises(UserError, match=r'^b must be the same .*; here 2$'):
+    distributed.check_same({'a': 1, 'b': 2, 'c': 'x'})
+  assert len(calls) == 1
 
 
 def free_port():
