@@ -5,7 +5,6 @@ from `config`.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from deeplab_jax.config import flat, get_config, to_json
+from deeplab_jax.config import flat, to_json
 from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
@@ -220,60 +219,10 @@ def class_weights(
   return tuple(map(float, weights))
 
 
-def check_machine(
-  config: ConfigDict,
-  mode: str,
-  *,
-  memory: int | None,
-  threads: int | None,
-  hosts: int = 1,
-) -> None:
-  """Refuses settings that need more than this machine has: memory, packages.
-
-  The memory needed is a lower bound. `memory` is in bytes, `threads` the most
-  that a process may have; None if unknown. The `hosts` share each batch.
-  Settings that `mode` does not use are not checked.
-  """
-  model, data, evaluation = config.model, config.data, config.eval
-  trains, whole = mode == 'train', evaluation.protocol == 'whole'
-  with naming('config.log'):
-    check_backends(config.log.to, starts=trains)
-  scores = mode == 'eval' or (trains and data.eval_split != '')
-  loaders = {'threads': scores or trains, 'workers': trains}
-  for name in loaders:
-    if loaders[name] and threads is not None and data[name] > threads:
-      raise UserError(
-        f'config.data.{name}={data[name]}: a process has at most {threads}'
-        ' threads on this machine'
-      )
-  last = 8 * round(64 * model.width)
-  kernels = 9 * last * (2 * last + len(model.aspp_rates) * model.aspp_features)
-  reach = max(*model.aspp_rates, *model.multi_grid)
-  # A batch in each thread that loads, and one in the step.
-  held = max(data.workers, 1) * max(data.threads, 1) + 1
-  batch = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
-  loaded = trains * batch * held
-  cell = model.aspp_features + (not whole) * math.prod(evaluation.crop_size)
-  scored = -(-evaluation.batch_size // hosts) * cell
-  needs = {  # in numbers of 4 bytes
-    'model.width model.aspp_features': kernels,  # of the last block and ASPP
-    'model.aspp_rates model.multi_grid': reach**2 // 2,  # a map they fit into
-    'train.batch_size data.crop_size data.workers data.threads': loaded,
-    'eval.batch_size eval.crop_size': scores * scored,
-  }
-  given, default = flat(config), flat(get_config())
-  for keys, numbers in needs.items():
-    if memory is not None and 4 * numbers > memory:
-      changed = [k for k in keys.split() if given[k] != default[k]]
-      named = [f'config.{k}={given[k]}' for k in changed or keys.split()]
-      raise UserError(
-        f'{", ".join(named)} need at least {min(numbers, 10**300) / 25e7:.3g}'
-        f' GB, and this machine has {memory / 1e9:.3g} GB of memory'
-      )
-
-
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   """Checks the batch on these devices; `before` are settings of the workdir."""
+  with naming('config.log'):
+    check_backends(config.log.to, starts=True)
   given = flat(to_json(config)).items()
   distributed.check_same({'the number of settings': len(given)})
   distributed.check_same(

@@ -7,6 +7,7 @@ turns the comments, above a setting or behind it, into docs/settings.md.
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -141,13 +142,25 @@ def get_config() -> ConfigDict:
 
 
 _STEP = re.compile(r'best|latest|[0-9]+')
+
+
+def _up_to(most: float) -> Callable[[Any], bool]:
+  """Whether a number, or each one of a tuple, is no more than that."""
+  return lambda x: max(x if isinstance(x, tuple) else (x,), default=0) <= most
+
+
 # What values must be, in words and as a test, where no constructor knows it.
 _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
-  ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
+  ('data.threads data.workers', 'in 0..1024', lambda x: 0 <= x <= 1024),
+  ('data.crop_size eval.crop_size', 'at most 2^14', _up_to(2**14)),
+  ('model.width', 'at most 16', _up_to(16)),
+  ('model.aspp_features', 'at most 4096', _up_to(4096)),
+  ('model.aspp_rates model.multi_grid', 'at most 4096', _up_to(4096)),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
-  ('train.batch_size train.accumulate', 'at least 1', lambda x: x >= 1),
+  ('train.batch_size eval.batch_size', 'in 1..2^16', lambda x: 1 <= x <= 2**16),
+  ('train.accumulate eval.buckets', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('train.save_every', 'at least 1', lambda x: x >= 1),
   ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
@@ -155,7 +168,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
-  ('eval.batch_size eval.buckets', 'at least 1', lambda x: x >= 1),
 )
 
 
@@ -172,6 +184,12 @@ def validate(config: ConfigDict) -> None:
     raise UserError(
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
+    )
+  batch_size = config.train.batch_size
+  if batch_size * math.prod(crop_size) > 2**30:
+    raise UserError(
+      f'config.train.batch_size={batch_size} and config.data.crop_size='
+      f'{crop_size} make more than 2^30 pixels a step; lower them'
     )
 
 

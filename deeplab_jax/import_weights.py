@@ -121,7 +121,7 @@ def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
   config.init_from = config.init_from or _DEFAULT_SOURCE
   model = config.model
   pretrained = _open(config.init_from, model.backbone)
-  if pretrained.dataset:  # refused if void was trained as a class
+  if pretrained.dataset:  # which anyone may have written
     with naming(f'config.init_from={config.init_from}'):
       DatasetInfo.from_json(pretrained.dataset)
   model.preset = pretrained.preset_for(model.preset)

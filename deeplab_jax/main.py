@@ -64,7 +64,6 @@ def main(argv: list[str]) -> None:
     # What the weights fix replaces the default; the command line comes last.
     config = import_weights.config_of(config.init_from, config.model.backbone)
     _apply(argv, config)
-  build.check_machine(config, mode, **host.limits())
   _RUN[mode](config, workdir, *([inputs] if mode == 'predict' else []))
 
 

@@ -304,5 +304,5 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
     if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
   names = NameMap({path: path for path in arrays})
-  presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
+  presets, dataset = (metadata['model']['preset'],), metadata['dataset']
   return Pretrained(source, names, arrays, presets, settings, dataset)
