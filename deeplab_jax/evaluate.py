@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint over a whole split."""
 
 import csv
+import io
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,7 @@ from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
-from deeplab_jax.runtime.files import as_path, replacing, write_json
+from deeplab_jax.runtime.files import as_path, write, write_json
 from deeplab_jax.training.faults import StopSignal
 from deeplab_jax.training.writers import Progress, Writer
 from deeplab_jax.visualize import labels as visualize
@@ -107,14 +108,11 @@ def _save_metrics(
   name, info = scores.evaluator.name, scores.evaluator.info
   path.parent.mkdir(exist_ok=True)
   write_json(f'{path}.json', result)
-  with (
-    replacing(f'{path}_confusion.csv') as temporary,
-    open(temporary, 'w', newline='', encoding='utf-8') as file,
-  ):
-    table = csv.writer(file)
-    table.writerow(['true class', 'color', *info.classes])
-    for row in zip(info.classes, info.palette, scores.confusion, strict=True):
-      table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
+  table = csv.writer(text := io.StringIO(newline=''))
+  table.writerow(['true class', 'color', *info.classes])
+  for row in zip(info.classes, info.palette, scores.confusion, strict=True):
+    table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
+  write(f'{path}_confusion.csv', text.getvalue())
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),

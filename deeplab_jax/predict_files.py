@@ -25,7 +25,7 @@ from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import as_path, is_remote, replacing
+from deeplab_jax.runtime.files import as_path, is_remote, replacing, write
 from deeplab_jax.runtime.progress import logged
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.weights import networks
@@ -34,11 +34,6 @@ log = logging.getLogger(__name__)
 
 _TABLE = 'class_shares.csv'
 _COLUMNS = 'mask', 'image', 'version', 'network', 'height', 'width'
-_TEXT: dict[str, Any] = {
-  'encoding': 'utf-8',
-  'errors': 'surrogateescape',
-  'newline': '',
-}
 Row = dict[str, str]  # of that table
 
 
@@ -93,7 +88,8 @@ def predict(
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   unread, names = len(todo), _class_columns(info)
   journal = folder / f'.class_shares_{time.time_ns()}_{host}.csv'
-  options = {} if is_remote(folder) else _TEXT  # there it is put at the end
+  text = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
+  options: Any = {} if is_remote(folder) else text  # there put at the end
   with journal.open('w', **options) as file:
     writer = csv.DictWriter(file, [*_COLUMNS, *names])
     writer.writeheader()
@@ -243,10 +239,9 @@ def _write(
     else:
       for index, share in enumerate(np.moveaxis(scores, -1, 0)):
         deep = np.rint(share * 65535).astype(np.uint16)
-        with replacing(below / f'{target.stem}_{index}.png') as temporary:
-          cv2.imencode('.png', deep)[1].tofile(temporary)
-  with replacing(target) as temporary:
-    Path(temporary).write_bytes(visualize.encode('png', info, label))
+        png = cv2.imencode('.png', deep)[1].tobytes()
+        write(below / f'{target.stem}_{index}.png', png)
+  write(target, visualize.encode('png', info, label))
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:
@@ -265,13 +260,10 @@ def _merge_rows(folder: Path) -> dict[str, Row]:
   """Joins the notes of all hosts and runs into one table; returns its rows."""
   rows = {k: row for k, row in _read_rows(folder).items() if row['network']}
   columns = list(dict.fromkeys(itertools.chain(*rows.values())))
-  with (
-    replacing(folder / _TABLE) as temporary,
-    open(temporary, 'w', **_TEXT) as file,
-  ):
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows[mask] for mask in sorted(rows))
+  writer = csv.DictWriter(table := io.StringIO(newline=''), columns)
+  writer.writeheader()
+  writer.writerows(rows[mask] for mask in sorted(rows))
+  write(folder / _TABLE, table.getvalue().encode('utf-8', 'surrogateescape'))
   # And what killed runs left half written.
   for pattern in ('.class_shares_*.csv', '.*.png.*.tmp'):
     for path in folder.glob(pattern):

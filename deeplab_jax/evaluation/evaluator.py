@@ -8,7 +8,6 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from deeplab_jax.evaluation import metrics
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed, watchdog
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import write
 from deeplab_jax.visualize import labels as visualize
 
 
@@ -279,5 +278,4 @@ def write_archive(
       entry = tarfile.TarInfo(f'{folder}/{name}.png')
       entry.size = len(png)
       archive.addfile(entry, io.BytesIO(png))
-  with replacing(path) as temporary:
-    Path(temporary).write_bytes(gzip.compress(tar.getvalue(), mtime=0))
+  write(path, gzip.compress(tar.getvalue(), mtime=0))

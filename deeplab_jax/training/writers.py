@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 from deeplab_jax.runtime import distributed, files, host
 from deeplab_jax.runtime.errors import choose, first_line
-from deeplab_jax.runtime.files import append, json_text, replacing, write_json
+from deeplab_jax.runtime.files import (
+  append,
+  json_text,
+  replacing,
+  write,
+  write_json,
+)
 
 log = logging.getLogger(__name__)
 _Settings = dict[str, Any]
@@ -341,8 +347,7 @@ def _drop_lines(path: Path, start_step: int) -> None:
     if whole and int(whole[1]) <= start_step - ('"eval_' in line):
       kept += line + '\n'
   if kept != before:
-    with replacing(path) as temporary:
-      Path(temporary).write_text(kept, encoding='utf-8')
+    write(path, kept)
 
 
 def _earlier_run(path: Path, start: int) -> str | None:

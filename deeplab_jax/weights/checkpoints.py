@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
-from deeplab_jax.runtime.files import as_path, is_remote, replacing
+from deeplab_jax.runtime.files import as_path, is_remote, write
 
 log = logging.getLogger(__name__)
 
@@ -234,8 +234,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     self.wait()
     self._metrics[step] = metrics
     if distributed.is_first_process():
-      with replacing(self._directory / str(step) / _METRICS) as temporary:
-        Path(temporary).write_text(json.dumps(_sealed(metrics)))
+      path = self._directory / str(step) / _METRICS
+      write(path, json.dumps(_sealed(metrics)))
 
   def save(
     self,
