@@ -291,7 +291,7 @@ def test_a_lock_that_is_waited_for_is_no_link_either(tmp_path):
   victim.write_text('precious')
   (tmp_path / '.data.lock').symlink_to(victim)
   with (
-    pytest.raises(OSError, match='data.lock'),
+    pytest.raises(OSError, match=r'data\.lock'),
     files.locked(tmp_path / '.data.lock'),
   ):
     pass
