@@ -142,22 +142,17 @@ def get_config() -> ConfigDict:
 
 
 _STEP = re.compile(r'best|latest|[0-9]+')
-
-
-def _up_to(most: float) -> Callable[[Any], bool]:
-  """Whether a number, or each one of a tuple, is no more than that."""
-  return lambda x: max(x if isinstance(x, tuple) else (x,), default=0) <= most
-
-
 # What values must be, in words and as a test, where no constructor knows it.
 _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'in 0..1024', lambda x: 0 <= x <= 1024),
-  ('data.crop_size eval.crop_size', 'at most 2^14', _up_to(2**14)),
-  ('model.width', 'at most 16', _up_to(16)),
-  ('model.aspp_features', 'at most 4096', _up_to(4096)),
-  ('model.aspp_rates model.multi_grid', 'at most 4096', _up_to(4096)),
+  ('data.crop_size', 'at most 2^14', lambda x: max([0, *x]) <= 2**14),
+  ('eval.crop_size', 'at most 2^14', lambda x: max([0, *x]) <= 2**14),
+  ('model.width', 'at most 16', lambda x: x <= 16),
+  ('model.aspp_features', 'at most 4096', lambda x: x <= 4096),
+  ('model.aspp_rates', 'at most 4096', lambda x: max([0, *x]) <= 4096),
+  ('model.multi_grid', 'at most 4096', lambda x: max([0, *x]) <= 4096),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'in 1..2^16', lambda x: 1 <= x <= 2**16),
   ('train.accumulate eval.buckets', 'at least 1', lambda x: x >= 1),
