@@ -12,14 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import (
-  as_path,
-  is_remote,
-  near_file,
-  reading_archive,
-)
 from deeplab_jax.weights import mapping
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
@@ -146,10 +141,10 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   elif source.startswith('hf://'):
     path = hub_file(source.removeprefix('hf://'))
   else:
-    path = as_path(source)
+    path = disk.as_path(source)
   if own := own_checkpoint(path):
     return _open_own(source, *own)
-  if is_remote(path):
+  if disk.is_remote(path):
     raise UserError(
       f'init_from: {source} is no workdir; copy it to a local file'
     )
@@ -199,7 +194,7 @@ def unpacked(path: Path) -> Iterator[Path]:
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
-    with reading_archive(path), tarfile.open(path) as tar:
+    with disk.reading_archive(path), tarfile.open(path) as tar:
       regular = filter(tarfile.TarInfo.isfile, tar)
       try:
         tar.extractall(folder, regular, filter='data')
@@ -251,7 +246,7 @@ def kind_of(path: Path) -> str:
     raise UserError(f'{path} is a folder without checkpoints of this project')
   if not path.exists():
     raise UserError(
-      f'init_from: no file {path}{near_file(path)}; it may be {SOURCES}'
+      f'init_from: no file {path}{disk.near_file(path)}; it may be {SOURCES}'
     )
   head, end = _ends(path)
   if head.startswith(b'\x89HDF\r\n\x1a\n'):
