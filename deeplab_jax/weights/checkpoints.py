@@ -79,7 +79,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def __init__(
     self, workdir: str | Path, *, keep: int = 3, keep_every: int | None = None
   ) -> None:
-    """Opens the folder, or makes it; raises `UserError` if it cannot.
+    """Opens the folder, or makes it; raises `OSError` if it cannot.
 
     It keeps the latest `keep` checkpoints, the best one, and those of every
     step that `keep_every` divides.
@@ -103,12 +103,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
       ),
       multiprocessing_options=options,
     )
-    try:
-      self._directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(
-        f'{self._directory} cannot be used: {error.strerror}'
-      ) from error
+    self._directory.mkdir(parents=True, exist_ok=True)
 
   def __exit__(self, *_: object) -> None:
     try:
