@@ -30,6 +30,7 @@ from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.files import write_json
 from deeplab_jax.training import writers
 from deeplab_jax.training.losses import LOSSES
 from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
@@ -38,7 +39,6 @@ from deeplab_jax.training.steps import (
   create_state,
   pmap_train_step,
 )
-from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights.checkpoints import Checkpoints
 from deeplab_jax.weights.networks import describe
 
