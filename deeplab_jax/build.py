@@ -25,8 +25,7 @@ from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming
-from deeplab_jax.training import losses, steps
-from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
+from deeplab_jax.training import losses, optimizers, steps
 from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
@@ -102,11 +101,12 @@ def make_schedule_and_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Builds what `config.optimizer` describes, over `config.train.steps`."""
   settings = config.optimizer.to_dict()
-  of_schedule = ('learning_rate', 'power', 'warmup_steps')
-  schedule = {name: settings.pop(name) for name in of_schedule}
+  of_optimizer = ('name', 'momentum', 'weight_decay', 'head_multiplier')
+  own = {key: settings.pop(key) for key in (*of_optimizer, 'clip_norm')}
   with naming('config.optimizer'):
-    rate = poly_schedule(steps=config.train.steps, **schedule)
-    return rate, make_optimizer(learning_rate=rate, **settings)
+    name = settings.pop('schedule')
+    rate = optimizers.make_schedule(name, steps=config.train.steps, **settings)
+    return rate, optimizers.make_optimizer(learning_rate=rate, **own)
 
 
 def make_train_step(

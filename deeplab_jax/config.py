@@ -95,14 +95,18 @@ def get_config() -> ConfigDict:
   loss.label_smoothing = 0.0  # share of the target spread over all classes
 
   optimizer = config.optimizer = ConfigDict()
-  optimizer.name = _open('sgd')  # or `adam`
-  optimizer.learning_rate = 0.1  # rate at the start of the poly schedule
+  optimizer.name = _open('sgd')  # or `adam`, `adamw`
+  optimizer.schedule = _open('poly')  # or `cosine`, `step`
+  optimizer.learning_rate = 0.1  # rate at the start of the schedule
   optimizer.power = 0.9  # power of the poly schedule; 0: a constant rate
   optimizer.warmup_steps = 0  # steps over which the rate rises from 0
   optimizer.momentum = 0.9  # momentum of `sgd`
-  optimizer.weight_decay = 1e-4  # L2 penalty of convolution kernels
+  # L2 penalty of convolution kernels; with `adamw` apart from the gradient.
+  optimizer.weight_decay = 1e-4
   optimizer.head_multiplier = 1.0  # factor on the rate outside the backbone
   optimizer.clip_norm = placeholder(float)  # largest norm of the gradient
+  optimizer.milestones = _open((0.5, 0.75))  # of `step`, as shares of the run
+  optimizer.milestone_factor = 0.1  # factor on the rate at each
 
   evaluation = config.eval = ConfigDict()
   evaluation.step = 'best'  # checkpoint: `best`, `latest` or a number
