@@ -4,6 +4,7 @@ The library folders take plain arguments; this file passes them what it reads
 from `config`.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -119,11 +120,17 @@ def make_train_step(
 
   `of_data` holds what depends on the data: `ignore_label`, `class_weights`.
   """
+  own = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
+  if config.train.freeze:
+    with naming('config.train'):
+      init = functools.partial(steps.draw_variables, model)
+      params = jax.eval_shape(init, jax.random.key(0))['params']
+      optimizers.frozen_parameters(params, config.train.freeze)
   return steps.pmap_train_step(
     model=model,
     optimizer=optimizer,
-    freeze_bn=config.train.freeze_bn,
-    accumulate=config.train.accumulate,
+    seed=config.seed,
+    **{name: config.train[name] for name in own},
     loss=choose('loss', config.loss.name, losses.LOSSES),
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,

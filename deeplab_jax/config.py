@@ -86,6 +86,10 @@ def get_config() -> ConfigDict:
   train.watchdog_minutes = placeholder(float)
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
+  train.freeze = _open(())  # patterns of parameters to keep, as `backbone/*`
+  train.freeze_steps = placeholder(int)  # keep them only up to this step
+  train.ema = placeholder(float)  # decay of averages of the parameters to use
+  train.dropout = 0.0  # share of channels kept from the class layer
 
   loss = config.loss = ConfigDict()
   loss.name = _open('cross_entropy')  # loss of a pixel
@@ -155,6 +159,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('train.save_every', 'at least 1', lambda x: x >= 1),
   ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
+  ('train.freeze_steps', 'at least 1', lambda x: x >= 1),
+  ('train.ema', 'above 0 and below 1', lambda x: 0 < x < 1),
+  ('train.dropout', 'from 0, and below 1', lambda x: 0 <= x < 1),
   ('train.save_minutes train.watchdog_minutes', 'above 0', lambda x: x > 0),
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
