@@ -87,9 +87,9 @@ def get_config() -> ConfigDict:
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
   train.freeze = _open(())  # patterns of parameters to keep, as `backbone/*`
-  train.freeze_steps = placeholder(int)  # keep them only up to this step
+  train.freeze_steps = placeholder(int)  # up to this step; unset: to the end
   train.ema = placeholder(float)  # decay of averages of the parameters to use
-  train.dropout = 0.0  # share of channels kept from the class layer
+  train.dropout = 0.0  # share of channels that the class layer lacks
 
   loss = config.loss = ConfigDict()
   loss.name = _open('cross_entropy')  # loss of a pixel

@@ -34,14 +34,6 @@ def poly_schedule(
   return optax.polynomial_schedule(learning_rate, 0, power, steps)
 
 
-def cosine_schedule(learning_rate: float, steps: int) -> optax.Schedule:
-  """Returns `learning_rate * (1 + cos(pi * step / steps)) / 2`.
-
-  Loshchilov and Hutter, "SGDR" (2017), equation 5, without restarts.
-  """
-  return optax.cosine_decay_schedule(learning_rate, steps)
-
-
 def step_schedule(
   learning_rate: float,
   steps: int,
@@ -52,8 +44,9 @@ def step_schedule(
 
   He et al., "Deep Residual Learning" (2016), section 4.2, has these defaults.
   """
-  factor, inside = milestone_factor, [0 < float(x) < 1 for x in milestones]
-  require(all(inside), 'milestones must lie in (0, 1)', milestones)
+  factor = milestone_factor
+  inside = [isinstance(x, float) and 0 < x < 1 for x in milestones]
+  require(all(inside), 'milestones must be shares in (0, 1)', milestones)
   require(factor > 0, 'milestone_factor must be above 0', factor)
   counts = collections.Counter(round(share * steps) for share in milestones)
   factors = {step: factor**count for step, count in counts.items()}
@@ -64,7 +57,10 @@ def step_schedule(
 # settings above, and returns a function from the step to the learning rate.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
   'poly': poly_schedule,
-  'cosine': cosine_schedule,
+  # Loshchilov and Hutter, "SGDR" (2017), equation 5, without restarts.
+  'cosine': lambda learning_rate, steps: optax.cosine_decay_schedule(
+    learning_rate, steps
+  ),
   'step': step_schedule,
 }
 

@@ -47,7 +47,7 @@ class TrainState:
     return dataclasses.replace(self, ema=ema)
 
 
-def draw_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+def draw_variables(model: nn.Module, key: jax.Array) -> Any:
   """Draws what `model.apply` takes; no shape depends on the size of images."""
   return model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
 

@@ -64,6 +64,20 @@ def test_step_schedule_falls_by_the_factor_at_each_milestone():
   np.testing.assert_allclose(rates, [8, 2], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ('settings', 'words'),
+  [
+    ({'milestones': (0.5, 1.0)}, r'milestones must be .* got \(0.5, 1.0\)'),
+    ({'milestones': (30,)}, r'milestones must be shares .* got \(30,\)'),
+    ({'milestones': ('half',)}, 'milestones must be shares .* got'),
+    ({'milestone_factor': 0.0}, 'milestone_factor must be above 0, got 0.0'),
+  ],
+)
+def test_milestones_that_are_no_shares_are_refused(settings, words):
+  with pytest.raises(ValueError, match=words):
+    make_schedule('step', 0.1, 100, **settings)
+
+
 def test_warm_up_rises_from_zero_and_joins_the_curve():
   schedule = make_schedule('poly', 1.0, 100, power=2.0, warmup_steps=10)
   for step, expected in ((0, 0), (5, 0.5 * 0.95**2), (10, 0.9**2), (50, 0.25)):
