@@ -4,6 +4,7 @@ The library folders take plain arguments; this file passes them what it reads
 from `config`.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,7 @@ from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming
-from deeplab_jax.training import losses, steps
-from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
+from deeplab_jax.training import losses, optimizers, steps
 from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,12 @@ def make_schedule_and_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Builds what `config.optimizer` describes, over `config.train.steps`."""
   settings = config.optimizer.to_dict()
-  of_schedule = ('learning_rate', 'power', 'warmup_steps')
-  schedule = {name: settings.pop(name) for name in of_schedule}
+  of_optimizer = ('name', 'momentum', 'weight_decay', 'head_multiplier')
+  own = {key: settings.pop(key) for key in (*of_optimizer, 'clip_norm')}
   with naming('config.optimizer'):
-    rate = poly_schedule(steps=config.train.steps, **schedule)
-    return rate, make_optimizer(learning_rate=rate, **settings)
+    name = settings.pop('schedule')
+    rate = optimizers.make_schedule(name, steps=config.train.steps, **settings)
+    return rate, optimizers.make_optimizer(learning_rate=rate, **own)
 
 
 def make_train_step(
@@ -118,11 +119,17 @@ def make_train_step(
 
   `of_data` holds what depends on the data: `ignore_label`, `class_weights`.
   """
+  own = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
+  if config.train.freeze:
+    with naming('config.train'):
+      init = functools.partial(steps.draw_variables, model)
+      params = jax.eval_shape(init, jax.random.key(0))['params']
+      optimizers.frozen_parameters(params, config.train.freeze)
   return steps.pmap_train_step(
     model=model,
     optimizer=optimizer,
-    freeze_bn=config.train.freeze_bn,
-    accumulate=config.train.accumulate,
+    seed=config.seed,
+    **{name: config.train[name] for name in own},
     loss=choose('loss', config.loss.name, losses.LOSSES),
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,

@@ -87,6 +87,10 @@ def get_config() -> ConfigDict:
   train.watchdog_minutes = placeholder(float)
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
+  train.freeze = _open(())  # patterns of parameters to keep, as `backbone/*`
+  train.freeze_steps = placeholder(int)  # up to this step; unset: to the end
+  train.ema = placeholder(float)  # decay of averages of the parameters to use
+  train.dropout = 0.0  # share of channels that the class layer lacks
 
   loss = config.loss = ConfigDict()
   loss.name = _open('cross_entropy')  # loss of a pixel
@@ -96,14 +100,18 @@ def get_config() -> ConfigDict:
   loss.label_smoothing = 0.0  # share of the target spread over all classes
 
   optimizer = config.optimizer = ConfigDict()
-  optimizer.name = _open('sgd')  # or `adam`
-  optimizer.learning_rate = 0.1  # rate at the start of the poly schedule
+  optimizer.name = _open('sgd')  # or `adam`, `adamw`
+  optimizer.schedule = _open('poly')  # or `cosine`, `step`
+  optimizer.learning_rate = 0.1  # rate at the start of the schedule
   optimizer.power = 0.9  # power of the poly schedule; 0: a constant rate
   optimizer.warmup_steps = 0  # steps over which the rate rises from 0
   optimizer.momentum = 0.9  # momentum of `sgd`
-  optimizer.weight_decay = 1e-4  # L2 penalty of convolution kernels
+  # L2 penalty of convolution kernels; with `adamw` apart from the gradient.
+  optimizer.weight_decay = 1e-4
   optimizer.head_multiplier = 1.0  # factor on the rate outside the backbone
   optimizer.clip_norm = placeholder(float)  # largest norm of the gradient
+  optimizer.milestones = _open((0.5, 0.75))  # of `step`, as shares of the run
+  optimizer.milestone_factor = 0.1  # factor on the rate at each
 
   evaluation = config.eval = ConfigDict()
   evaluation.step = 'best'  # checkpoint: `best`, `latest` or a number
@@ -159,6 +167,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('train.save_every', 'at least 1', lambda x: x >= 1),
   ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
+  ('train.freeze_steps', 'at least 1', lambda x: x >= 1),
+  ('train.ema', 'above 0 and below 1', lambda x: 0 < x < 1),
+  ('train.dropout', 'from 0, and below 1', lambda x: 0 <= x < 1),
   ('train.save_minutes train.watchdog_minutes', 'above 0', lambda x: x > 0),
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),

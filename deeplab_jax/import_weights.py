@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -85,10 +84,8 @@ def open_network(source: str, info: DatasetInfo | None) -> dict[str, Any]:
   if info is None and count == DATASETS['voc2012'].num_classes:
     info = DATASETS['voc2012']
   model = build.make_model(config, count)
-  image = np.zeros((1, 65, 65, 3), np.uint8)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), image, train=False)
-  )
+  draw = functools.partial(steps.draw_variables, model)
+  shapes = jax.eval_shape(draw, jax.random.key(0))
   classes = tuple(f'class {i}' for i in range(count))
   return {
     'model': model,

@@ -164,8 +164,10 @@ def _build(run: _Run) -> tuple[Any, ...]:
   )
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
   state = run.load(steps.create_state(model, optimizer, config.seed))
+  state = state.with_ema(config.train.ema is not None)
   count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   start = f'continuing from step {state.step}' if state.step else 'step 0'
+  start += ', averages of the parameters (config.train.ema)' * bool(state.ema)
   log.info(f'{config.model.backbone}, {count:.1f} million parameters, {start}')
   return distributed.replicate(state), train_step, schedule, evaluator
 

@@ -64,6 +64,7 @@ from deeplab_jax.runtime.errors import UserError
     ('optimizer.weight_decay', -0.1),
     ('optimizer.head_multiplier', -1.0),
     ('optimizer.clip_norm', -1.0),
+    ('optimizer.schedule', 'linear'),
   ],
 )
 def test_value_that_no_constructor_takes_is_named_with_its_key(key, value):
@@ -80,7 +81,7 @@ def test_name_of_no_optimizer_is_answered_with_those_there_are():
   with pytest.raises(UserError) as error:
     build.check(make_config({'optimizer.name': 'lion'}))
   assert str(error.value) == (
-    "config.optimizer: optimizer must be sgd or adam, got 'lion'"
+    "config.optimizer: optimizer must be sgd or adam or adamw, got 'lion'"
   )
 
 

@@ -46,6 +46,9 @@ def test_every_rule_is_about_a_setting():
     ('train.steps', 0),
     ('train.steps', 2**31),
     ('train.steps', 10**22),
+    ('train.ema', 1.0),
+    ('train.dropout', 1.0),
+    ('train.freeze_steps', -1),
     ('train.batch_size', 0),
     ('train.log_every', 0),
     ('train.eval_every', -5),
@@ -112,9 +115,11 @@ def test_class_weights_are_a_word_or_numbers_by_commas(text, values, by):
 def test_patterns_are_words_by_commas():
   config = default_config.get_config()
   argv = ['main', '--config.init_allow=*/moving_mean, logits/*']
+  argv.append('--config.train.freeze=backbone/*')
   configure.override(config, argv)
   default_config.validate(config)
   assert config.init_allow == ('*/moving_mean', 'logits/*')
+  assert config.train.freeze == ('backbone/*',)
 
 
 @pytest.mark.parametrize('spelling', ['', '0'])

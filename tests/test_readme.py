@@ -33,7 +33,12 @@ from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.files import write_json
 from deeplab_jax.training import writers
 from deeplab_jax.training.losses import LOSSES
-from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from deeplab_jax.training.optimizers import (
+  OPTIMIZERS,
+  SCHEDULES,
+  make_optimizer,
+  make_schedule,
+)
 from deeplab_jax.training.steps import (
   TrainState,
   create_state,
@@ -334,6 +339,16 @@ def test_examples_of_extending_run(tmp_path):
   gradients = {'backbone': {'bias': jnp.array([2.0, -0.3, 0.0])}}
   moves, _ = chain.update(gradients, chain.init(params), params)
   np.testing.assert_allclose(moves['backbone']['bias'], [-0.1, 0.1, 0])
+
+  # A whole chain has no second decay and no second rate around it.
+  rate = make_schedule(SCHEDULES.pop('one_cycle'), 0.4, 10)
+  np.testing.assert_allclose(rate(3), 0.4, rtol=1e-6)  # its peak
+  chain = make_optimizer(OPTIMIZERS.pop('careful'), rate, weight_decay=0.5)
+  params = {'backbone': {'kernel': jnp.ones((2, 2))}}
+  moves, _ = chain.update(params, chain.init(params), params)
+  np.testing.assert_allclose(
+    moves['backbone']['kernel'], -rate(0) * (1 + 0.5), rtol=1e-4
+  )
 
   model = deeplab_v3(backbone, num_classes=3, output_stride=8, aspp_features=4)
   assert model.backbone == names['model'].backbone

@@ -30,6 +30,7 @@ from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
+from deeplab_jax.weights import load
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.compiles
@@ -485,6 +486,41 @@ def test_a_recipe_passes_a_loss_an_optimizer_and_a_protocol_of_its_own(
     params = saved.open(1).variables['params']
   moved = np.abs(params['logits']['bias'] - start['logits']['bias'])
   np.testing.assert_allclose(moved, config.optimizer.learning_rate, rtol=1e-5)
+
+
+def test_a_run_goes_on_with_averages_which_are_evaluated_and_used(
+  trained, stopped, tmp_path, caplog
+):
+  caplog.set_level(logging.INFO)
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  changes = {'train__ema': 0.2, 'eval__step': 'latest'}
+  config = make_config(trained.settings, **changes)
+  train_and_evaluate(config, workdir)
+  assert 'config.train.ema=0.2 (was None)' in caplog.text
+  assert 'step 3, averages of the parameters (config.train.ema)' in caplog.text
+  with Checkpoints(workdir) as saved:
+    arrays, metrics = saved.open(6).arrays, saved.metrics(6)
+  source = load.open_pretrained(str(workdir / 'checkpoints' / '6')).arrays
+  assert any(name.startswith('ema/') for name in arrays)
+  for path, leaf in read_state(trained.workdir, 6):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    # The parameters themselves go on as without.
+    np.testing.assert_allclose(arrays[name], leaf, atol=1e-3)
+    if name.startswith('params/'):
+      used = arrays[name.replace('params', 'ema', 1)]
+      assert (used != arrays[name]).any()
+      np.testing.assert_array_equal(used, source[name])
+  found = evaluate.evaluate(config, workdir)
+  assert found == {**metrics, 'step': 6}
+
+  # Switched off, it goes on with the parameters.
+  shutil.rmtree(workdir / 'checkpoints' / '6')
+  train_and_evaluate(trained.config, workdir)
+  with Checkpoints(workdir) as saved:
+    after = saved.open(6).arrays
+  assert not any(name.startswith('ema/') for name in after)
+  for name, leaf in after.items():
+    np.testing.assert_allclose(leaf, arrays[name], atol=1e-3)
 
 
 def test_median_frequency_weights_are_those_of_the_training_labels(trained):

@@ -121,7 +121,8 @@ def _create(
   # The values of the weights make no difference to the time.
   weights = (1.0,) * options.classes if config.loss.class_weights else None
   step = build.make_train_step(config, model, optimizer, class_weights=weights)
-  return model, step, steps.create_state(model, optimizer, config.seed)
+  state = steps.create_state(model, optimizer, config.seed)
+  return model, step, state.with_ema(config.train.ema is not None)
 
 
 def _forward(
@@ -138,7 +139,8 @@ def _batch(config: ConfigDict, classes: int) -> dict[str, np.ndarray]:
   rng, data = np.random.default_rng(config.seed), config.data
   shape = config.train.batch_size, *data.crop_size
   image = rng.integers(0, 256, (*shape, 3), np.uint8)
-  return {'image': image, 'label': rng.integers(0, classes, shape, np.uint8)}
+  label = rng.integers(0, classes, shape, np.uint8)
+  return {'image': image, 'label': label, 'place': np.arange(shape[0])}
 
 
 def _input(config: ConfigDict, options: FlagValues) -> dict[str, Any]:

@@ -55,8 +55,9 @@ def make_train_iterator(
 ) -> Batches:
   """Yields shuffled, transformed batches forever, starting at `start_step`.
 
-  A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w],
-  where B is `batch_size`. The batch of step `s` depends only on `seed` and `s`;
+  A batch is image uint8 [B / hosts, h, w, 3], label uint8 [B / hosts, h, w] and
+  place int32 [B / hosts], the rows of the batch of all hosts, of which there
+  are B, the `batch_size`. The batch of step `s` depends only on `seed` and `s`;
   at each step, all hosts together load what a single host would load. After
   the last transform, all images must have one size.
 
@@ -80,7 +81,8 @@ def make_train_iterator(
       record = source[_order(len(source), seed, epoch)[index]]
       pairs.append(load_example(record, transforms, (seed, 1, row)))
     image, label = map(np.stack, zip(*pairs, strict=True))
-    return {'image': image, 'label': label}
+    place = np.arange(host, batch_size, hosts, dtype=np.int32)
+    return {'image': image, 'label': label, 'place': place}
 
   return _iterate(load, range(start_step, sys.maxsize), threads, workers)
 

@@ -145,6 +145,8 @@ class DeepLabV3(nn.Module):
     with padding:
       x = self.backbone(x.astype(self.dtype), train=train)[self.features]
       x = self.aspp(x, train=train, mask=mask)
+    if self.has_variable('dropout', 'scale'):  # [B, 1, 1, C], from training
+      x *= self.get_variable('dropout', 'scale').astype(x.dtype)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
     step = (1 / stride, 1 / stride)
     if self.upsampling == 'asymmetric':

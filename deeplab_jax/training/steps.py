@@ -4,12 +4,14 @@ Under `jax.pmap` or `jax.shard_map(check_vma=False)`, `axis_name` is the mapped
 axis; under plain `jax.jit` it is None.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
@@ -18,6 +20,7 @@ from jax import lax
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.training import losses
+from deeplab_jax.training.optimizers import frozen_parameters
 
 
 @struct.dataclass
@@ -28,11 +31,25 @@ class TrainState:
   params: Any
   batch_stats: Any
   opt_state: Any
+  ema: Any = None  # averages of the parameters, if they are kept
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What `model.apply` takes."""
-    return {'params': self.params, 'batch_stats': self.batch_stats}
+    """What `model.apply` takes; with averages of the parameters, those."""
+    params = self.params if self.ema is None else self.ema
+    return {'params': params, 'batch_stats': self.batch_stats}
+
+  def with_ema(self, keep: bool) -> 'TrainState':
+    """Starts averages at the parameters unless it has them, or drops them."""
+    # Copies: a step cannot be given, and take over, an array twice.
+    copy = functools.partial(jax.tree.map, np.array)
+    ema = copy(self.variables['params']) if keep else None
+    return dataclasses.replace(self, ema=ema)
+
+
+def draw_variables(model: nn.Module, key: jax.Array) -> Any:
+  """Draws what `model.apply` takes; no shape depends on the size of images."""
+  return model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
 
 
 def create_state(
@@ -41,8 +58,7 @@ def create_state(
   """Draws the initial state from `seed` alone."""
 
   def create(key: jax.Array) -> TrainState:
-    # No parameter depends on the size of the images.
-    variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
+    variables = draw_variables(model, key)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=variables['params'],
@@ -70,6 +86,11 @@ def train_step(
   class_weights: Sequence[float] | None = None,
   hardest: float = 1.0,
   accumulate: int = 1,
+  ema: float | None = None,
+  freeze: Sequence[str] = (),
+  freeze_steps: int | None = None,
+  dropout: float = 0.0,
+  seed: int = 0,
   axis_name: str | None = AXIS_NAME,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Takes one training step on a batch.
@@ -80,7 +101,8 @@ def train_step(
   Args:
     state: the same on every device.
     batch: this device's `image` uint8 [b, H, W, 3] RGB and `label` uint8
-      [b, H, W].
+      [b, H, W]; for dropout also `place` int32 [b], each image's place in the
+      batch of all devices.
     model: maps images to logits [b, H, W, C]. If it averages batch statistics
       over an axis, that must be `axis_name`.
     optimizer: the optimizer that made `state.opt_state`.
@@ -95,6 +117,15 @@ def train_step(
       divided once, so with `freeze_bn` the step is that of the whole batch.
       Without, each has the batch statistics of its own images, and the running
       ones move k times.
+    ema: decay of `state.ema`, at most (1 + step) / (10 + step) as in
+      `tf.train.ExponentialMovingAverage`; None leaves them as they are.
+    freeze: patterns of parameters that stay as they are, see
+      `optimizers.frozen_parameters`.
+    freeze_steps: freeze up to this step. The optimizer then sees all gradients
+      from the start; with None it sees none, and keeps its moments.
+    dropout: share of the channels that each image lacks in the class layer; the
+      others are scaled up by 1 / (1 - dropout) (Tompson et al., 2015).
+    seed: fixes, with the step and an image's place, which ones.
     axis_name: name of the mapped device axis; None if there is none.
 
   Returns the next state, and a dict of scalars that are equal on every device:
@@ -102,10 +133,20 @@ def train_step(
   `valid_pixels`, the number of pixels that count in the loss.
   """
   losses.check_settings(label_smoothing, hardest, class_weights)
+  frozen = frozen_parameters(state.params, freeze)
 
   def loss_of(params: Any, stats: Any, batch: Any) -> tuple[jax.Array, Any]:
+    if freeze_steps is None:  # their gradients are then not computed
+      params = jax.tree.map(
+        lambda x, fixed: lax.stop_gradient(x) if fixed else x, params, frozen
+      )
+    variables = {'params': params, 'batch_stats': stats}
+    if dropout:
+      channels = params['logits']['kernel'].shape[-2]
+      scale = _dropped(dropout, channels, seed, state.step, batch['place'])
+      variables['dropout'] = {'scale': scale}
     logits, updated = model.apply(
-      {'params': params, 'batch_stats': stats},
+      variables,
       batch['image'],
       train=not freeze_bn,
       mutable=['batch_stats'],
@@ -134,17 +175,50 @@ def train_step(
     divisor = jnp.where(total > 0, total, 1)
     mean, grads = jax.tree.map(lambda x: x / divisor, sums)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params, t = optax.apply_updates(state.params, updates), state.step
+  if freeze:
+    still = jnp.bool_(True) if freeze_steps is None else t < freeze_steps
+
+    def keep(new: jax.Array, old: jax.Array, fixed: bool) -> jax.Array:
+      return jnp.where(still, old, new) if fixed else new
+
+    params = jax.tree.map(keep, params, state.params, frozen)
+    if freeze_steps is None:
+      moments = optax.tree.map_params(
+        optimizer,
+        lambda _, fixed: fixed,
+        opt_state,
+        frozen,
+        transform_non_params=lambda _: False,
+      )
+      opt_state = jax.tree.map(keep, opt_state, state.opt_state, moments)
+  averages = state.ema
+  if ema is not None:
+    rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
+    averages = jax.tree.map(lambda a, x: a + rate * (x - a), averages, params)
   state = TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     batch_stats=_across(lax.pmean, batch_stats, axis_name),
     opt_state=opt_state,
+    ema=averages,
   )
   return state, {
     'loss': mean,
     'grad_norm': optax.tree.norm(grads),
     'valid_pixels': _across(lax.psum, valid, axis_name),
   }
+
+
+def _dropped(
+  rate: float, channels: int, seed: int, step: jax.Array, places: jax.Array
+) -> jax.Array:
+  """Draws a factor per image and channel [b, 1, 1, C]: 0 or 1 / (1 - rate)."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+  shape = 1, 1, channels
+  draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=shape)
+  return jax.vmap(draw)(keys) / (1 - rate)
 
 
 def _in_turn(

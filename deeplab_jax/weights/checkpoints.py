@@ -48,25 +48,28 @@ class Saved(NamedTuple):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What `model.apply` takes: `params` and `batch_stats`."""
+    """What `model.apply` takes: `params`, or averages of it, `batch_stats`."""
     tree = unflatten_dict(self.arrays, sep='/')
+    tree['params'] = tree.get('ema', tree['params'])
     return {key: tree[key] for key in ('params', 'batch_stats')}
 
   def fill(self, state: Any) -> Any:
     """Returns a state with the saved values, which it gives away.
 
     A checkpoint of step 0 has weights alone: the optimizer stays as it is.
+    Averages of the parameters are there if the checkpoint has them.
     """
     if not self.step:
       return state.replace(**self.variables)
+    if any(name.startswith('ema/') for name in self.arrays):
+      state = state.replace(ema=state.params)
     names, treedef = list(_named(state)), jax.tree.structure(state)
     if set(names) != set(self.arrays):
       raise UserError(
         f'{self.path} is of another optimizer: it needs the config.optimizer it'
         ' came from'
       )
-    values = [self.arrays.pop(name) for name in names]
-    return jax.tree.unflatten(treedef, values)
+    return jax.tree.unflatten(treedef, map(self.arrays.pop, names))
 
 
 class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):

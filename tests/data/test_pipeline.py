@@ -65,11 +65,13 @@ def _numbers(batches):
 
 def test_batches_have_the_shape_of_the_crop(source):
   (batch,) = _take(1, source)
-  assert set(batch) == {'image', 'label'}
+  assert set(batch) == {'image', 'label', 'place'}
   assert batch['image'].shape == (4, 32, 24, 3)
   assert batch['label'].shape == (4, 32, 24)
   assert batch['image'].dtype == batch['label'].dtype == np.uint8
   assert set(np.unique(batch['label'])) <= {0, 1, 2, 255}
+  assert batch['place'].dtype == np.int32
+  assert batch['place'].tolist() == [0, 1, 2, 3]
 
 
 def test_stream_is_the_same_for_any_number_of_threads(source):
