@@ -15,10 +15,10 @@ import optax
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import flat, to_json
+from deeplab_jax.data import transforms
 from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
-from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
   # The platform is a guess: JAX starts its devices after it found its peers.
   make_model(config, num_classes=1, platform='cpu')
   make_schedule_and_optimizer(config)
-  _make_transforms(config, config.data.ignore_label)
+  make_transforms(config, num_classes=1, ignore_label=config.data.ignore_label)
   make_protocol(config)
   with naming('config.log'):
     check_backends(config.log.to)
@@ -138,31 +138,51 @@ def make_train_step(
 
 
 def make_iterator(
-  config: ConfigDict, dataset: Dataset, start_step: int = 0
+  config: ConfigDict, dataset: Dataset, start_step: int = 0, count: int = 0
 ) -> Batches:
-  """Yields this host's share of the training batches, from `start_step` on."""
+  """Yields this host's share of the training batches, from `start_step` on.
+
+  With a `count`, batches of so many: the images of all hosts in their order.
+  """
+  data, info, split = config.data, dataset.info, config.data.train_split
+  shown = dataset.classes_shown(split) if data.class_sampling else ()
   return make_train_iterator(
-    dataset.source(config.data.train_split),
-    _make_transforms(config, dataset.info.ignore_label),
-    batch_size=config.train.batch_size,
+    dataset.source(split),
+    make_transforms(config, info.num_classes, info.ignore_label),
+    batch_size=count or config.train.batch_size,
     seed=config.seed,
     start_step=start_step,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-    threads=config.data.threads,
-    workers=config.data.workers,
+    host=0 if count else jax.process_index(),
+    hosts=1 if count else jax.process_count(),
+    threads=data.threads,
+    workers=0 if count else data.workers,
+    class_sampling=data.class_sampling,
+    shown=shown,
   )
 
 
-def _make_transforms(
-  config: ConfigDict, ignore_label: int
-) -> tuple[RandomScaleCropFlip, ColorJitter]:
-  data = config.data
+def make_transforms(
+  config: ConfigDict, num_classes: int, ignore_label: int
+) -> list[transforms.Transform]:
+  """Builds what `config.data` does to training images, without what is off."""
+  data, void = config.data, ignore_label
   with naming('config.data'):
-    crop = RandomScaleCropFlip(
-      data.crop_size, data.scale, data.flip, ignore_label=ignore_label
+    crop = transforms.RandomScaleCropFlip(
+      data.crop_size,
+      data.scale,
+      data.flip,
+      data.rotate,
+      data.crop_max_share,
+      void,
     )
-    return crop, ColorJitter(data.color_jitter)
+    optional = (
+      (transforms.ColorJitter(data.color_jitter), any(data.color_jitter)),
+      (transforms.GaussianBlur(data.blur), data.blur),
+      (transforms.GaussianNoise(data.noise), data.noise),
+      (transforms.Cutout(data.cutout), data.cutout),
+    )
+    own = [transforms.OfRecipe(f, num_classes, void) for f in data.transforms]
+  return [crop, *(transform for transform, used in optional if used), *own]
 
 
 def make_evaluator(

@@ -66,6 +66,13 @@ def get_config() -> ConfigDict:
   data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
   data.threads = 0  # loading threads; 0: one per core, at most 16
   data.workers = 0  # loading processes
+  data.rotate = 0.0  # largest angle of rotation, either way, in degrees
+  data.blur = 0.0  # largest standard deviation of a blur, in pixels
+  data.noise = 0.0  # largest standard deviation of noise, in levels of 0..255
+  data.cutout = 0.0  # share of height and width of a rectangle without image
+  data.crop_max_share = 1.0  # draw a crop again if one class fills more of it
+  data.class_sampling = 0.0  # share of images drawn by class, rare as common
+  data.transforms = _open(())  # functions of a recipe, applied last
   options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
   options.holdout = placeholder(float)  # share of these held out; unset: 0.1
@@ -161,6 +168,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('model.aspp_features', 'at most 4096', lambda x: x <= 4096),
   ('model.aspp_rates', 'at most 4096', lambda x: max([0, *x]) <= 4096),
   ('model.multi_grid', 'at most 4096', lambda x: max([0, *x]) <= 4096),
+  ('data.class_sampling', 'a share, 0 to 1', lambda x: 0 <= x <= 1),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'in 1..2^16', lambda x: 1 <= x <= 2**16),
   ('train.accumulate eval.buckets', 'at least 1', lambda x: x >= 1),
@@ -246,6 +254,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
   """The configuration as JSON values; a function is its dotted name."""
 
   def name(function: Any) -> str:
-    return f'{function.__module__}.{getattr(function, "__name__", "partial")}'
+    known = getattr(function, '__name__', type(function).__name__)
+    return f'{function.__module__}.{known}'
 
   return json.loads(json.dumps(config.to_dict(), default=name))

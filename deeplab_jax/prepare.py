@@ -1,5 +1,6 @@
 """Prepares a data set, and shows what it holds before anyone trains on it."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +30,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
 
   A folder is surveyed first, and what is wrong with it is printed. The folder
   `prepare`, in the workdir or else beside the prepared records, receives
-  `prepare.txt` (what is printed), `prepare.json` (what is returned) and a page
-  of samples of each split, `SPLIT.png`. Raises `UserError` if the data cannot
-  be prepared, or a file not be written.
+  `prepare.txt` (what is printed), `prepare.json` (what is returned), a page of
+  samples of each split, `SPLIT.png`, and the first images of training as it
+  sees them, `SPLIT_trained.png`. Raises `UserError` if the data cannot be
+  prepared, or a file not be written.
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done
@@ -87,6 +89,13 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     page = sample_page(dataset.source(split), info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
+  with contextlib.closing(build.make_iterator(config, dataset, count=8)) as it:
+    images, maps = map(list, next(it).values())
+  page = visualize.panel(
+    images, None, maps, info.palette, info.ignore_label, classes=info.classes
+  )
+  visualize.save_png(output / f'{data.train_split}_trained.png', page)
+  print(output / f'{data.train_split}_trained.png', flush=True)
   return result
 
 

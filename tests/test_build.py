@@ -1,13 +1,18 @@
 """What cannot be built is refused before anything is read or started."""
 
+import contextlib
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from miniature import SETTINGS, make_config
+from PIL import Image
 
 from deeplab_jax import build
 from deeplab_jax import config as default_config
+from deeplab_jax.configure import from_json, from_recipe
 from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime.errors import UserError
 
@@ -40,6 +45,12 @@ from deeplab_jax.runtime.errors import UserError
     ('data.color_jitter', (0.1, 0.1, 0.1)),
     ('data.color_jitter', (0.0, 0.0, 0.0, 0.6)),
     ('data.ignore_label', 256),
+    ('data.rotate', -1.0),
+    ('data.blur', -0.5),
+    ('data.noise', 300.0),
+    ('data.cutout', 1.5),
+    ('data.crop_max_share', 0.0),
+    ('data.transforms', ('blur',)),
     ('eval.protocol', 'crop'),
     ('eval.crop_size', (513,)),
     ('eval.crop_size', (513, 0)),
@@ -74,7 +85,8 @@ def test_value_that_no_constructor_takes_is_named_with_its_key(key, value):
     build.check(config)
   section, _, name = key.rpartition('.')
   assert str(error.value).startswith(f'config.{section}: {name} ')
-  assert str(error.value).endswith(f', got {value!r}')
+  shown = value[0] if name == 'transforms' else value
+  assert str(error.value).endswith(f', got {shown!r}')
 
 
 def test_name_of_no_optimizer_is_answered_with_those_there_are():
@@ -93,6 +105,99 @@ def test_a_setting_that_is_not_set_is_left_to_the_preset():
   ):
     models = [build.make_model(make_config(s), 3) for s in (settings, same)]
     assert repr(models[0]) == repr(models[1])
+
+
+_RECIPE = """
+import dataclasses
+import numpy as np
+from deeplab_jax.config import get_config as default
+
+
+def invert(image, label, rng):
+  return image ^ np.uint8(255), label
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+  by: int
+
+  def __call__(self, image, label, rng):
+    return np.roll(image, self.by, 0), np.roll(label, self.by, 0)
+
+
+def get_config():
+  config = default()
+  config.data.transforms = (invert, Shift(3))
+  return config
+"""
+
+
+@pytest.mark.xdist_group('alone')  # starts a loader process
+def test_a_recipe_adds_transforms_in_one_line(voc_folder, tmp_path):
+  (tmp_path / 'own.py').write_text(_RECIPE)
+  config = from_recipe(tmp_path / 'own.py')
+  changes = {
+    **SETTINGS,
+    'data.dir': str(voc_folder),
+    'data.prepared_dir': str(tmp_path / 'prepared'),
+    'data.workers': 1,
+  }
+  config.update_from_flattened_dict(changes)
+  default_config.validate(config)
+  build.check(config)
+  dataset = build.open_dataset(config, 'train', 'val')
+  with contextlib.closing(build.make_iterator(config, dataset, 2)) as batches:
+    found = next(batches)
+  plain = make_config(changes, data__workers=0)
+  with contextlib.closing(build.make_iterator(plain, dataset, 2)) as batches:
+    expected = next(batches)
+  np.testing.assert_array_equal(
+    found['image'], np.roll(255 - expected['image'], 3, 1)
+  )
+  np.testing.assert_array_equal(
+    found['label'], np.roll(expected['label'], 3, 1)
+  )
+  # A workdir keeps the names; to use it, the recipe is needed again.
+  saved = default_config.to_json(config)
+  assert saved['data']['transforms'] == ['own.invert', 'own.Shift']
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  again = from_json(tmp_path / 'config.json')
+  with pytest.raises(UserError, match=r"--config=RECIPE, got 'own\.invert'$"):
+    build.check(again)
+
+
+def test_records_are_drawn_by_class_if_the_setting_says_so(
+  voc_folder, tmp_path
+):
+  # One of six images shows `right`: half of the rows are drawn by class, and
+  # one of three classes is that one.
+  for number in range(5):
+    path = voc_folder / 'SegmentationClass' / f'train_{number}.png'
+    with Image.open(path) as label:
+      label.paste(0, (0, 0, *label.size))
+      label.paste(1, (0, 0, 20, 20))
+      label.save(path)
+  config = make_config(
+    SETTINGS,
+    data__dir=str(voc_folder),
+    data__prepared_dir=str(tmp_path / 'prepared'),
+    data__crop_size=(80, 80),
+    data__scale=(1.0, 1.0),
+  )
+  dataset = build.open_dataset(config, 'train', 'val')
+  for share, expected in (
+    (0.0, 1 / 6),
+    (0.5, 1 / 12 + (1 + 1 / 6 + 1 / 6) / 6),
+  ):
+    config.data.class_sampling = share
+    batches = build.make_iterator(config, dataset, count=600)
+    with contextlib.closing(batches):
+      label = next(batches)['label']
+    found = (label == 2).any((1, 2)).mean()
+    assert found == pytest.approx(expected, abs=4 * (0.25 / 600) ** 0.5 * 0.9)
+  config.data.class_sampling = 1.5
+  with pytest.raises(UserError, match=r'config\.data\.class_sampling must be'):
+    default_config.validate(config)
 
 
 @pytest.mark.parametrize(

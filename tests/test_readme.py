@@ -23,11 +23,13 @@ from miniature import as_options, global_batch, make
 from PIL import Image
 
 from deeplab_jax import BACKBONES, PRESETS, Predictor, deeplab_v3
+from deeplab_jax.build import make_transforms
 from deeplab_jax.config import get_config, to_json, validate
 from deeplab_jax.configure import from_recipe, override
 from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
+from deeplab_jax.data.transforms import OfRecipe
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.files import write_json
@@ -380,6 +382,53 @@ def test_examples_of_extending_run(tmp_path):
   np.testing.assert_array_equal(
     label, np.broadcast_to(np.arange(64) >= 23, (48, 64))
   )
+
+
+AUGMENTATION = (ROOT / 'docs/augmentation.md').read_text()
+
+
+def own_transform(number):
+  """Names that an example of the page defines, and a pair to try it on."""
+  names, rng = {'__name__': 'own'}, np.random.default_rng(0)
+  exec(blocks(AUGMENTATION, 'python')[number], names)
+  image = rng.integers(0, 256, (64, 80, 3), np.uint8)
+  return names, image, rng.integers(0, 3, (64, 80), np.uint8)
+
+
+def test_a_transform_of_the_page_inverts_what_is_bright():
+  names, image, label = own_transform(0)
+  config = names['get_config']()
+  validate(config)
+  _, transform = make_transforms(config, 3, 255)
+  found, same = transform(image, label, np.random.default_rng(1))
+  bright = image >= np.random.default_rng(1).integers(128, 256)
+  np.testing.assert_array_equal(found[bright], 255 - image[bright])
+  np.testing.assert_array_equal(found[~bright], image[~bright])
+  assert same is label
+
+
+def test_a_transform_by_albumentations_is_a_function_of_the_generator():
+  pytest.importorskip('albumentations')
+  names, image, label = own_transform(1)
+  transform = OfRecipe(names['elastic'], 3, 255)
+  results = [
+    transform(image, label, np.random.default_rng(seed))
+    for seed in [*range(8), *range(8)]
+  ]
+  for one, other in zip(results[:8], results[8:], strict=True):
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[1], other[1])
+  assert any((pair[1] != label).any() for pair in results)
+
+
+def test_the_page_of_augmentation_tells_the_defaults():
+  defaults = flatten_dict(get_config().to_dict(), sep='.')
+  told = re.findall(
+    r'^\| `(data\.\w+)` \| `(.*?)` \|', AUGMENTATION, re.MULTILINE
+  )
+  assert len(told) == 11
+  for key, value in told:
+    assert defaults[key] == ast.literal_eval(value), key
 
 
 def test_cells_of_the_tutorial_are_python_with_imports_that_exist():

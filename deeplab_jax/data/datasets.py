@@ -100,8 +100,8 @@ class Tally:
     self.class_images = zeros.copy()  # in which each class occurs
     self.class_image_pixels = zeros.copy()  # of those images, without void
 
-  def add(self, label: np.ndarray) -> None:
-    """Adds a label uint8 [H, W] of classes and void."""
+  def add(self, label: np.ndarray) -> list[int]:
+    """Adds a label uint8 [H, W] of classes and void; returns its classes."""
     counts = np.bincount(label.ravel(), minlength=256)
     self.void_pixels += int(counts[self.ignore_label])
     counts[self.ignore_label] = 0
@@ -111,6 +111,7 @@ class Tally:
     self.class_pixels += pixels
     self.class_images += pixels > 0
     self.class_image_pixels += np.where(pixels > 0, pixels.sum(), 0)
+    return np.flatnonzero(pixels).tolist()
 
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""

@@ -1,7 +1,10 @@
 """Data sets by name: prepared on disk once, then read at random access."""
 
+import contextlib
 import dataclasses
 import inspect
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +13,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from deeplab_jax.data import folder, records, shapes, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.images import decode_label
+from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import write_json
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -75,6 +81,29 @@ class Dataset:
     """Returns what a split holds: images, sizes, pixels of each class."""
     metadata = self._builder(split).info.metadata
     return Tally.from_json(metadata['splits'][split])
+
+  def classes_shown(self, split: str) -> list[list[int]]:
+    """Returns the classes in each label, in the order of the records.
+
+    A set that an older version prepared does not know them: its labels are read
+    once, and the result is kept beside it if possible.
+    """
+    builder, count = self._builder(split), self.info.num_classes
+    if split in (known := builder.info.metadata.get('classes', {})):
+      return known[split]
+    path = pathlib.Path(builder.data_path)  # of the records of a version
+    path = path.with_name(f'classes_{records.split_key(split)}.json')
+    with contextlib.suppress(OSError, ValueError):
+      return json.loads(path.read_text())
+
+    def classes(record: dict[str, Any]) -> list[int]:
+      label = decode_label(record['label'])
+      return Tally(count, self.info.ignore_label).add(label)
+
+    found = list(in_background(classes, self.source(split)))
+    with contextlib.suppress(OSError):
+      write_json(path, found)
+    return found
 
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:

@@ -52,6 +52,8 @@ def make_train_iterator(
   hosts: int = 1,
   threads: int = 0,
   workers: int = 0,
+  class_sampling: float = 0.0,
+  shown: Sequence[Sequence[int]] = (),
 ) -> Batches:
   """Yields shuffled, transformed batches forever, starting at `start_step`.
 
@@ -60,6 +62,12 @@ def make_train_iterator(
   are B, the `batch_size`. The batch of step `s` depends only on `seed` and `s`;
   at each step, all hosts together load what a single host would load. After
   the last transform, all images must have one size.
+
+  Of the rows a share `class_sampling` takes another record: one of those that
+  show a class, drawn uniformly as is the class; `shown` has the classes of each
+  record. Such an epoch is not exact. This is the class uniform sampling of Zhu
+  et al., "Improving Semantic Segmentation via Video Propagation and Label
+  Relaxation" (2019), without crops around the class.
 
   Each of `workers` processes loads with `threads` threads. With 0 workers this
   process loads. With 0 threads the workers share the cores, at most 16 threads
@@ -71,6 +79,13 @@ def make_train_iterator(
   """
   _check_hosts(batch_size, host, hosts)
   require(len(source) > 0, 'source must have records', len(source))
+  having: dict[int, list[int]] = {}  # the records that show a class
+  for number, classes in enumerate(shown):
+    for each in classes:
+      having.setdefault(each, []).append(number)
+  choices = [having[each] for each in sorted(having)]
+  rule = 'class_sampling needs `shown`'
+  require(not class_sampling or choices != [], rule, shown)
 
   def load(step: int) -> Batch:
     # Rows are numbered across all steps and hosts. A row's number picks its
@@ -78,8 +93,12 @@ def make_train_iterator(
     pairs = []
     for row in range(step * batch_size + host, (step + 1) * batch_size, hosts):
       epoch, index = divmod(row, len(source))
-      record = source[_order(len(source), seed, epoch)[index]]
-      pairs.append(load_example(record, transforms, (seed, 1, row)))
+      number = _order(len(source), seed, epoch)[index]
+      if class_sampling:
+        rng = np.random.default_rng((seed, 2, row))
+        if rng.random() < class_sampling:
+          number = rng.choice(choices[rng.integers(len(choices))])
+      pairs.append(load_example(source[number], transforms, (seed, 1, row)))
     image, label = map(np.stack, zip(*pairs, strict=True))
     place = np.arange(host, batch_size, hosts, dtype=np.int32)
     return {'image': image, 'label': label, 'place': place}

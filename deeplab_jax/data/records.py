@@ -81,7 +81,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   TFDS itself shuffles in memory, and needs TensorFlow above 1 GB. Here,
   `_split_generators` returns for each split an empty `Tally` and an iterator of
   `Sample`, and sets `info`, a `DatasetInfo.to_json()`, in the metadata. The
-  base class adds `names`, the ids of each split, and `splits`, the tallies.
+  base class adds `names`, the ids of each split, `classes`, those that each
+  label shows, and `splits`, the tallies.
   """
 
   code_path = None  # TFDS looks for checksums beside the code, and fails
@@ -103,7 +104,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   def _download_and_prepare(
     self, dl_manager: Any, download_config: Any = None
   ) -> None:
-    self.info.metadata.update(names={}, splits={})
+    self.info.metadata.update(names={}, classes={}, splits={})
     generators = self._split_generators(dl_manager)
     written = self._info()  # of the temporary folder, which TFDS renames
     writer = tfds.core.SequentialWriter(
@@ -121,11 +122,12 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[dict[str, Any]]:
     """Yields what is stored of each sample, and counts it."""
     names = self.info.metadata['names'][split] = []
+    classes = self.info.metadata['classes'][split] = []
     # Without a terminal, `None` shows no bar.
     samples = tqdm(samples, split, unit=' images', leave=False, disable=None)
     for sample in samples:
       names.append(sample.name)
-      tally.add(sample.label)
+      classes.append(tally.add(sample.label))
       yield {
         'image': io.BytesIO(sample.image),
         'label': io.BytesIO(encode_label(sample.label)),
