@@ -198,6 +198,7 @@ def make_evaluator(
     batch_size=config.eval.batch_size,
     buckets=config.eval.buckets,
     threads=config.data.threads,
+    boundary_iou=config.eval.boundary_iou,
   )
 
 

@@ -132,6 +132,7 @@ def get_config() -> ConfigDict:
   evaluation.flip = False  # average over the mirrored image too
   evaluation.worst_and_best = 4  # images in each of these two pictures
   evaluation.save_predictions = False  # write an archive for a test server
+  evaluation.boundary_iou = False  # measure the regions at boundaries, too
 
   log = config.log = ConfigDict()
   log.to = _open(('tensorboard', 'jsonl'))  # or `wandb`, `mlflow`

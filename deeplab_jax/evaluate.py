@@ -13,6 +13,7 @@ from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
+from deeplab_jax.evaluation import image_table
 from deeplab_jax.evaluation.evaluator import Evaluator, Scores, write_archive
 from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
@@ -33,11 +34,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates a checkpoint of `workdir`; prints and returns its metrics.
 
   It writes them into the folder `eval` with pictures: NAME.json, NAME.png (the
-  first images), NAME_confusion.png and .csv, NAME_worst.png and NAME_best.png.
-  NAME tells the split, the protocol and what is not the default, as
-  `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
-  archive NAME.tar.gz, and for a split without labels nothing else. Raises
-  `UserError` if the checkpoint or the data cannot be used.
+  first images), NAME_confusion.png and .csv, NAME_images.csv, NAME_worst.png
+  and NAME_best.png. NAME tells the split, the protocol and what is not the
+  default, as `val_whole_flip_step300`. With `config.eval.save_predictions` it
+  writes the archive NAME.tar.gz, and for a split without labels nothing else.
+  Raises `UserError` if the checkpoint or the data cannot be used.
   """
   networks.check_workdir(workdir)
   split, saves = config.data.eval_split, config.eval.save_predictions
@@ -104,7 +105,7 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
 def _save_metrics(
   path: Path, scores: Scores, result: dict[str, Any], settings: ConfigDict
 ) -> list[str]:
-  """Writes PATH.json, .csv and the pictures; returns the report about them."""
+  """Writes PATH.json, tables and pictures; returns the report about them."""
   name, info = scores.evaluator.name, scores.evaluator.info
   path.parent.mkdir(exist_ok=True)
   write_json(f'{path}.json', result)
@@ -113,6 +114,7 @@ def _save_metrics(
   for row in zip(info.classes, info.palette, scores.confusion, strict=True):
     table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
   write(f'{path}_confusion.csv', text.getvalue())
+  image_table.write(f'{path}_images.csv', scores.table())
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),

@@ -154,7 +154,7 @@ def test_a_process_that_must_not_be_alone_is_refused(refused, tmp_path):
     (
       '--mode=test',
       '--mode=test: value should be one of'
-      ' <prepare|train|import|eval|predict|report|export>',
+      ' <prepare|train|import|eval|predict|report|compare|export>',
     ),
     ('image.jpg', 'image.jpg: not an option; --mode=train has no inputs'),
     (
@@ -211,6 +211,19 @@ def test_a_workdir_without_a_run_has_no_report(refused, tmp_path):
   line = refused(f'--workdir={tmp_path}/w', '--mode=report')
   assert f'nothing to report in {tmp_path}/w; train there first' in line
   assert not (tmp_path / 'w').exists()
+
+
+def test_the_mode_compare_takes_two_workdirs_and_needs_none(
+  trained, tmp_path, command, refused
+):
+  pair = trained.workdir, trained.workdir
+  status, output, errors = command('--mode=compare', *pair)
+  assert (status, errors) == (0, '')
+  assert 'The difference is not significant' in output
+  assert command('--mode=compare', f'--workdir={tmp_path}/w', *pair)[0] == 0
+  saved = json.loads((tmp_path / 'w' / 'compare.json').read_text())
+  assert saved['images'] == 3 and saved['miou']['p'] == 1
+  assert 'takes two workdirs' in refused('--mode=compare', pair[0])
 
 
 def test_missing_workdir_is_refused(refused):

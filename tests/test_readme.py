@@ -121,9 +121,10 @@ def commands(page):
 def test_commands_have_recipes_modes_and_settings_that_exist(page):
   for words in commands(page):
     options = dict(word.partition('=')[::2] for word in words if '--' in word)
-    assert '--workdir' in options or options['--mode'] == 'prepare'
+    needs_none = options.get('--mode') in ('prepare', 'compare')
+    assert '--workdir' in options or needs_none
     modes = ['prepare', 'train', 'import', 'eval', 'predict']
-    modes += ['report', 'export']
+    modes += ['report', 'compare', 'export']
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()

@@ -189,16 +189,19 @@ def test_a_run_goes_on_with_another_number_of_processes_and_devices(
   np.testing.assert_allclose(last, last[1], rtol=1e-3)
   np.testing.assert_allclose(last[2], last[1], rtol=1e-5)
   # One checkpoint, evaluated by both and by one, on four devices and on one.
-  table = tmp_path / '2x2' / 'eval' / 'val_whole_step3_confusion.csv'
-  found, step = [], '--config.eval.step=3'
+  start = tmp_path / '2x2' / 'eval'
+  tables = [start / f'val_whole_step3_{x}.csv' for x in ('confusion', 'images')]
+  options = '--mode=eval', '--config.eval.step=3', '--config.eval.boundary_iou'
+  found = []
   for evaluate in (
-    lambda: both('--mode=eval', step, workdir='2x2'),
-    lambda: one(4, '2x2', '--mode=eval', step),
-    lambda: one(1, '2x2', '--mode=eval', step),
+    lambda: both(*options, workdir='2x2'),
+    lambda: one(4, '2x2', *options),
+    lambda: one(1, '2x2', *options),
   ):
     evaluate()
-    found.append(table.read_bytes())
-    table.unlink()
+    found.append([table.read_bytes() for table in tables])
+    for table in tables:
+      table.unlink()
   assert found[0] == found[1] == found[2]
 
 
