@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -18,13 +19,17 @@ from deeplab_jax.config import flat, get_config, to_json
 from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
-from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
+from deeplab_jax.data.transforms import (
+  RGB_FILL,
+  ColorJitter,
+  RandomScaleCropFlip,
+)
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, choose, naming
+from deeplab_jax.runtime.errors import UserError, choose, naming, require
 from deeplab_jax.training import losses, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 from deeplab_jax.training.writers import Writer, check_backends
@@ -73,20 +78,28 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    as_stored=data.as_stored,
     options=_set(data.options),
   )
 
 
 def make_model(
-  config: ConfigDict, num_classes: int, platform: str | None = None
+  config: ConfigDict,
+  num_classes: int,
+  platform: str | None = None,
+  **of_data: Any,
 ) -> DeepLabV3:
-  """Builds the network of `config.model`, by default for JAX's devices."""
+  """Builds the network of `config.model`, by default for JAX's devices.
+
+  `of_data` is `DatasetInfo.normalization`.
+  """
   # On CPUs memory is slow, so recomputing costs no time.
   on_cpu = (platform or jax.default_backend()) == 'cpu'
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
     **_set(config.model),
+    **of_data,
   }
   with naming('config.model'):
     return deeplab_v3(num_classes=num_classes, **settings)
@@ -137,7 +150,7 @@ def make_iterator(
   """Yields this host's share of the training batches, from `start_step` on."""
   return make_train_iterator(
     dataset.source(config.data.train_split),
-    _make_transforms(config, dataset.info.ignore_label),
+    _make_transforms(config, dataset.info.ignore_label, dataset.info.fill),
     batch_size=config.train.batch_size,
     seed=config.seed,
     start_step=start_step,
@@ -149,12 +162,21 @@ def make_iterator(
 
 
 def _make_transforms(
-  config: ConfigDict, ignore_label: int
+  config: ConfigDict,
+  ignore_label: int,
+  fill: np.ndarray = RGB_FILL,
 ) -> tuple[RandomScaleCropFlip, ColorJitter]:
-  data = config.data
+  data, colors = config.data, config.data.color_jitter
   with naming('config.data'):
+    is_rgb = len(fill) == 3 and fill.dtype == np.uint8
+    rule = 'color_jitter: saturation and hue are 0 for images that are not RGB'
+    require(is_rgb or not any(colors[2:]), f'{rule} of 8 bits', colors)
     crop = RandomScaleCropFlip(
-      data.crop_size, data.scale, data.flip, ignore_label=ignore_label
+      data.crop_size,
+      data.scale,
+      data.flip,
+      ignore_label=ignore_label,
+      fill=tuple(fill.tolist()),
     )
     return crop, ColorJitter(data.color_jitter)
 

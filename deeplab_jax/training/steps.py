@@ -42,7 +42,9 @@ def create_state(
 
   def create(key: jax.Array) -> TrainState:
     # No parameter depends on the size of the images.
-    variables = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
+    variables = model.init(
+      key, jnp.zeros((1, 64, 64, len(model.mean))), train=False
+    )
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=variables['params'],
@@ -79,8 +81,7 @@ def train_step(
 
   Args:
     state: the same on every device.
-    batch: this device's `image` uint8 [b, H, W, 3] RGB and `label` uint8
-      [b, H, W].
+    batch: this device's `image` [b, H, W, C] and `label` uint8 [b, H, W].
     model: maps images to logits [b, H, W, C]. If it averages batch statistics
       over an axis, that must be `axis_name`.
     optimizer: the optimizer that made `state.opt_state`.

@@ -16,7 +16,7 @@ class Network(NamedTuple):
 
   step: int
   model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
-  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
+  dataset: dict[str, Any]  # `DatasetInfo.to_json()`, with the trained mean
   variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
   trained_stride: int  # the output stride of training
   metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
@@ -47,7 +47,9 @@ def open_network(
     model = {**model, 'preset': model['preset'] or preset_of(metadata)}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
-  stride = metadata['model']['output_stride']
+  there, stride = metadata['dataset'], metadata['model']['output_stride']
+  measured = {key: there.get(key, ()) for key in ('mean', 'std')}
+  dataset = {**dataset, **measured}
   return Network(saved.step, model, dataset, saved.variables, stride, metrics)
 
 
@@ -80,6 +82,11 @@ def check_same_architecture(
   there, here = saved['model'], asked['model']
   pairs = [(key, there[key], here[key]) for key in (*SHAPING, 'num_classes')]
   pairs.insert(0, ('preset', preset_of(saved), preset_of(asked)))
+  old, new = (
+    (len(x['dataset'].get('mean', ())) or 'RGB', x['dataset'].get('bits', 8))
+    for x in (saved, asked)
+  )
+  pairs.append(('channels and bits', old, new))
   others = asked['dataset']['classes']
   if len(classes) == len(others):
     names = zip(map(repr, classes), map(repr, others), strict=True)
