@@ -146,7 +146,7 @@ def test_big_endian_arrays_are_read(tmp_path):
 
 def test_an_array_where_pictures_are_meant_names_the_setting(tmp_path):
   np.save(tmp_path / 'a.npy', noise(3, np.uint8))
-  with pytest.raises(UserError, match='set config.data.as_stored=True'):
+  with pytest.raises(UserError, match=r'set config\.data\.as_stored=True'):
     images.read_image(tmp_path / 'a.npy')
 
 
