@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -24,7 +25,7 @@ from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, choose, naming
+from deeplab_jax.runtime.errors import UserError, choose, naming, require
 from deeplab_jax.training import losses, optimizers, steps
 from deeplab_jax.training.writers import Writer, check_backends
 
@@ -72,20 +73,28 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    as_stored=data.as_stored,
     options=_set(data.options),
   )
 
 
 def make_model(
-  config: ConfigDict, num_classes: int, platform: str | None = None
+  config: ConfigDict,
+  num_classes: int,
+  platform: str | None = None,
+  **of_data: Any,
 ) -> DeepLabV3:
-  """Builds the network of `config.model`, by default for JAX's devices."""
+  """Builds the network of `config.model`, by default for JAX's devices.
+
+  `of_data` is `DatasetInfo.normalization`.
+  """
   # On CPUs memory is slow, so recomputing costs no time.
   on_cpu = (platform or jax.default_backend()) == 'cpu'
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
     **_set(config.model),
+    **of_data,
   }
   with naming('config.model'):
     return deeplab_v3(num_classes=num_classes, **settings)
@@ -148,7 +157,7 @@ def make_iterator(
   shown = dataset.classes_shown(split) if data.class_sampling else ()
   return make_train_iterator(
     dataset.source(split),
-    make_transforms(config, info.num_classes, info.ignore_label),
+    make_transforms(config, info.num_classes, info.ignore_label, info.fill),
     batch_size=count or config.train.batch_size,
     seed=config.seed,
     start_step=start_step,
@@ -162,11 +171,21 @@ def make_iterator(
 
 
 def make_transforms(
-  config: ConfigDict, num_classes: int, ignore_label: int
+  config: ConfigDict,
+  num_classes: int,
+  ignore_label: int,
+  fill: np.ndarray = transforms.RGB_FILL,
 ) -> list[transforms.Transform]:
-  """Builds what `config.data` does to training images, without what is off."""
-  data, void = config.data, ignore_label
+  """Builds what `config.data` does to training images, without what is off.
+
+  `fill` is the color of padding, in the type and channels of the images.
+  """
+  data, void, color = config.data, ignore_label, tuple(fill.tolist())
   with naming('config.data'):
+    is_rgb = len(fill) == 3 and fill.dtype == np.uint8
+    jitter = data.color_jitter
+    rule = 'color_jitter: saturation and hue are 0 for images that are not RGB'
+    require(is_rgb or not any(jitter[2:]), f'{rule} of 8 bits', jitter)
     crop = transforms.RandomScaleCropFlip(
       data.crop_size,
       data.scale,
@@ -174,12 +193,13 @@ def make_transforms(
       data.rotate,
       data.crop_max_share,
       void,
+      color,
     )
     optional = (
-      (transforms.ColorJitter(data.color_jitter), any(data.color_jitter)),
+      (transforms.ColorJitter(jitter), any(jitter)),
       (transforms.GaussianBlur(data.blur), data.blur),
       (transforms.GaussianNoise(data.noise), data.noise),
-      (transforms.Cutout(data.cutout), data.cutout),
+      (transforms.Cutout(data.cutout, color), data.cutout),
     )
     own = [transforms.OfRecipe(f, num_classes, void) for f in data.transforms]
   return [crop, *(transform for transform, used in optional if used), *own]

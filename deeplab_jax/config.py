@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
   data.flip = 0.5  # probability to mirror a training image
   # Largest random changes of brightness, contrast, saturation and hue.
   data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
+  # Whether images keep their own channels and bits; else they become RGB.
+  data.as_stored = False
   data.threads = 0  # loading threads; 0: one per core, at most 16
   data.workers = 0  # loading processes
   data.rotate = 0.0  # largest angle of rotation, either way, in degrees

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
 from deeplab_jax.evaluation import image_table
@@ -55,7 +56,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     workdir, config.eval.step, to_json(config)['model'], dataset.info.to_json()
   )
   config = with_preset(config, network.model['preset'])
-  model = build.make_model(config, dataset.info.num_classes)
+  info = DatasetInfo.from_json(network.dataset)
+  model = build.make_model(config, info.num_classes, **info.normalization)
   evaluator = build.make_evaluator(model, dataset, config)
   if saves and evaluator.protocol.transform:
     raise UserError(

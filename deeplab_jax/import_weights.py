@@ -55,7 +55,8 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   if before and before.exists() and config.data.to_dict() == default_data:
     config.data.update(from_json(before).data)
   info = _dataset_info(config, pretrained)
-  model = build.make_model(config, info.num_classes)
+  config.data.as_stored = bool(info.mean)
+  model = build.make_model(config, info.num_classes, **info.normalization)
   # Step 0 needs no state of an optimizer: training starts with a fresh one.
   state = steps.create_state(model, optax.identity(), config.seed)
   state = initialize(pretrained, state, config)
@@ -150,8 +151,13 @@ def initialize(
   pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
+  own = (pretrained.dataset or {}).get('mean')
+  there, here = (
+    sources.input_std(config.model.preset, measured=measured)
+    for measured in (bool(own), config.data.as_stored)
+  )
   variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), config.init_allow
+    jax.device_get(state.variables), config.init_allow, there / here
   )
   _open.cache_clear()
   if distributed.is_first_process():

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -19,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import to_json
-from deeplab_jax.data import images
+from deeplab_jax.data import bands, images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.predict import Predictor
@@ -56,8 +57,10 @@ def predict(
   `inputs`, and at the end, for images it could not read.
   """
   networks.check_workdir(workdir)
-  paths = images.list_images(inputs)
+  images.list_images(inputs, bands.SUFFIXES)  # fails early
   predictor = Predictor.from_config(config, workdir)
+  stored = {'suffixes': bands.SUFFIXES} if predictor.info.mean else {}
+  paths = images.list_images(inputs, **stored)
   folder = as_path(config.predict.output_dir or workdir / 'predictions')
   deepest = folder / 'probabilities' if config.predict.probabilities else folder
   place = f'config.predict.output_dir={folder}'
@@ -168,14 +171,17 @@ def _segment(
   """
   threads, kind = predictor.threads, config.predict.probabilities
   writers = 1 if kind else threads  # probabilities may be large
+  stored = bool(predictor.info.mean)
+  measure = functools.partial(images.read_size, as_stored=stored)
   sizes = {
     path: size
-    for path, size in in_background(_reader(images.read_size), paths, threads)
+    for path, size in in_background(_reader(measure), paths, threads)
     if size
   }
   predictor.plan(sizes.values())
   order = sorted(sizes, key=lambda path: predictor.bucket(sizes[path]))
-  read = in_background(_reader(images.read_image), order, threads)
+  decode = functools.partial(images.as_pixels, info=predictor.info)
+  read = in_background(_reader(decode), order, threads)
   pictures: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
 
   def ready() -> Iterator[np.ndarray]:

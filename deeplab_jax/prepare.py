@@ -66,6 +66,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   counts = trained.class_pixels, trained.class_image_pixels
   weights = [f'{weight:.4g}' for weight in median_frequency_weights(*counts)]
   show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
+  if info.mean:
+    each = zip(info.mean, info.std, strict=True)
+    shown = ', '.join(f'{mean:.6g} +- {std:.6g}' for mean, std in each)
+    show(f'images of {trained.kind}, mean and standard deviation: {shown}')
   pairs = list(labeled.items())
   for start in range(0, len(pairs), 2):  # that fit side by side on a screen
     show('', _table(_class_columns(info, pairs[start : start + 2])))
@@ -119,6 +123,7 @@ def _survey(
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    as_stored=data.as_stored,
   )
   show(survey.text, *() if survey.findings else ('',))
   _show_findings(survey.root, survey.findings, show)

@@ -155,10 +155,11 @@ def _train_on(run: _Run, stop: StopSignal) -> None:
 def _build(run: _Run) -> tuple[Any, ...]:
   """Makes the initial state, the step, the learning rates, the evaluator."""
   config, dataset, scored = run.config, run.dataset, run.config.data.eval_split
-  model = build.make_model(config, dataset.info.num_classes)
+  info = dataset.info
+  model = build.make_model(config, info.num_classes, **info.normalization)
   schedule, optimizer = build.make_schedule_and_optimizer(config)
   weights = build.class_weights(config, dataset)
-  void = dataset.info.ignore_label
+  void = info.ignore_label
   train_step = build.make_train_step(
     config, model, optimizer, ignore_label=void, class_weights=weights
   )

@@ -44,6 +44,7 @@ def load(
   ignore_label: int,
   label_map: str,
   on_bad_image: str,
+  as_stored: bool = False,
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   if not directory:
@@ -53,7 +54,8 @@ def load(
   meaning = labels.Meaning(lines, ignore_label, label_map)
   # All lists are checked before the first is prepared, which may take minutes.
   configs = {
-    split: _make_config(root, split, meaning, on_bad_image) for split in splits
+    split: _make_config(root, split, meaning, on_bad_image, as_stored)
+    for split in splits
   }
   builders: records.Builders = {}
   palettes = labels.Palettes()
@@ -65,7 +67,11 @@ def load(
 
 
 def _make_config(
-  root: pathlib.Path, split: str, meaning: labels.Meaning, on_bad_image: str
+  root: pathlib.Path,
+  split: str,
+  meaning: labels.Meaning,
+  on_bad_image: str,
+  as_stored: bool,
 ) -> FolderConfig:
   """Finds the files of a split, and names their state."""
   listed = folder_files.list_path(root, split)
@@ -90,7 +96,8 @@ def _make_config(
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
-  options = (meaning.void_value, label_map, on_bad_image)
+  options = [meaning.void_value, label_map, on_bad_image]
+  options += ['as stored'] * as_stored  # older names knew nothing of it
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
@@ -102,6 +109,7 @@ def _make_config(
     meaning=meaning,
     items=items,
     on_bad_image=on_bad_image,
+    as_stored=as_stored,
   )
 
 
@@ -121,7 +129,7 @@ class FolderSegmentation(records.RecordsBuilder):
     palettes = labels.Palettes()
     for item, (image, values, colors) in records.readable(
       config.items,
-      lambda item: read_pair(item, meaning),
+      lambda item: read_pair(item, meaning, config.as_stored),
       origin=folder_files.list_path(config.directory, config.split),
       on_bad_image=config.on_bad_image,
     ):
@@ -133,14 +141,14 @@ class FolderSegmentation(records.RecordsBuilder):
 
 
 def read_pair(
-  item: records.Item, meaning: labels.Meaning
+  item: records.Item, meaning: labels.Meaning, as_stored: bool = False
 ) -> tuple[bytes, np.ndarray, list[list[Any]]]:
   """Reads both files of an id; raises `UserError` if they cannot be used.
 
   Returns the image's bytes to store, the label values uint8 [H, W], and the
   colors of the palette, see `Meaning.used_colors`.
   """
-  picture = open_picture(item.image)
+  picture = open_picture(item.image, as_stored=as_stored)
   file = open_label(item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
   records.check_values(

@@ -37,6 +37,7 @@ IMAGE_SUFFIXES = (
 # OpenCV decodes no more, so no more can be trained on.
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
 _MOST_BYTES = 2**32  # of a file
+ARRAY = b'\x93NUMPY'  # begins an array of NumPy
 with contextlib.suppress(AttributeError, ValueError, OSError):
   # Reading takes up to 16 bytes a pixel, and may take half of the memory.
   _MEMORY = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -63,9 +64,9 @@ def opened(
 
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
-  try:
+  with reading(path, data):
     if data is None:
-      check_regular(path, _MOST_BYTES)
+      check_file(path)
     with (
       # Not by its name: then Pillow 13 mixes up the pixels of a turned TIFF.
       open(path, 'rb') if data is None else io.BytesIO(data) as file,
@@ -78,13 +79,29 @@ def opened(
         raise UnreadableError(
           f'{path}: {image.format} is not read; replace it by a JPEG or PNG'
         )
-      width, height = image.size
-      if width * height > _MOST_PIXELS or max(image.size) > _LONGEST_SIDE:
-        raise Unusable(
-          f'{width}x{height} is too large, at most {_MOST_PIXELS:,} pixels and '
-          f'{_LONGEST_SIDE:,} a side are read; cut it into tiles'
-        )
+      check_pixels(*image.size)
       yield image
+
+
+def check_file(path: Path) -> None:
+  """Raises `UserError` unless it is a regular file, and not too large."""
+  check_regular(path, _MOST_BYTES)
+
+
+def check_pixels(width: int, height: int) -> None:
+  """Raises `Unusable` for an image that is too large to be read."""
+  if width * height > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
+    raise Unusable(
+      f'{width}x{height} is too large, at most {_MOST_PIXELS:,} pixels and '
+      f'{_LONGEST_SIDE:,} a side are read; cut it into tiles'
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path, data: bytes | None) -> Iterator[None]:
+  """Turns what goes wrong with a file into a `UserError`, see `opened`."""
+  try:
+    yield
   except UserError:
     raise
   except Unusable as error:
@@ -129,6 +146,8 @@ def _unidentified(path: Path, data: bytes) -> UserError:
   """Returns the error that says why Pillow opens no image in `data`."""
   if not data:
     return UnreadableError(f'{path}: the file is empty; replace or remove it')
+  if data.startswith(ARRAY):
+    return UserError(f'{path}: an array; set config.data.as_stored=True')
   kind, values = _tiff_kind(data), None
   if kind:
     with contextlib.suppress(cv2.error):

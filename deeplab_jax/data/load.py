@@ -129,6 +129,7 @@ def load_dataset(
   ignore_label: int = 255,
   label_map: str | None = '',
   on_bad_image: str = 'stop',
+  as_stored: bool = False,
   options: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
@@ -144,6 +145,7 @@ def load_dataset(
     ignore_label: label value of void pixels in the files.
     label_map: only for 'folder', see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
+    as_stored: images keep their own channels and bits, else they become RGB.
     options: options that only this data set has, by name.
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
@@ -167,13 +169,21 @@ def load_dataset(
     'ignore_label': ignore_label,
     'label_map': label_map or '',
     'on_bad_image': on_bad_image,
+    'as_stored': as_stored,
   }
   builders = loader(**_taken(loader, name, arguments, options or {}))
   info = next(iter(builders.values())).info.metadata['info']
   dataset = Dataset(DatasetInfo.from_json(info), builders)
-  for split in splits:
-    dataset.tally(split)  # refuses a split that is not there
-  return dataset
+  # It refuses a split that is not there.
+  first, *others = (dataset.tally(split) for split in splits)
+  for split, tally in zip(splits[1:], others, strict=True):
+    if tally.kind != first.kind:
+      raise UserError(
+        f'{dataset.info.name}: {split} has images of {tally.kind}, {splits[0]}'
+        f' of {first.kind}; store all alike'
+      )
+  measured = dataclasses.replace(dataset.info, **first.describe_images())
+  return dataclasses.replace(dataset, info=measured)
 
 
 def _taken(
@@ -192,8 +202,9 @@ def _taken(
         f'config.data.options.{key}: data set {name} has no such option; '
         f'known: {", ".join(known) or "none"}'
       )
-  for key, setting in (('directory', 'dir'), ('label_map', 'label_map')):
+  for key in ('directory', 'label_map', 'as_stored'):
     if arguments[key] and key not in takes:
+      setting = 'dir' if key == 'directory' else key
       raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
         f"it, as 'folder' does; {name} does not"

@@ -27,7 +27,7 @@ from absl import logging as absl_logging
 
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
-from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
+from deeplab_jax.data.transforms import RGB_FILL, Pair, Transform
 from deeplab_jax.runtime.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def make_eval_iterator(
   transforms: Sequence[Transform] = (),
   *,
   ignore_label: int = 255,
+  fill: np.ndarray = RGB_FILL,
   host: int = 0,
   hosts: int = 1,
   threads: int = 0,
@@ -127,10 +128,10 @@ def make_eval_iterator(
   A batch is image uint8 [B / hosts, *size, 3], label uint8 [B / hosts, *size],
   size int32 [B / hosts, 2], (height, width) before padding, and index int32
   [B / hosts]. Filler rows have the index `buckets.FILLER` and the batch's size.
-  Padding has `MEAN_COLOR` and `ignore_label`. Rows are dealt to the hosts in
-  turn, so all hosts yield the same number of batches of the same shapes.
-  Transforms must not be random. `next` raises `ValueError` if an image is
-  larger than its batch. For the rest see `make_train_iterator`.
+  Padding has `fill`, of the images' type and channels, and `ignore_label`. Rows
+  are dealt to the hosts in turn, so all hosts yield the same number of batches
+  of the same shapes. Transforms must not be random. `next` raises `ValueError`
+  if an image is larger than its batch. For the rest see `make_train_iterator`.
   """
   for batch in plan:
     _check_hosts(len(batch.indices), host, hosts)
@@ -138,7 +139,7 @@ def make_eval_iterator(
   def load(number: int) -> Batch:
     size, indices = plan[number].size, plan[number].indices[host::hosts]
     batch: Batch = {
-      'image': np.full((len(indices), *size, 3), MEAN_COLOR, np.uint8),
+      'image': np.full((len(indices), *size, len(fill)), fill, fill.dtype),
       'label': np.full((len(indices), *size), ignore_label, np.uint8),
       'size': np.full((len(indices), 2), size, np.int32),
       'index': np.array(indices, np.int32),
@@ -254,7 +255,7 @@ def _work(sender: Connection, work: bytes, steps: range, threads: int) -> None:
 def load_example(
   record: Record, transforms: Sequence[Transform] = (), seed: Any = 0
 ) -> Pair:
-  """Returns image uint8 [H, W, 3] and label uint8 [H, W], transformed."""
+  """Returns image [H, W, C] and label uint8 [H, W], transformed."""
   rng = np.random.default_rng(seed)
   try:
     image = images.decode_image(record['image'])

@@ -22,8 +22,9 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from deeplab_jax.data.bands import kind_of
 from deeplab_jax.data.datasets import DatasetInfo, Tally
-from deeplab_jax.data.images import encode_label
+from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
@@ -43,6 +44,7 @@ class SourceConfig(tfds.core.BuilderConfig):
 
   name: str = ''  # `prefix`, and a `fingerprint` of the source
   prefix: str = ''  # of all preparations of one source; '' for a single one
+  as_stored: bool = False  # whether images keep their own channels and bits
 
 
 def fingerprint(*values: Any) -> str:
@@ -71,7 +73,7 @@ class Sample(NamedTuple):
 
   name: str  # the id in its list
   file_name: str  # of the original image, without its folder
-  image: bytes  # a JPEG or PNG
+  image: bytes  # for `images.decode_image`
   label: np.ndarray  # uint8 [H, W], classes and the ignore label
 
 
@@ -89,7 +91,9 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = {
-      'image': tfds.features.Image(shape=(None, None, 3)),
+      'image': tfds.features.Text()
+      if self.builder_config.as_stored
+      else tfds.features.Image(shape=(None, None, 3)),
       'label': tfds.features.Image(shape=(None, None, 1)),
       **{key: tfds.features.Text() for key in ('name', 'file_name')},
       **{key: tfds.features.Scalar(np.int32) for key in ('height', 'width')},
@@ -128,8 +132,16 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     for sample in samples:
       names.append(sample.name)
       classes.append(tally.add(sample.label))
+      if self.builder_config.as_stored:
+        image = decode_image(sample.image)
+        if tally.kind not in ('RGB', kind := kind_of(image)):
+          raise UserError(
+            f'{sample.file_name} has {kind}, but {names[0]} {tally.kind}; store'
+            ' all alike, or set config.data.as_stored=False for RGB'
+          )
+        tally.add_image(image)
       yield {
-        'image': io.BytesIO(sample.image),
+        'image': sample.image,
         'label': io.BytesIO(encode_label(sample.label)),
         'name': sample.name,
         'file_name': sample.file_name,

@@ -5,6 +5,7 @@ Preparing stops at the first problem; a survey reads the same files before.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -101,6 +102,7 @@ def survey_folder(
   ignore_label: int = 255,
   label_map: str | None = '',
   on_bad_image: str = 'stop',
+  as_stored: bool = False,
 ) -> Survey:
   """Reads every listed file of a folder once, on all cores.
 
@@ -116,7 +118,8 @@ def survey_folder(
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  results = in_background(lambda item: _read(item, meaning), items)
+  read = functools.partial(_read, meaning=meaning, as_stored=as_stored)
+  results = in_background(read, items)
   for row, (own, colors, problems) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():
@@ -191,11 +194,12 @@ def _read_lists(
 
 
 def _read(
-  item: records.Item, meaning: labels.Meaning
+  item: records.Item, meaning: labels.Meaning, as_stored: bool
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
-  picture = notes.catch(_NO_PICTURES, open_picture, item.image)
+  opened = functools.partial(open_picture, as_stored=as_stored)
+  picture = notes.catch(_NO_PICTURES, opened, item.image)
   file = notes.catch(_NO_INDICES, open_label, item.label)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
   if picture is None or values is None:

@@ -2,9 +2,9 @@
 
     image, label = transform(image, label, rng)
 
-The image is uint8 RGB [H, W, 3], the label uint8 [H, W], and the numpy
-Generator the only source of randomness. Images stay in 0..255: the model
-normalizes them on the device.
+The image is uint8 RGB [H, W, 3], or of other channels and uint16 if it is kept
+as stored, the label uint8 [H, W], and the numpy Generator the only source of
+randomness. The model normalizes images on the device.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ _MORE_CROPS = 10  # at most, after one that a single class fills
 # Spans of rows and columns, each with the pixels of the window that it becomes;
 # whether it is mirrored; the angle.
 _Place: TypeAlias = tuple[Sequence[tuple[slice, int]], bool, float]
+RGB_FILL = np.array(MEAN_COLOR, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RandomScaleCropFlip:
     require(0 <= void <= 255, 'ignore_label must be 0 to 255', void)
 
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
-    """Returns image [*size, 3] and label [*size]."""
+    """Returns image [*size, C] and label [*size]."""
     factor, void = rng.uniform(*self.scale), self.ignore_label
     for _ in range(1 + _MORE_CROPS):
       lengths = zip(label.shape, self.size, strict=True)
@@ -157,14 +158,16 @@ class CenterCrop:
     _check_size(self.size)
 
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
-    """Returns image [*size, 3] and label [*size]; draws nothing from `rng`."""
+    """Returns image [*size, C] and label [*size]; draws nothing from `rng`."""
     pairs = tuple(zip(self.size, label.shape, strict=True))
     factor = max(wanted / has for wanted, has in pairs)
     height, width = (max(round(h * factor), w) for w, h in pairs)
     top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
     middle = np.s_[top : top + self.size[0], left : left + self.size[1]]
     size, nearest = (width, height), cv2.INTER_NEAREST_EXACT
+    channels = image.shape[2]
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    image = image.reshape(height, width, channels)  # OpenCV drops a single one
     label = cv2.resize(label, size, interpolation=nearest)
     return image[middle], label[middle]
 
@@ -174,9 +177,10 @@ class ColorJitter:
   """Changes the colors as torchvision does; the label stays.
 
   Strengths are of brightness, contrast, saturation and hue, applied in this
-  order, each rounded to uint8. Factors are uniform in [1 - s, 1 + s]: they
+  order, each rounded to the type. Factors are uniform in [1 - s, 1 + s]: they
   multiply the image, blend it with its mean gray, and blend it with its own
-  gray. The hue is rotated by up to `s` turns either way.
+  gray. The hue is rotated by up to `s` turns either way. Only uint8 RGB has
+  saturation and hue; the mean gray of other images is that of all values.
   """
 
   strengths: tuple[float, float, float, float]  # 0 changes nothing
@@ -193,10 +197,12 @@ class ColorJitter:
     """Returns the changed image and the same label."""
     brightness, contrast, saturation, hue = self.strengths
     if brightness:
-      image = cv2.LUT(image, _blend_table(_factor(brightness, rng), 0.0))
+      image = _blend(image, _factor(brightness, rng), 0.0)
     if contrast:
-      mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-      image = cv2.LUT(image, _blend_table(_factor(contrast, rng), mean))
+      is_rgb = image.shape[2] == 3 and image.dtype == np.uint8
+      gray = image.reshape(len(image), -1)
+      gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if is_rgb else gray
+      image = _blend(image, _factor(contrast, rng), cv2.mean(gray)[0])
     if saturation:
       factor = _factor(saturation, rng)
       gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
@@ -214,10 +220,14 @@ def _factor(strength: float, rng: Rng) -> float:
   return rng.uniform(max(0.0, 1 - strength), 1 + strength)
 
 
-def _blend_table(factor: float, other: float) -> Array:
-  """Returns `factor * value + (1 - factor) * other` of 0..255, uint8 [256]."""
-  table = factor * np.arange(256) + (1 - factor) * other
-  return np.clip(np.rint(table), 0, 255).astype(np.uint8)
+def _blend(image: Array, factor: float, other: float) -> Array:
+  """Returns `factor * image + (1 - factor) * other`, rounded to its type."""
+  most = np.iinfo(image.dtype).max
+  table = factor * np.arange(most + 1) + (1 - factor) * other
+  table = np.clip(np.rint(table), 0, most).astype(image.dtype)
+  if image.dtype == np.uint8:
+    return cv2.LUT(image, table).reshape(image.shape)
+  return table[image]
 
 
 @dataclasses.dataclass(frozen=True)

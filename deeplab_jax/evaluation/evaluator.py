@@ -218,6 +218,7 @@ class Evaluator:
       self._plan,
       self._transforms,
       ignore_label=self.info.ignore_label,
+      fill=self.info.fill,
       host=jax.process_index(),
       hosts=jax.process_count(),
       threads=self._threads,

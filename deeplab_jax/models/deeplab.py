@@ -28,7 +28,7 @@ from deeplab_jax.runtime.errors import check_choice, check_map, require
 class Backbone(Protocol):
   """What `DeepLabV3` needs from its backbone module; see `check_backbone`.
 
-  It takes normalized images [B, H, W, 3] and returns a dict of maps
+  It takes normalized images [B, H, W, C] and returns a dict of maps
   [B, h, w, C]. The map that the head reads has h = ceil(H / output_stride) rows
   and ceil(W / output_stride) columns.
   """
@@ -74,7 +74,7 @@ class DeepLabV3(nn.Module):
     upsampling: 'align_corners' is the geometry described above. 'asymmetric'
       stretches the map's h rows over the image's H, so that row i reads row
       i * h / H: TensorFlow 1's default, used to train the seed network.
-    mean, std: RGB values v in 0..255 become (v - mean) / std.
+    mean, std: of each channel; values v become (v - mean) / std.
     dtype: type to compute in; parameters and logits are always float32.
   """
 
@@ -83,8 +83,8 @@ class DeepLabV3(nn.Module):
   num_classes: int = 21
   features: str = 'postnorm'
   upsampling: str = 'align_corners'
-  mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
-  std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+  mean: tuple[float, ...] = (127.5, 127.5, 127.5)
+  std: tuple[float, ...] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
 
   def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class DeepLabV3(nn.Module):
     """Computes class logits.
 
     Args:
-      images: [B, H, W, 3] RGB in 0..255, uint8 or float, any size.
+      images: [B, H, W, C], RGB in 0..255 or as stored, integers or float.
       train: use the batch's own statistics in batch normalization, and update
         the running ones in the collection 'batch_stats'.
       sizes: int [B, 2], height and width of each image before padding at the
@@ -120,7 +120,7 @@ class DeepLabV3(nn.Module):
     Raises:
       ValueError: if images or sizes have the wrong shape.
     """
-    check_map('images', images, 3)
+    check_map('images', images, len(self.mean))
     if sizes is not None and jnp.shape(sizes) != (len(images), 2):
       raise ValueError(
         f'sizes must be [{len(images)}, 2], (height, width) of each image, got'

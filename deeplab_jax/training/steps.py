@@ -49,7 +49,7 @@ class TrainState:
 
 def draw_variables(model: nn.Module, key: jax.Array) -> Any:
   """Draws what `model.apply` takes; no shape depends on the size of images."""
-  return model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)
+  return model.init(key, jnp.zeros((1, 64, 64, len(model.mean))), train=False)
 
 
 def create_state(
@@ -100,7 +100,7 @@ def train_step(
 
   Args:
     state: the same on every device.
-    batch: this device's `image` uint8 [b, H, W, 3] RGB and `label` uint8
+    batch: this device's `image` [b, H, W, C] and `label` uint8
       [b, H, W]; for dropout also `place` int32 [b], each image's place in the
       batch of all devices.
     model: maps images to logits [b, H, W, C]. If it averages batch statistics

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
@@ -27,6 +28,8 @@ SOURCES = (
   ' project'
 )
 _CLASS_LAYER = 'params/logits/'
+_STEM = 'params/backbone/stem/kernel'
+_IMAGENET_STD = 57.7  # of values in 0..255, about the same for R, G and B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +58,15 @@ class Pretrained:
     return asked or self.presets[0]
 
   def merge_into(
-    self, variables: Mapping[str, Any], allow: Iterable[str] = ()
+    self,
+    variables: Mapping[str, Any],
+    allow: Iterable[str] = (),
+    scale: float = 1.0,
   ) -> tuple[dict[str, Any], MergeReport]:
     """Puts the weights in the place of a model's variables.
 
-    See `load_pretrained` for the arguments and what is returned and raised.
+    The stem is fitted to the images by `mapping.adapt_stem`. See
+    `load_pretrained` for the rest and what is returned and raised.
     """
     allow, leaves = tuple(allow), mapping.flatten(variables)
     ours, theirs = backbone_of(leaves), backbone_of(self.arrays)
@@ -68,7 +75,11 @@ class Pretrained:
         f'{self.source} looks like {theirs}, the network is'
         f' {ours or "another one"}; use backbone={theirs}'
       )
-    arrays, unused = self.arrays, dict(self.names.unused)
+    arrays, unused, adapted = self.arrays, dict(self.names.unused), ''
+    if _STEM in arrays and _STEM in leaves:
+      channels = leaves[_STEM].shape[2]
+      stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
+      arrays = {**arrays, _STEM: stem}
     initial = dict.fromkeys(allow, 'allowed by name')
     here, there = _num_classes(leaves), self.num_classes
     if not _has_head(arrays):
@@ -85,11 +96,21 @@ class Pretrained:
       unused |= dict.fromkeys(found, 'allowed by name')
     unknown = [name for name in self.names.unknown if name not in unused]
     try:
-      return mapping.merge_variables(
+      merged, report = mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
       )
+      return merged, dataclasses.replace(report, adapted=adapted)
     except UserError as error:
       raise UserError(f'{self.source}: {error}') from error
+
+
+def input_std(preset: str, *, measured: bool) -> float:
+  """The standard deviation of what a stem sees, about.
+
+  It is 1 if images are normalized by their measured mean and std; else that of
+  ImageNet under the preset.
+  """
+  return 1.0 if measured else _IMAGENET_STD / PRESETS[preset]['std'][0]
 
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,7 @@ class Network(NamedTuple):
 
   step: int
   model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
-  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
+  dataset: dict[str, Any]  # `DatasetInfo.to_json()`, with the trained mean
   variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
   trained_stride: int  # the output stride of training
   metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
@@ -48,7 +48,9 @@ def open_network(
     model = {**model, 'preset': preset}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
-  stride = metadata['model']['output_stride']
+  there, stride = metadata['dataset'], metadata['model']['output_stride']
+  measured = {key: there.get(key, ()) for key in ('mean', 'std')}
+  dataset = {**dataset, **measured}
   return Network(saved.step, model, dataset, saved.variables, stride, metrics)
 
 
@@ -68,6 +70,11 @@ def check_same_architecture(
   there, here = saved['model'], asked['model']
   keys = 'preset', *SHAPING, 'num_classes'
   pairs = [(key, there[key], here[key]) for key in keys]
+  old, new = (
+    (len(x['dataset'].get('mean', ())) or 'RGB', x['dataset'].get('bits', 8))
+    for x in (saved, asked)
+  )
+  pairs.append(('channels and bits', old, new))
   if there['num_classes'] == here['num_classes']:
     classes = (map(repr, x['dataset']['classes']) for x in (saved, asked))
     names = zip(*classes, strict=True)

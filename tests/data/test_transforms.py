@@ -694,3 +694,51 @@ def test_classes_and_void_may_be_anywhere_after_a_function():
   label = np.array([[0, 1], [2, 255]], np.uint8)
   found = _of_recipe(lambda *pair: pair[:2])(image, label, None)
   assert found == (image, label) or found[1] is label
+
+
+@pytest.mark.parametrize('channels', [1, 4, 6])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_images_of_any_channels_are_cropped_band_by_band(channels, dtype):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, np.iinfo(dtype).max, (20, 30, channels), dtype)
+  label = rng.integers(0, 9, (20, 30)).astype(np.uint8)
+  fill = tuple(range(100, 100 + channels))
+
+  def crop(image, fill):
+    cut = transforms.RandomScaleCropFlip((40, 24), fill=fill)
+    return cut(image, label, np.random.default_rng(7))
+
+  found, cut = crop(image, fill)
+  assert found.shape == (40, 24, channels) and found.dtype == dtype
+  assert (cut == 255).any()
+  np.testing.assert_array_equal(found[cut == 255], [fill] * (cut == 255).sum())
+  for i in range(channels):
+    band = image[..., i : i + 1]
+    alone = crop(np.concatenate([band] * 3, -1), (fill[i],) * 3)[0][..., 0]
+    # Of many channels OpenCV rounds in another order.
+    assert np.abs(found[..., i].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_a_center_crop_keeps_the_channels(channels):
+  image = np.full((20, 30, channels), 7, np.uint16)
+  label = np.zeros((20, 30), np.uint8)
+  crop = transforms.CenterCrop((12, 12))(image, label, None)[0]
+  assert crop.shape == (12, 12, channels) and (crop == 7).all()
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_brightness_and_contrast_of_any_channels(dtype):
+  most = np.iinfo(dtype).max
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, most, (9, 8, 5), dtype)
+  label = np.zeros((9, 8), np.uint8)
+  jitter = transforms.ColorJitter((0.5, 0.5, 0.0, 0.0))
+  found, _ = jitter(image, label, np.random.default_rng(3))
+  rng = np.random.default_rng(3)
+  expected = np.clip(np.rint(rng.uniform(0.5, 1.5) * image), 0, most)
+  factor = rng.uniform(0.5, 1.5)
+  expected = factor * expected + (1 - factor) * expected.mean()
+  expected = np.clip(np.rint(expected), 0, most)
+  assert found.dtype == dtype
+  np.testing.assert_array_equal(found, expected)
