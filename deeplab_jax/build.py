@@ -73,6 +73,7 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    tile=data.tile,
     options=_set(data.options),
   )
 

@@ -55,7 +55,8 @@ def get_config() -> ConfigDict:
   data.train_split = 'train'  # split to train on
   data.eval_split = 'val'  # empty to train without evaluation
   data.ignore_label = 255  # label value of void in the files
-  data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
+  # What label values or colors mean: `255:1`, `0:void,1-9:0-8` or `#ff0000:1`.
+  data.label_map = ''
   data.allow_outside = False  # take links in `dir` that lead out of it
   data.on_bad_image = 'stop'  # or `skip`, at an unreadable file
   data.scale = _open((0.5, 2.0))  # smallest and largest factor of scaling
@@ -65,6 +66,7 @@ def get_config() -> ConfigDict:
   data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
   data.threads = 0  # loading threads; 0: one per core, at most 16
   data.workers = 0  # loading processes
+  data.tile = placeholder(int)  # side of the tiles that larger images become
   options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
   options.holdout = placeholder(float)  # share of these held out; unset: 0.1
@@ -146,6 +148,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
   ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
+  ('data.tile', 'at least 64', lambda x: x >= 64),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size train.accumulate', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),

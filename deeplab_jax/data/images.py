@@ -18,6 +18,7 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
 _DARK = 2**14  # 16 bits with no value from here on are probably fewer
+_BAND = 1024  # rows that are converted at a time
 _HALF_TRANSPARENT = 0.1  # share of pixels, more than smooth edges have
 
 
@@ -80,9 +81,11 @@ def as_pixels(image: Any) -> np.ndarray:
   return image
 
 
-def open_picture(path: Path, data: bytes | None = None) -> Picture:
-  """Reads an image as `read_image` does; `data` is the file, if at hand."""
-  with image_files.opened(path, data) as image:
+def open_picture(
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
+) -> Picture:
+  """Reads an image as `read_image` does; for the rest see `opened`."""
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     data = pathlib.Path(path).read_bytes() if data is None else data
     _refuse_pages(image)
     image_files.refuse_extra_channels(image)
@@ -103,9 +106,9 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
   return Picture(image_files.turn(pixels, to_turn), orientation, data)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, *, to_cut: bool = False) -> tuple[int, int]:
   """Returns (height, width) by the head of an image file, or `UserError`."""
-  with image_files.opened(path) as image:
+  with image_files.opened(path, to_cut=to_cut) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5
     return image.size if turned else image.size[::-1]
@@ -169,7 +172,12 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
       raise Unusable(f'{kind} transparent; store what it shows without alpha')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
-  return np.array(image.convert('RGB'))
+  pixels = np.empty((image.height, image.width, 3), np.uint8)
+  for top in range(0, image.height, _BAND):  # Pillow's copies take memory
+    bottom = min(top + _BAND, image.height)
+    band = image.crop((0, top, image.width, bottom))
+    pixels[top:bottom] = np.asarray(band.convert('RGB'))
+  return pixels
 
 
 def decode_image(data: bytes) -> np.ndarray:

@@ -100,6 +100,7 @@ def load_dataset(
   ignore_label: int = 255,
   label_map: str | None = '',
   on_bad_image: str = 'stop',
+  tile: int | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
@@ -115,6 +116,7 @@ def load_dataset(
     ignore_label: label value of void pixels in the files.
     label_map: only for 'folder', see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
+    tile: side in pixels of the tiles that larger images are cut into.
     options: options that only this data set has, by name.
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
@@ -138,6 +140,7 @@ def load_dataset(
     'ignore_label': ignore_label,
     'label_map': label_map or '',
     'on_bad_image': on_bad_image,
+    'tile': tile or 0,
   }
   builders = loader(**_taken(loader, name, arguments, options or {}))
   info = next(iter(builders.values())).info.metadata['info']
@@ -163,8 +166,9 @@ def _taken(
         f'config.data.options.{key}: data set {name} has no such option; '
         f'known: {", ".join(known) or "none"}'
       )
-  for key, setting in (('directory', 'dir'), ('label_map', 'label_map')):
+  for key in ('directory', 'label_map', 'tile'):
     if arguments[key] and key not in takes:
+      setting = 'dir' if key == 'directory' else key
       raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
         f"it, as 'folder' does; {name} does not"
