@@ -74,6 +74,7 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
     as_stored=data.as_stored,
+    tile=data.tile,
     options=_set(data.options),
   )
 

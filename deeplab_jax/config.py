@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
   data.train_split = 'train'  # split to train on
   data.eval_split = 'val'  # empty to train without evaluation
   data.ignore_label = 255  # label value of void in the files
-  data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
+  # What label values or colors mean: `255:1`, `0:void,1-9:0-8` or `#ff0000:1`.
+  data.label_map = ''
   data.allow_outside = False  # take links in `dir` that lead out of it
   data.on_bad_image = 'stop'  # or `skip`, at an unreadable file
   data.scale = _open((0.5, 2.0))  # smallest and largest factor of scaling
@@ -75,6 +76,7 @@ def get_config() -> ConfigDict:
   data.crop_max_share = 1.0  # draw a crop again if one class fills more of it
   data.class_sampling = 0.0  # share of images drawn by class, rare as common
   data.transforms = _open(())  # functions of a recipe, applied last
+  data.tile = placeholder(int)  # side of the tiles that larger images become
   options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
   options.holdout = placeholder(float)  # share of these held out; unset: 0.1
@@ -172,6 +174,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('model.aspp_rates', 'at most 4096', lambda x: max([0, *x]) <= 4096),
   ('model.multi_grid', 'at most 4096', lambda x: max([0, *x]) <= 4096),
   ('data.class_sampling', 'a share, 0 to 1', lambda x: 0 <= x <= 1),
+  ('data.tile', 'at least 64', lambda x: x >= 64),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
   ('train.batch_size eval.batch_size', 'in 1..2^16', lambda x: 1 <= x <= 2**16),
   ('train.accumulate eval.buckets', 'at least 1', lambda x: x >= 1),

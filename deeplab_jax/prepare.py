@@ -3,16 +3,24 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.data import voc
+from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
-from deeplab_jax.data.survey import Finding, label_findings, survey_folder
+from deeplab_jax.data.labels import Meaning
+from deeplab_jax.data.proposals import Proposal
+from deeplab_jax.data.survey import (
+  Finding,
+  Survey,
+  label_findings,
+  survey_folder,
+)
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing, write_json
 from deeplab_jax.training.losses import median_frequency_weights
@@ -20,6 +28,8 @@ from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
+
+_SAMPLES = 200  # images that a proposal is drawn from
 
 _Show = Callable[..., None]
 _Tallies = Mapping[str, Tally]  # by split
@@ -48,7 +58,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   splits = list(dict.fromkeys(named))
   surveyed = data.name == 'folder' and data.dir
   build.check_links(config)
-  findings = _survey(data, splits, show) if surveyed else ()
+  findings = _survey(data, splits, workdir, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
   info, (builder, *_) = dataset.info, dataset.builders.values()
   name = info.name if surveyed else data.name
@@ -114,7 +124,7 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  data: ConfigDict, splits: Sequence[str], show: _Show
+  data: ConfigDict, splits: Sequence[str], workdir: Path | None, show: _Show
 ) -> tuple[Finding, ...]:
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
@@ -124,22 +134,56 @@ def _survey(
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
     as_stored=data.as_stored,
+    tile=data.tile or 0,
   )
   show(survey.text, *() if survey.findings else ('',))
-  _show_findings(survey.root, survey.findings, show)
+  proposed: Iterable[str] = ()
+  if survey.proposal:
+    proposed = _proposed(survey, survey.proposal, data, workdir)
+  _show_findings(survey.root, survey.findings, show, proposed)
   return survey.findings
 
 
+def _proposed(
+  survey: Survey, proposal: Proposal, data: ConfigDict, workdir: Path | None
+) -> Iterator[str]:
+  """Draws samples read as proposed; yields lines that say all that."""
+  yield 'proposed, but not used until you give it:'
+  yield str(proposal)
+  yield from (f'  {row}' for row in proposal.table)
+  if proposal.new:
+    path = shlex.quote(f'{survey.root}/classes.txt')
+    yield f"printf '%s\\n' {shlex.join(proposal.new)} >> {path}"
+  lines = (*survey.lines, *proposal.new)
+  meaning = Meaning(lines, data.ignore_label, proposal.label_map)
+  home = workdir or Path(data.prepared_dir or '~/tensorflow_datasets')
+  output = _make_folder(home.expanduser() / 'prepare')
+  for split, items in survey.items.items():
+    info, source, tally = folder.sample(items, meaning, _SAMPLES)
+    title = f'{split}, {tally.num_images:,} images as proposed'
+    if tally.num_images:
+      page = sample_page(source, info, tally, title)
+      visualize.save_png(output / f'{split}_proposed.png', page)
+      yield f'drawn so: {output}/{split}_proposed.png'
+
+
 def _show_findings(
-  name: object, findings: Sequence[Finding], show: _Show
+  name: object,
+  findings: Sequence[Finding],
+  show: _Show,
+  proposed: Iterable[str] = (),
 ) -> None:
   """Shows what was found, if anything; raises `UserError` if it is fatal."""
   if findings:
     show(*findings, '')
+  if proposed:
+    show(*proposed, '')
   if fatal := sum(finding.count for finding in findings if finding.fatal):
     errors = 'error' if fatal == 1 else 'errors'
+    hint = ', or try what is proposed' if proposed else ''
     raise UserError(
       f'{name}: cannot be used; correct the {fatal:,} {errors} listed above'
+      f'{hint}'
     )
 
 

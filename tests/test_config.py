@@ -42,6 +42,7 @@ def test_every_rule_is_about_a_setting():
     ('seed', -1),
     ('seed', 2**32),
     ('data.threads', -1),
+    ('data.tile', 63),
     ('data.workers', -1),
     ('train.steps', 0),
     ('train.steps', 2**31),

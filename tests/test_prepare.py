@@ -244,7 +244,8 @@ def test_folder_with_errors_is_reported_whole_and_refused(
   with pytest.raises(UserError) as caught:
     prepare(make_config(settings), tmp_path / 'w')
   assert str(caught.value) == (
-    f'{voc_folder}: cannot be used; correct the 5 errors listed above'
+    f'{voc_folder}: cannot be used; correct the 5 errors listed above, or try'
+    ' what is proposed'
   )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('num_classes: 3 (') and 'has 2 names' in lines[0]
@@ -254,7 +255,8 @@ def test_folder_with_errors_is_reported_whole_and_refused(
     'error: label values that are neither a class nor the ignore label: 1',
   ]
   assert not (tmp_path / 'prepared').exists()
-  assert not list((tmp_path / 'w').iterdir())
+  drawn = sorted(path.name for path in (tmp_path / 'w' / 'prepare').iterdir())
+  assert drawn == ['train_proposed.png', 'val_proposed.png']
 
 
 def test_unreadable_files_may_be_left_out(

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from PIL import Image
 
 from deeplab_jax import build, evaluate, train
 from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.runtime.files import held
@@ -879,7 +881,8 @@ def test_impossible_network_leaves_no_configuration_behind(trained, tmp_path):
   assert not (tmp_path / 'config.json').exists()
 
 
-CROPS = Path(__file__).parents[2] / 'shared' / 'cases' / 'crop_64_or_65'
+CASES = Path(__file__).parents[2] / 'shared' / 'cases'
+CROPS = CASES / 'crop_64_or_65'
 
 
 @pytest.mark.slow
@@ -931,3 +934,62 @@ def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(
 
 def test_settings_of_a_run_are_noted_as_those_of_this_user(trained):
   assert own.wrote(settings_of(trained.workdir))
+
+
+def colored(label):
+  return np.array([[60, 120, 60], [220, 60, 60], [60, 60, 220]], np.uint8)[
+    np.minimum(label, 2)
+  ]
+
+
+def in_grays(label):
+  return np.array([0, 127, 255], np.uint8)[np.minimum(label, 2)]
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    colored,
+    in_grays,
+    'labels_are_colors',
+    'masks_0_and_255',
+    'palette_order_differs',
+  ],
+)
+def test_labels_train_with_what_prepare_proposes(
+  trained, tmp_path, monkeypatch, capsys, case
+):
+  """It refuses with a line to paste; with that it trains and is scored."""
+  folder = tmp_path / 'mini'
+  if not callable(case) and not (CASES / case).is_dir():
+    pytest.skip(f'{CASES / case} is not here')
+  shutil.copytree(
+    CASES / case if not callable(case) else trained.folder, folder
+  )
+  if callable(case):
+    (folder / 'classes.txt').write_text('ground\nleft\nright\n')
+    for path in (folder / 'SegmentationClass').iterdir():
+      Image.fromarray(case(np.array(Image.open(path)))).save(path)
+  changes = {
+    'data__dir': str(folder),
+    'train__steps': 2,
+    'train__batch_size': 4,
+  }
+  changes['data__prepared_dir'] = str(tmp_path / 'prepared')
+  config = make_config(trained.settings, **changes)
+  with pytest.raises(UserError, match='or try what is proposed'):
+    prepare(config, tmp_path / 'w')
+  (line,) = (
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if ': --config.data.label_map=' in line and 'if 255' not in line
+  )
+  setting = line.partition('--config.data.')[2]
+  for split in ('train', 'val'):
+    with Image.open(tmp_path / 'w/prepare' / f'{split}_proposed.png') as page:
+      assert page.width > 1000
+  with pytest.raises(UserError, match=re.escape(setting)):
+    train_and_evaluate(config, tmp_path / 'refused')
+  config.data.label_map = setting.partition('=')[2]
+  result = train_and_evaluate(config, tmp_path / 'w')
+  assert result['step'] == 2 and 0 <= result['miou'] <= 1

@@ -23,7 +23,7 @@ _TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
 
 
 def read_stored(
-  path: Path, data: bytes | None = None
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
 ) -> tuple[np.ndarray, int, bytes]:
   """Reads an image with the channels and the bits of its file.
 
@@ -41,9 +41,9 @@ def read_stored(
     if data.startswith(image_files.ARRAY):
       pixels, orientation = np.load(io.BytesIO(data), allow_pickle=False), 1
     elif data.startswith(_TIFF):
-      pixels, orientation = _by_tifffile(path, data)
+      pixels, orientation = _by_tifffile(path, data, to_cut)
     else:
-      pixels, orientation = _by_opencv(path, data)
+      pixels, orientation = _by_opencv(path, data, to_cut)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     fits = pixels.ndim == 3 and 0 < pixels.shape[2] <= _MOST_CHANNELS
     if not fits or pixels.dtype.kind != 'u' or pixels.itemsize > 2:
@@ -52,13 +52,14 @@ def read_stored(
         f' of at most {_MOST_CHANNELS} channels'
       )
     height, width, channels = pixels.shape
-    image_files.check_pixels(width, height * channels)  # as a record has them
+    # As a record has them.
+    image_files.check_pixels(width, height * channels, to_cut=to_cut)
     pixels = pixels.astype(f'uint{8 * pixels.itemsize}', copy=False)
     return image_files.turn(pixels, orientation), orientation, data
 
 
-def _by_opencv(path: Path, data: bytes) -> tuple[np.ndarray, int]:
-  with image_files.opened(path, data) as image:
+def _by_opencv(path: Path, data: bytes, to_cut: bool) -> tuple[np.ndarray, int]:
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     orientation, _ = image_files.load(image)  # finds damage
     pixels = image_files.decode(data, cv2.IMREAD_UNCHANGED)
     if pixels is None:
@@ -70,7 +71,9 @@ def _by_opencv(path: Path, data: bytes) -> tuple[np.ndarray, int]:
   return pixels, orientation
 
 
-def _by_tifffile(path: Path, data: bytes) -> tuple[np.ndarray, int]:
+def _by_tifffile(
+  path: Path, data: bytes, to_cut: bool
+) -> tuple[np.ndarray, int]:
   try:
     import tifffile  # the extra 'tiff'
   except ImportError as error:
@@ -81,7 +84,7 @@ def _by_tifffile(path: Path, data: bytes) -> tuple[np.ndarray, int]:
     series = file.series[0]
     if series.axes not in ('YX', 'YXS', 'YXC', 'SYX', 'CYX'):
       raise Unusable(f'axes {series.axes} {list(series.shape)}; store one page')
-    image_files.check_pixels(1, series.size)
+    image_files.check_pixels(series.size, 1, to_cut=to_cut)
     try:
       pixels, tag = series.asarray(), file.pages[0].tags.get(274)
     except Exception as error:  # of each compression its own

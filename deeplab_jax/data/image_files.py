@@ -38,10 +38,12 @@ IMAGE_SUFFIXES = (
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
 _MOST_BYTES = 2**32  # of a file
 ARRAY = b'\x93NUMPY'  # begins an array of NumPy
+_MOST_TO_CUT = _MOST_PIXELS  # of an image that is cut into tiles
 with contextlib.suppress(AttributeError, ValueError, OSError):
   # Reading takes up to 16 bytes a pixel, and may take half of the memory.
   _MEMORY = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   _MOST_PIXELS = min(_MOST_PIXELS, _MEMORY // 32)
+  _MOST_TO_CUT = _MEMORY // 12  # one at a time, which takes 8 bytes a pixel
 _TIFF_COLORS = {2: 3, 5: 4, 6: 3, 8: 3}  # channels by photometric tag; else 1
 # What Pillow's format readers raise on damaged files.
 _BROKEN = (
@@ -58,9 +60,11 @@ class Unusable(Exception):
 
 @contextlib.contextmanager
 def opened(
-  path: Path, data: bytes | None = None
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
 ) -> Iterator[ImageFile.ImageFile]:
   """Opens an image; `data` is the contents of the file, if they are at hand.
+
+  One that will be cut into tiles, `to_cut`, may have more pixels.
 
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
@@ -79,7 +83,7 @@ def opened(
         raise UnreadableError(
           f'{path}: {image.format} is not read; replace it by a JPEG or PNG'
         )
-      check_pixels(*image.size)
+      check_pixels(*image.size, to_cut=to_cut)
       yield image
 
 
@@ -88,12 +92,14 @@ def check_file(path: Path) -> None:
   check_regular(path, _MOST_BYTES)
 
 
-def check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int, *, to_cut: bool = False) -> None:
   """Raises `Unusable` for an image that is too large to be read."""
-  if width * height > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
+  most = _MOST_TO_CUT if to_cut else _MOST_PIXELS
+  if width * height > most or max(width, height) > _LONGEST_SIDE:
+    hint = '' if to_cut else ', as config.data.tile=SIDE does for a data set'
     raise Unusable(
-      f'{width}x{height} is too large, at most {_MOST_PIXELS:,} pixels and '
-      f'{_LONGEST_SIDE:,} a side are read; cut it into tiles'
+      f'{width}x{height} is too large, at most {most:,} pixels and '
+      f'{_LONGEST_SIDE:,} a side are read; cut it into tiles{hint}'
     )
 
 

@@ -19,6 +19,7 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
 _DARK = 2**14  # 16 bits with no value from here on are probably fewer
+_BAND = 1024  # rows that are converted at a time
 _HALF_TRANSPARENT = 0.1  # share of pixels, more than smooth edges have
 
 
@@ -86,15 +87,20 @@ def as_pixels(image: Any, info: DatasetInfo | None = None) -> np.ndarray:
 
 
 def open_picture(
-  path: Path, data: bytes | None = None, *, as_stored: bool = False
+  path: Path,
+  data: bytes | None = None,
+  *,
+  as_stored: bool = False,
+  to_cut: bool = False,
 ) -> Picture:
   """Reads an image as `read_image` does; `data` is the file, if at hand.
 
   With `as_stored` it keeps its own channels and bits, see `bands.read_stored`.
+  For `to_cut` see `image_files.opened`.
   """
   if as_stored:
-    return Picture(*bands.read_stored(path, data))
-  with image_files.opened(path, data) as image:
+    return Picture(*bands.read_stored(path, data, to_cut=to_cut))
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     data = pathlib.Path(path).read_bytes() if data is None else data
     _refuse_pages(image)
     image_files.refuse_extra_channels(image)
@@ -115,13 +121,15 @@ def open_picture(
   return Picture(image_files.turn(pixels, to_turn), orientation, data)
 
 
-def read_size(path: Path, *, as_stored: bool = False) -> tuple[int, int]:
+def read_size(
+  path: Path, *, as_stored: bool = False, to_cut: bool = False
+) -> tuple[int, int]:
   """Returns (height, width) by the head of an image file, or `UserError`."""
   suffix = pathlib.Path(path).suffix.lower()
   if as_stored and suffix in ('.tif', '.tiff', '.npy'):
-    height, width, _ = bands.read_stored(path)[0].shape
+    height, width, _ = bands.read_stored(path, to_cut=to_cut)[0].shape
     return height, width
-  with image_files.opened(path) as image:
+  with image_files.opened(path, to_cut=to_cut) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5
     return image.size if turned else image.size[::-1]
@@ -185,7 +193,12 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
       raise Unusable(f'{kind} transparent; store what it shows without alpha')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
-  return np.array(image.convert('RGB'))
+  pixels = np.empty((image.height, image.width, 3), np.uint8)
+  for top in range(0, image.height, _BAND):  # Pillow's copies take memory
+    bottom = min(top + _BAND, image.height)
+    band = image.crop((0, top, image.width, bottom))
+    pixels[top:bottom] = np.asarray(band.convert('RGB'))
+  return pixels
 
 
 def decode_image(data: bytes) -> np.ndarray:

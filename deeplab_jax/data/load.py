@@ -130,6 +130,7 @@ def load_dataset(
   label_map: str | None = '',
   on_bad_image: str = 'stop',
   as_stored: bool = False,
+  tile: int | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
@@ -146,6 +147,7 @@ def load_dataset(
     label_map: only for 'folder', see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
     as_stored: images keep their own channels and bits, else they become RGB.
+    tile: side in pixels of the tiles that larger images are cut into.
     options: options that only this data set has, by name.
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
@@ -170,6 +172,7 @@ def load_dataset(
     'label_map': label_map or '',
     'on_bad_image': on_bad_image,
     'as_stored': as_stored,
+    'tile': tile or 0,
   }
   builders = loader(**_taken(loader, name, arguments, options or {}))
   info = next(iter(builders.values())).info.metadata['info']
@@ -202,7 +205,7 @@ def _taken(
         f'config.data.options.{key}: data set {name} has no such option; '
         f'known: {", ".join(known) or "none"}'
       )
-  for key in ('directory', 'label_map', 'as_stored'):
+  for key in ('directory', 'label_map', 'as_stored', 'tile'):
     if arguments[key] and key not in takes:
       setting = 'dir' if key == 'directory' else key
       raise UserError(

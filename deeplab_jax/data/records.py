@@ -22,12 +22,18 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from deeplab_jax.data import labels
 from deeplab_jax.data.bands import kind_of
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
-from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
+from deeplab_jax.runtime.errors import (
+  LabelError,
+  UnreadableError,
+  UserError,
+  first_line,
+)
 
 log = logging.getLogger(__name__)
 
@@ -165,21 +171,26 @@ def readable(
 ) -> Iterator[tuple[Item, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  The items are listed at `origin`. `read` is called on all cores. An
+  The items are listed at `origin`. `read` is called on all cores. If it returns
+  a function, that is called when its turn comes, for what takes much memory. An
   `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
   skips the item; if all are skipped, it stops as well.
   """
 
-  def attempt(item: Item) -> Any:
+  def attempt(function: Callable[..., Any], *arguments: Item) -> Any:
     try:
-      return read(item)
+      return function(*arguments)
     except UnreadableError as error:
       return error
 
   skipped = 0
-  for item, value in zip(items, in_background(attempt, items), strict=True):
+  first = functools.partial(attempt, read)
+  for item, value in zip(items, in_background(first, items), strict=True):
+    if callable(value):
+      value = attempt(value)
     if not isinstance(value, UnreadableError):
       yield item, value
+      value = None  # it may be large, and the next one is read before it ends
     elif on_bad_image == 'stop':
       raise UserError(f"{value}, or set config.data.on_bad_image='skip'")
     else:
@@ -204,12 +215,12 @@ def check_values(
   item: Item, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
 ) -> None:
   """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
-  counts = np.bincount(label.ravel(), minlength=256)
+  counts = labels.count_values(label)
   counts[:classes] = 0
   counts[ignore_label] = 0
   if counts.any():
     value = int(counts.argmax())
-    raise UserError(
+    raise LabelError(
       f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
       f'one of the {classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'
