@@ -901,7 +901,7 @@ def _large(root, height=150, width=230):
 def test_large_images_are_cut_into_tiles(
   voc_folder, prepared, monkeypatch, large
 ):
-  monkeypatch.setattr(folder, 'LARGE', large)
+  monkeypatch.setattr(folder, '_LARGE', large)
   image, label = _large(voc_folder)
   whole = _load(voc_folder, prepared)
   tiled = _load(voc_folder, prepared, tile=80)
@@ -935,7 +935,7 @@ def test_an_image_of_a_tile_is_stored_as_it_is(voc_folder, prepared):
 def test_an_unreadable_large_image_stops_or_is_skipped(
   voc_folder, prepared, monkeypatch
 ):
-  monkeypatch.setattr(folder, 'LARGE', 1)
+  monkeypatch.setattr(folder, '_LARGE', 1)
   _large(voc_folder)
   path = voc_folder / 'JPEGImages' / 'val_0.png'
   path.write_bytes(path.read_bytes()[:20_000])
