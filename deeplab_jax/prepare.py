@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from deeplab_jax import build
 from deeplab_jax.data import voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.load import find_layout
+from deeplab_jax.data.records import Layout
 from deeplab_jax.data.survey import Finding, label_findings, survey_folder
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing, write_json
@@ -44,9 +46,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
 
   named = filter(None, (data.train_split, data.eval_split))
   splits = list(dict.fromkeys(named))
-  surveyed = data.name == 'folder' and data.dir
+  layout = find_layout(data.name, build.set_values(data.options))
+  surveyed = layout if data.dir else None
   build.check_links(config)
-  findings = _survey(data, splits, show) if surveyed else ()
+  findings = _survey(data, surveyed, splits, show) if surveyed else ()
   dataset = build.open_dataset(config, *splits)
   info, (builder, *_) = dataset.info, dataset.builders.values()
   name = info.name if surveyed else data.name
@@ -101,7 +104,7 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  data: ConfigDict, splits: Sequence[str], show: _Show
+  data: ConfigDict, layout: Layout, splits: Sequence[str], show: _Show
 ) -> tuple[Finding, ...]:
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
@@ -110,6 +113,7 @@ def _survey(
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    layout=layout,
   )
   show(survey.text, *() if survey.findings else ('',))
   _show_findings(survey.root, survey.findings, show)

@@ -14,12 +14,13 @@ import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from deeplab_jax.data import labels
 from deeplab_jax.data.datasets import check_class_names
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, Listing
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file, read_bytes
 
@@ -29,21 +30,40 @@ _IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
 _LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
 
 
+def voc_devkit(root: pathlib.Path, split: str) -> Listing:
+  """The layout of a VOC devkit."""
+  lists = 'ImageSets/Segmentation'
+  parts = 'JPEGImages', 'SegmentationClass', lists
+  require_folders(root, *parts, also='classes.txt')
+  return Listing(
+    origin=root / lists / f'{split}.txt',
+    found=find_items(root, read_list(root / lists, split)),
+    classes=root / 'classes.txt',
+    label_folder=root / 'SegmentationClass',
+  )
+
+
 def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the absolute path; raises `UserError` if a part is missing."""
+  """Returns the absolute path of a folder; raises `UserError` without one."""
+  if not directory:
+    raise UserError('config.data.dir is empty; name the folder of the data set')
   root = pathlib.Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise UserError(
       f'{directory}: no such dataset folder{near_file(root)}; set '
       'config.data.dir'
     )
-  for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
+  return root
+
+
+def require_folders(root: pathlib.Path, *parts: str, also: str) -> None:
+  """Raises `UserError` unless the folders are there; names `also` with them."""
+  for part in parts:
     if not (root / part).is_dir():
       raise UserError(
         f'{root / part}: no such folder{near_file(root / part)}; needed are '
-        'JPEGImages, SegmentationClass, ImageSets/Segmentation and classes.txt'
+        f'{", ".join(parts)} and {also}'
       )
-  return root
 
 
 def check_inside(directory: str) -> None:
@@ -68,15 +88,19 @@ def _read_lines(path: pathlib.Path, most: int) -> list[str]:
   return [_normal(line.strip()) for line in text.rstrip().splitlines()]
 
 
-def read_classes(root: pathlib.Path) -> list[str]:
-  """Returns the lines of `classes.txt`; raises `UserError` if one is wrong."""
-  path = root / 'classes.txt'
-  if not path.is_file():
-    raise UserError(
-      f'{path}: no such file{near_file(path)}; write one class name a line, '
-      'index from 0 (--mode=prepare tells how many)'
-    )
-  lines = _read_lines(path, 2**20)
+def read_classes(listing: Listing) -> list[str]:
+  """Returns the class lines; raises `UserError` if one is wrong."""
+  path: Any = listing.origin
+  if not isinstance(listing.classes, pathlib.Path):
+    lines = list(listing.classes)
+  else:
+    path = listing.classes
+    if not path.is_file():
+      raise UserError(
+        f'{path}: no such file{near_file(path)}; write one class name a line, '
+        'index from 0 (--mode=prepare tells how many)'
+      )
+    lines = _read_lines(path, 2**20)
   if not 1 <= len(lines) <= 256 or not all(0 < len(x) < 256 for x in lines):
     raise UserError(f'{path}: needs 1 to 256 lines, a short name in each')
   with naming(str(path)):
@@ -86,18 +110,13 @@ def read_classes(root: pathlib.Path) -> list[str]:
   return lines
 
 
-def list_path(root: str | pathlib.Path, split: str) -> pathlib.Path:
-  """Where the list of a split is."""
-  return pathlib.Path(root, 'ImageSets', 'Segmentation', f'{split}.txt')
-
-
-def read_list(root: pathlib.Path, split: str) -> list[str]:
-  """Returns the ids of a split; raises `UserError` if none, or one repeats."""
-  path = list_path(root, split)
+def read_list(folder: pathlib.Path, split: str) -> list[str]:
+  """Returns the ids of a list; raises `UserError` if none, or one repeats."""
+  path = folder / f'{split}.txt'
   files = {
     _normal(file.stem): file
-    for file in sorted((root / 'ImageSets' / 'Segmentation').iterdir())
-    if file.suffix.lower() == '.txt'
+    for file in sorted(folder.glob('*'))
+    if file.suffix.lower() == '.txt' and file.name != 'classes.txt'
   }
   if _normal(split) not in files:
     raise UserError(
@@ -111,7 +130,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
   return names
 
 
-def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
+def refuse_repeats(path: object, names: Sequence[str]) -> None:
   """Raises `UserError` if a name occurs twice in a file."""
   name, count = collections.Counter(names).most_common(1)[0]
   if count > 1:
@@ -120,19 +139,19 @@ def refuse_repeats(path: pathlib.Path, names: Sequence[str]) -> None:
 
 def find_items(
   root: pathlib.Path, names: Iterable[str]
-) -> tuple[dict[str, Item], dict[str, UserError]]:
-  """Finds the files of ids; returns items, and errors that say what is missing.
+) -> dict[str, Item | UserError]:
+  """Finds the files of ids, or errors that say what is missing.
 
   Ids may have the suffix of their image. Names are compared in Unicode's
   composed form (NFC): other systems write 'ü' as two characters.
   """
-  files, items, missing = _Files(root), {}, {}
+  files, found = _Files(root), dict[str, Item | UserError]()
   for name in names:
     try:
-      items[name] = files.item(name)
+      found[name] = files.item(name)
     except UserError as error:
-      missing[name] = error
-  return items, missing
+      found[name] = error
+  return found
 
 
 class _Files:

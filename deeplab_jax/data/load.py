@@ -1,6 +1,7 @@
 """Data sets by name: prepared on disk once, then read at random access."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from deeplab_jax.data import folder, records, shapes, voc
+from deeplab_jax.data import folder, folder_files, records, shapes, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
@@ -83,16 +84,27 @@ class Dataset:
     return self.builders[split]
 
 
-# A new data set is a line here, or its loader is passed to `load_dataset`.
-LOADERS: dict[str, Callable[..., Builders]] = {
+# A new data set is a line here, or is passed to `load_dataset`: a loader, or a
+# layout, which is a function of (root, split, **options).
+LOADERS: dict[str, Callable[..., Any]] = {
   'shapes': shapes.load,
-  'folder': folder.load,
+  'folder': folder_files.voc_devkit,
   **voc.LOADERS,
 }
 
 
+def find_layout(name: Any, options: Mapping[str, Any]) -> records.Layout | None:
+  """Returns a layout, by name or given, with its options; None for a loader."""
+  found = name if callable(name) else LOADERS.get(name)
+  takes = list(inspect.signature(found).parameters) if found else []
+  if not found or takes[:2] != ['root', 'split']:
+    return None
+  _refuse_unknown(name, options, takes[2:])
+  return functools.partial(found, **options)
+
+
 def load_dataset(
-  name: str | Callable[..., Builders],
+  name: str | Callable[..., Any],
   *,
   directory: str | None = '',
   prepared_dir: str | None = '',
@@ -105,15 +117,16 @@ def load_dataset(
   """Loads a data set, and prepares it first if that was not done yet.
 
   Args:
-    name: a key of `LOADERS`, or a loader: a function that takes, by keyword,
-      those of the other arguments that it needs and its own options, and
-      returns for each split a `RecordsBuilder` from `records.prepared`.
+    name: a key of `LOADERS`, a layout (see `records.Layout`), or a loader: a
+      function that takes, by keyword, those of the other arguments that it
+      needs and its own options, and returns for each split a `RecordsBuilder`
+      from `records.prepared`.
     directory: the source, for the data sets that have one.
     prepared_dir: folder of prepared data sets; empty for TFDS's own folder
       (TFDS_DATA_DIR, else ~/tensorflow_datasets).
     splits: the splits wanted.
     ignore_label: label value of void pixels in the files.
-    label_map: only for 'folder', see `labels.parse_label_map`.
+    label_map: only for layouts, see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
     options: options that only this data set has, by name.
 
@@ -139,7 +152,10 @@ def load_dataset(
     'label_map': label_map or '',
     'on_bad_image': on_bad_image,
   }
-  builders = loader(**_taken(loader, name, arguments, options or {}))
+  options = options or {}
+  if layout := find_layout(name, options):
+    loader, options = functools.partial(folder.load, layout=layout), {}
+  builders = loader(**_taken(loader, name, arguments, options))
   info = next(iter(builders.values())).info.metadata['info']
   dataset = Dataset(DatasetInfo.from_json(info), builders)
   for split in splits:
@@ -151,22 +167,29 @@ def _taken(
   loader: Any, name: Any, arguments: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns what a loader takes; refuses what is set and it does not take."""
-  if callable(name):
-    name = getattr(name, 'func', name).__name__
   fixed = getattr(loader, 'keywords', {})  # by functools.partial
   parameters = inspect.signature(loader).parameters
   takes = [key for key in parameters if key not in fixed]
-  known = [key for key in takes if key not in arguments]
-  for key in options:
-    if key not in known:
-      raise UserError(
-        f'config.data.options.{key}: data set {name} has no such option; '
-        f'known: {", ".join(known) or "none"}'
-      )
+  _refuse_unknown(name, options, [k for k in takes if k not in arguments])
   for key, setting in (('directory', 'dir'), ('label_map', 'label_map')):
     if arguments[key] and key not in takes:
       raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
-        f"it, as 'folder' does; {name} does not"
+        f"it, as 'folder' does; {_shown(name)} does not"
       )
   return {k: v for k, v in arguments.items() if k in takes} | dict(options)
+
+
+def _refuse_unknown(
+  name: Any, options: Mapping[str, Any], known: Sequence[str]
+) -> None:
+  for key in options:
+    if key not in known:
+      raise UserError(
+        f'config.data.options.{key}: data set {_shown(name)} has no such '
+        f'option; known: {", ".join(known) or "none"}'
+      )
+
+
+def _shown(name: Any) -> str:
+  return getattr(name, 'func', name).__name__ if callable(name) else name
