@@ -80,12 +80,13 @@ def check_inside(directory: str) -> None:
           )
 
 
-def _read_lines(path: pathlib.Path, most: int) -> list[str]:
+def read_lines(path: pathlib.Path, most: int) -> list[str]:
+  """Reads the lines of a text of at most so many bytes, or `UserError`."""
   try:
     text = read_bytes(path, most).decode('utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{path}: no text ({error}); save it as UTF-8') from error
-  return [_normal(line.strip()) for line in text.rstrip().splitlines()]
+  return [normal(line.strip()) for line in text.rstrip().splitlines()]
 
 
 def read_classes(listing: Listing) -> list[str]:
@@ -100,7 +101,7 @@ def read_classes(listing: Listing) -> list[str]:
         f'{path}: no such file{near_file(path)}; write one class name a line, '
         'index from 0 (--mode=prepare tells how many)'
       )
-    lines = _read_lines(path, 2**20)
+    lines = read_lines(path, 2**20)
   if not 1 <= len(lines) <= 256 or not all(0 < len(x) < 256 for x in lines):
     raise UserError(f'{path}: needs 1 to 256 lines, a short name in each')
   with naming(str(path)):
@@ -114,16 +115,16 @@ def read_list(folder: pathlib.Path, split: str) -> list[str]:
   """Returns the ids of a list; raises `UserError` if none, or one repeats."""
   path = folder / f'{split}.txt'
   files = {
-    _normal(file.stem): file
+    normal(file.stem): file
     for file in sorted(folder.glob('*'))
     if file.suffix.lower() == '.txt' and file.name != 'classes.txt'
   }
-  if _normal(split) not in files:
+  if normal(split) not in files:
     raise UserError(
       f'{path}: no such list{near(split, files)}; known splits: '
       f'{", ".join(files) or "none"}'
     )
-  names = [line for line in _read_lines(files[_normal(split)], 2**28) if line]
+  names = [line for line in read_lines(files[normal(split)], 2**28) if line]
   if not names:
     raise UserError(f'{path}: the split is empty; list one id a line')
   refuse_repeats(path, names)
@@ -154,6 +155,30 @@ def find_items(
   return found
 
 
+def inside(place: object, listed: str) -> str:
+  """Returns a listed id in one spelling; raises `UserError` if it leads out."""
+  name = normal(os.path.normpath(listed))
+  if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+    bare, _ = os.path.splitext(os.path.basename(name))
+    raise UserError(f'{listed!r} leads out of {place}; list ids, as {bare!r}')
+  return name
+
+
+def only(name: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
+  """Returns the file of an id; raises `UserError` for two, or no real one."""
+  if len(files) > 1:
+    raise UserError(
+      f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
+    )
+  if not files[0].is_file():
+    what = 'no file; put a file there'
+    if files[0].is_symlink():
+      what = f'a symbolic link to {os.readlink(files[0])}, which is not '
+      what += 'there; mend the link'
+    raise UserError(f'{files[0]} is {what} or take {name!r} off the list')
+  return files[0]
+
+
 class _Files:
   """The images and labels of a folder."""
 
@@ -164,34 +189,18 @@ class _Files:
 
   def item(self, name: str) -> Item:
     """Raises `UserError` if a file is missing, or two files have that id."""
-    # One spelling for each place, so that other lists name it alike.
-    listed, name = name, _normal(os.path.normpath(name))
+    name = inside(self._root / 'JPEGImages', name)
     bare, suffix = os.path.splitext(name)
-    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-      raise UserError(
-        f'{listed!r} leads out of {self._root / "JPEGImages"}; list ids, as'
-        f' {os.path.basename(bare)!r}'
-      )
     found = self._find(_IMAGES, name)
     if not found and suffix.lower() in IMAGE_SUFFIXES:
       found = self._find(_IMAGES, bare)
-      own = [f for f in found if _normal(f.name) == os.path.basename(name)]
+      own = [f for f in found if normal(f.name) == os.path.basename(name)]
       found, name = own or found, bare if found else name
     masks = self._find(_LABELS, name) or self._find(_LABELS, f'{name}_mask')
     for kind, files in ((_IMAGES, found), (_LABELS, masks)):
       if not files:
         raise self._missing(kind, name)
-      if len(files) > 1:
-        raise UserError(
-          f'{files[0]} and {files[1].name} share the id {name!r}; keep one'
-        )
-      if not files[0].is_file():
-        what = 'no file; put a file there'
-        if files[0].is_symlink():
-          what = f'a symbolic link to {os.readlink(files[0])}, which is not '
-          what += 'there; mend the link'
-        raise UserError(f'{files[0]} is {what} or take {name!r} off the list')
-    return Item(name, found[0], masks[0])
+    return Item(name, only(name, found), only(name, masks))
 
   def _find(self, kind: _Kind, name: str) -> list[pathlib.Path]:
     _, part, suffixes = kind
@@ -224,9 +233,10 @@ def _listing(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   forms = (unicodedata.normalize(x, str(folder)) for x in ('NFC', 'NFD'))
   place = next(filter(os.path.isdir, forms), None)
   for file in sorted(pathlib.Path(place).iterdir()) if place else ():
-    files[_normal(file.stem)].append(file)
+    files[normal(file.stem)].append(file)
   return files
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+  """Returns a name in Unicode's composed form."""
   return unicodedata.normalize('NFC', name)

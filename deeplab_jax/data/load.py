@@ -9,7 +9,16 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from deeplab_jax.data import folder, folder_files, records, shapes, voc
+from deeplab_jax.data import (
+  coco,
+  folder,
+  folder_files,
+  layouts,
+  records,
+  shapes,
+  tfds_set,
+  voc,
+)
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
@@ -89,13 +98,23 @@ class Dataset:
 LOADERS: dict[str, Callable[..., Any]] = {
   'shapes': shapes.load,
   'folder': folder_files.voc_devkit,
+  'images_masks': layouts.images_masks,
+  'coco': coco.coco,
+  'cityscapes': layouts.cityscapes,
+  'ade20k': layouts.ade20k,
   **voc.LOADERS,
 }
 
 
+def _loader(name: Any) -> Callable[..., Any] | None:
+  if str(name).startswith('tfds/'):
+    return functools.partial(tfds_set.tfds_set, name[5:])
+  return name if callable(name) else LOADERS.get(name)
+
+
 def find_layout(name: Any, options: Mapping[str, Any]) -> records.Layout | None:
   """Returns a layout, by name or given, with its options; None for a loader."""
-  found = name if callable(name) else LOADERS.get(name)
+  found = _loader(name)
   takes = list(inspect.signature(found).parameters) if found else []
   if not found or takes[:2] != ['root', 'split']:
     return None
@@ -132,9 +151,9 @@ def load_dataset(
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
   """
-  loader = name if callable(name) else LOADERS.get(name)
+  loader = _loader(name)
   if loader is None:
-    known = ', '.join(LOADERS)
+    known = ', '.join([*LOADERS, 'tfds/NAME'])
     raise UserError(f'config.data.name: no data set {name!r}; known: {known}')
   if not 0 <= ignore_label <= 255:
     raise UserError(f'config.data.ignore_label={ignore_label} is not in 0..255')
