@@ -75,7 +75,7 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     on_bad_image=data.on_bad_image,
     as_stored=data.as_stored,
     tile=data.tile,
-    options=_set(data.options),
+    options=set_values(data.options),
   )
 
 
@@ -94,14 +94,14 @@ def make_model(
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
-    **_set(config.model),
+    **set_values(config.model),
     **of_data,
   }
   with naming('config.model'):
     return deeplab_v3(num_classes=num_classes, **settings)
 
 
-def _set(section: ConfigDict) -> dict[str, Any]:
+def set_values(section: ConfigDict) -> dict[str, Any]:
   """Returns the settings of a section that have a value."""
   return {name: value for name, value in section.items() if value is not None}
 

@@ -14,7 +14,9 @@ from deeplab_jax import build
 from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.labels import Meaning
+from deeplab_jax.data.load import find_layout
 from deeplab_jax.data.proposals import Proposal
+from deeplab_jax.data.records import Layout
 from deeplab_jax.data.survey import (
   Finding,
   Survey,
@@ -56,9 +58,12 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
 
   named = filter(None, (data.train_split, data.eval_split))
   splits = list(dict.fromkeys(named))
-  surveyed = data.name == 'folder' and data.dir
+  layout = find_layout(data.name, build.set_values(data.options))
+  surveyed = layout if data.dir else None
   build.check_links(config)
-  findings = _survey(data, splits, workdir, show) if surveyed else ()
+  findings: tuple[Finding, ...] = ()
+  if surveyed:
+    findings = _survey(data, surveyed, splits, workdir, show)
   dataset = build.open_dataset(config, *splits)
   info, (builder, *_) = dataset.info, dataset.builders.values()
   name = info.name if surveyed else data.name
@@ -124,7 +129,11 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  data: ConfigDict, splits: Sequence[str], workdir: Path | None, show: _Show
+  data: ConfigDict,
+  layout: Layout,
+  splits: Sequence[str],
+  workdir: Path | None,
+  show: _Show,
 ) -> tuple[Finding, ...]:
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
@@ -135,6 +144,7 @@ def _survey(
     on_bad_image=data.on_bad_image,
     as_stored=data.as_stored,
     tile=data.tile or 0,
+    layout=layout,
   )
   show(survey.text, *() if survey.findings else ('',))
   proposed: Iterable[str] = ()
@@ -152,7 +162,7 @@ def _proposed(
   yield str(proposal)
   yield from (f'  {row}' for row in proposal.table)
   if proposal.new:
-    path = shlex.quote(f'{survey.root}/classes.txt')
+    path = shlex.quote(str(survey.classes))
     yield f"printf '%s\\n' {shlex.join(proposal.new)} >> {path}"
   lines = (*survey.lines, *proposal.new)
   meaning = Meaning(lines, data.ignore_label, proposal.label_map)

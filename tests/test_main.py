@@ -123,7 +123,7 @@ def test_a_process_that_must_not_be_alone_is_refused(refused, tmp_path):
     ('--config.model.backbone=vgg', 'config.model: backbone must be one of'),
     ('--config.train.batch_size=6', 'config.train.batch_size=6 must be divis'),
     ('--config.optimizer.learning_rate=nan', 'learning_rate must be finite'),
-    ('--config.data.name=coco', "config.data.name: no data set 'coco'"),
+    ('--config.data.name=voc', "config.data.name: no data set 'voc'"),
     ('--config.data.dir=/nope', '/nope: no such dataset folder'),
     ('--config.data.train_split=all', 'ImageSets/Segmentation/all.txt'),
     ('--config.seed=-1', 'config.seed must be in 0..2^32 - 1, got -1'),

@@ -282,7 +282,7 @@ def test_training_split_alone_is_enough(settings, tmp_path):
   [
     ('data.dir', '/nope', '/nope: no such dataset folder'),
     ('data.dir', None, 'config.data.dir is empty'),
-    ('data.name', 'coco', "no data set 'coco'"),
+    ('data.name', 'voc', "no data set 'voc'"),
     ('data.train_split', 'all', 'correct the 1 error listed above'),
   ],
 )

@@ -1,4 +1,4 @@
-"""Any directory in the layout of `folder_files`, prepared as array_record.
+"""Any directory whose layout is known, prepared as array_record.
 
 Every split is a prepared set of its own, so that an evaluation reuses what
 training prepared. Its files are read and checked once, here. The name of the
@@ -44,6 +44,7 @@ class FolderConfig(records.SourceConfig):
 
   directory: str
   split: str
+  listing: records.Listing = dataclasses.field(repr=False)
   meaning: labels.Meaning = dataclasses.field(repr=False)
   items: tuple[records.Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
@@ -60,18 +61,26 @@ def load(
   on_bad_image: str,
   as_stored: bool = False,
   tile: int = 0,
+  layout: records.Layout = folder_files.voc_devkit,
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
-  if not directory:
-    raise UserError("config.data.dir is empty; data set 'folder' needs it")
   root = folder_files.find_root(directory)
-  lines = folder_files.read_classes(root)
-  meaning = labels.Meaning(lines, ignore_label, label_map)
   # All lists are checked before the first is prepared, which may take minutes.
-  configs = {
-    split: _make_config(root, split, meaning, on_bad_image, as_stored, tile)
-    for split in splits
-  }
+  configs, first = {}, None
+  for split in splits:
+    listing = layout(root, split)
+    lines = folder_files.read_classes(listing)
+    if lines != (first := first or lines):
+      raise UserError(
+        f'{listing.origin}: its classes are not those of {splits[0]} ('
+        f'{len(lines)} and {len(first)}); give all splits the same classes'
+      )
+    meaning = labels.Meaning(
+      lines, ignore_label, label_map or listing.label_map
+    )
+    configs[split] = _make_config(
+      root, split, listing, meaning, on_bad_image, as_stored, tile
+    )
   builders: records.Builders = {}
   palettes = labels.Palettes()
   try:
@@ -81,7 +90,9 @@ def load(
       builders[split] = builder
   except LabelError as error:
     listed = {split: config.items for split, config in configs.items()}
-    if not (proposal := proposals.propose(listed, lines, ignore_label)):
+    proposal = proposals.propose(listed, lines, ignore_label)
+    fixed = not isinstance(listing.classes, pathlib.Path)
+    if not proposal or (proposal.new and fixed):
       raise
     raise UserError(f'{error}; {proposal}') from error
   return builders
@@ -90,31 +101,30 @@ def load(
 def _make_config(
   root: pathlib.Path,
   split: str,
+  listing: records.Listing,
   meaning: labels.Meaning,
   on_bad_image: str,
   as_stored: bool,
   tile: int,
 ) -> FolderConfig:
-  """Finds the files of a split, and names their state."""
-  listed = folder_files.list_path(root, split)
-  names = folder_files.read_list(root, split)
-  found, missing = folder_files.find_items(root, names)
+  """Checks the files of a split, and names their state."""
+  found, origin = listing.found, listing.origin
+  missing = {k: x for k, x in found.items() if isinstance(x, UserError)}
   if missing:
     first = next(iter(missing.values()))
     if len(missing) == 1:
       raise first
     some = ', '.join(list(missing)[:5]) + ', ...' * (len(missing) > 5)
     raise UserError(
-      f'{listed}: {len(missing)} listed ids without exactly one image and a '
+      f'{origin}: {len(missing)} listed ids without exactly one image and a '
       f'label ({some}), the first: {first}'
     )
-  items = tuple(found.values())
-  folder_files.refuse_repeats(listed, [item.name for item in items])
-  rows = []
-  for item in items:
-    stats = item.image.stat(), item.label.stat()
-    state = [n for s in stats for n in (s.st_size, s.st_mtime_ns)]
-    rows.append([item.name, item.image.name, item.label.name, *state])
+  items = tuple(x for x in found.values() if isinstance(x, records.Item))
+  folder_files.refuse_repeats(origin, [item.name for item in items])
+  rows = [
+    [x.name, x.image.name, x.label.name, *_state(x.image), *_state(x.label)]
+    for x in items
+  ]
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
@@ -122,19 +132,27 @@ def _make_config(
   options += ['as stored'] * as_stored  # older names knew nothing of it
   options += [['tile', tile]] * bool(tile)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-  name = re.sub(r'[^A-Za-z0-9_]+', '_', root.name)
+  name = re.sub(r'[^A-Za-z0-9_]+', '_', listing.name or root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
   return FolderConfig(
     name=prefix + records.fingerprint(classes, rows, options),
     prefix=prefix,
     directory=str(root),
     split=split,
+    listing=listing,
     meaning=meaning,
     items=items,
     on_bad_image=on_bad_image,
     as_stored=as_stored,
     tile=tile,
   )
+
+
+def _state(file: pathlib.Path | records.Made) -> Sequence[Any]:
+  """What changes with the contents of a file."""
+  if isinstance(file, records.Made):
+    return file.state
+  return (stat := file.stat()).st_size, stat.st_mtime_ns
 
 
 class FolderSegmentation(records.RecordsBuilder):
@@ -151,7 +169,6 @@ class FolderSegmentation(records.RecordsBuilder):
   def _generate_examples(self) -> Iterator[records.Sample]:
     config, meaning = self.builder_config, self.builder_config.meaning
     palettes = labels.Palettes()
-
     how = meaning, config.tile, config.as_stored
 
     def read(item: records.Item) -> Any:
@@ -162,7 +179,7 @@ class FolderSegmentation(records.RecordsBuilder):
     for item, (image, values, colors) in records.readable(
       config.items,
       read,
-      origin=folder_files.list_path(config.directory, config.split),
+      origin=config.listing.origin,
       on_bad_image=config.on_bad_image,
     ):
       palettes.add(colors)
@@ -182,8 +199,8 @@ def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
   """Whether an image is to be cut, and so large that it is read alone."""
   if not tile:
     return False
-  size = read_size(item.image, as_stored=as_stored, to_cut=True)
-  return math.prod(size) > _LARGE
+  size = functools.partial(read_size, as_stored=as_stored, to_cut=True)
+  return math.prod(records.open_file(size, item.image)) > _LARGE
 
 
 def read_pair(
@@ -199,8 +216,10 @@ def read_pair(
   than a tile it returns the pixels, for `cut`.
   """
   cuts = tile > 0
-  picture = open_picture(item.image, as_stored=as_stored, to_cut=cuts)
-  file = open_label(item.label, to_cut=cuts)
+  see = functools.partial(open_picture, as_stored=as_stored, to_cut=cuts)
+  picture = records.open_file(see, item.image)
+  label = functools.partial(open_label, to_cut=cuts)
+  file = records.open_file(label, item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
   records.check_values(
     item,
@@ -296,7 +315,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   palette = meaning.colors
   if palette is None:
     palette = voc_palette(256)[list(meaning.values)]
-    first = _first_palette(config.directory)
+    first = _first_palette(config.listing.label_folder)
     for index, value in enumerate(values):
       if value in palettes:
         palette[index] = palettes[value][1:4]
@@ -304,7 +323,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
         palette[index] = first[value]
   free = (v for v in range(255, -1, -1) if v not in values)
   return DatasetInfo(
-    name=pathlib.Path(config.directory).name,
+    name=config.listing.name or pathlib.Path(config.directory).name,
     classes=meaning.classes,
     palette=palette,
     ignore_label=meaning.stored_ignore_label,
@@ -313,10 +332,10 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   )
 
 
-def _first_palette(root: str) -> np.ndarray:
+def _first_palette(folder: pathlib.Path | None) -> np.ndarray:
   """Returns the colors of the first palette label, uint8 [N, 3]."""
   # Of the whole folder, so that all splits have the same colors.
-  for path in sorted(pathlib.Path(root, 'SegmentationClass').rglob('*')):
+  for path in sorted(folder.rglob('*')) if folder else ():
     if path.suffix.lower() in LABEL_SUFFIXES:
       with contextlib.suppress(UserError):  # the check of records reports it
         if (palette := open_label(path).palette) is not None:

@@ -122,14 +122,18 @@ def open_picture(
 
 
 def read_size(
-  path: Path, *, as_stored: bool = False, to_cut: bool = False
+  path: Path,
+  data: bytes | None = None,
+  *,
+  as_stored: bool = False,
+  to_cut: bool = False,
 ) -> tuple[int, int]:
   """Returns (height, width) by the head of an image file, or `UserError`."""
   suffix = pathlib.Path(path).suffix.lower()
   if as_stored and suffix in ('.tif', '.tiff', '.npy'):
-    height, width, _ = bands.read_stored(path, to_cut=to_cut)[0].shape
+    height, width, _ = bands.read_stored(path, data, to_cut=to_cut)[0].shape
     return height, width
-  with image_files.opened(path, to_cut=to_cut) as image:
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5
     return image.size if turned else image.size[::-1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import pathlib
@@ -11,7 +12,16 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from deeplab_jax.data import folder, records, shapes, voc
+from deeplab_jax.data import (
+  coco,
+  folder,
+  folder_files,
+  layouts,
+  records,
+  shapes,
+  tfds_set,
+  voc,
+)
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.pipeline import in_background
@@ -112,16 +122,37 @@ class Dataset:
     return self.builders[split]
 
 
-# A new data set is a line here, or its loader is passed to `load_dataset`.
-LOADERS: dict[str, Callable[..., Builders]] = {
+# A new data set is a line here, or is passed to `load_dataset`: a loader, or a
+# layout, which is a function of (root, split, **options).
+LOADERS: dict[str, Callable[..., Any]] = {
   'shapes': shapes.load,
-  'folder': folder.load,
+  'folder': folder_files.voc_devkit,
+  'images_masks': layouts.images_masks,
+  'coco': coco.coco,
+  'cityscapes': layouts.cityscapes,
+  'ade20k': layouts.ade20k,
   **voc.LOADERS,
 }
 
 
+def _loader(name: Any) -> Callable[..., Any] | None:
+  if str(name).startswith('tfds/'):
+    return functools.partial(tfds_set.tfds_set, name[5:])
+  return name if callable(name) else LOADERS.get(name)
+
+
+def find_layout(name: Any, options: Mapping[str, Any]) -> records.Layout | None:
+  """Returns a layout, by name or given, with its options; None for a loader."""
+  found = _loader(name)
+  takes = list(inspect.signature(found).parameters) if found else []
+  if not found or takes[:2] != ['root', 'split']:
+    return None
+  _refuse_unknown(name, options, takes[2:])
+  return functools.partial(found, **options)
+
+
 def load_dataset(
-  name: str | Callable[..., Builders],
+  name: str | Callable[..., Any],
   *,
   directory: str | None = '',
   prepared_dir: str | None = '',
@@ -136,15 +167,16 @@ def load_dataset(
   """Loads a data set, and prepares it first if that was not done yet.
 
   Args:
-    name: a key of `LOADERS`, or a loader: a function that takes, by keyword,
-      those of the other arguments that it needs and its own options, and
-      returns for each split a `RecordsBuilder` from `records.prepared`.
+    name: a key of `LOADERS`, a layout (see `records.Layout`), or a loader: a
+      function that takes, by keyword, those of the other arguments that it
+      needs and its own options, and returns for each split a `RecordsBuilder`
+      from `records.prepared`.
     directory: the source, for the data sets that have one.
     prepared_dir: folder of prepared data sets; empty for TFDS's own folder
       (TFDS_DATA_DIR, else ~/tensorflow_datasets).
     splits: the splits wanted.
     ignore_label: label value of void pixels in the files.
-    label_map: only for 'folder', see `labels.parse_label_map`.
+    label_map: only for layouts, see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
     as_stored: images keep their own channels and bits, else they become RGB.
     tile: side in pixels of the tiles that larger images are cut into.
@@ -152,9 +184,9 @@ def load_dataset(
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
   """
-  loader = name if callable(name) else LOADERS.get(name)
+  loader = _loader(name)
   if loader is None:
-    known = ', '.join(LOADERS)
+    known = ', '.join([*LOADERS, 'tfds/NAME'])
     raise UserError(f'config.data.name: no data set {name!r}; known: {known}')
   if not 0 <= ignore_label <= 255:
     raise UserError(f'config.data.ignore_label={ignore_label} is not in 0..255')
@@ -174,7 +206,10 @@ def load_dataset(
     'as_stored': as_stored,
     'tile': tile or 0,
   }
-  builders = loader(**_taken(loader, name, arguments, options or {}))
+  options = options or {}
+  if layout := find_layout(name, options):
+    loader, options = functools.partial(folder.load, layout=layout), {}
+  builders = loader(**_taken(loader, name, arguments, options))
   info = next(iter(builders.values())).info.metadata['info']
   dataset = Dataset(DatasetInfo.from_json(info), builders)
   # It refuses a split that is not there.
@@ -193,23 +228,30 @@ def _taken(
   loader: Any, name: Any, arguments: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns what a loader takes; refuses what is set and it does not take."""
-  if callable(name):
-    name = getattr(name, 'func', name).__name__
   fixed = getattr(loader, 'keywords', {})  # by functools.partial
   parameters = inspect.signature(loader).parameters
   takes = [key for key in parameters if key not in fixed]
-  known = [key for key in takes if key not in arguments]
-  for key in options:
-    if key not in known:
-      raise UserError(
-        f'config.data.options.{key}: data set {name} has no such option; '
-        f'known: {", ".join(known) or "none"}'
-      )
+  _refuse_unknown(name, options, [k for k in takes if k not in arguments])
   for key in ('directory', 'label_map', 'as_stored', 'tile'):
     if arguments[key] and key not in takes:
       setting = 'dir' if key == 'directory' else key
       raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
-        f"it, as 'folder' does; {name} does not"
+        f"it, as 'folder' does; {_shown(name)} does not"
       )
   return {k: v for k, v in arguments.items() if k in takes} | dict(options)
+
+
+def _refuse_unknown(
+  name: Any, options: Mapping[str, Any], known: Sequence[str]
+) -> None:
+  for key in options:
+    if key not in known:
+      raise UserError(
+        f'config.data.options.{key}: data set {_shown(name)} has no such '
+        f'option; known: {", ".join(known) or "none"}'
+      )
+
+
+def _shown(name: Any) -> str:
+  return getattr(name, 'func', name).__name__ if callable(name) else name

@@ -78,6 +78,7 @@ class Survey(NamedTuple):
   text: str  # how many classes there are, and why
   findings: tuple[Finding, ...]
   lines: Sequence[str]  # of classes.txt
+  classes: pathlib.Path | Sequence[str]  # where they are from
   items: dict[str, list[records.Item]]  # of each split, those with files
   proposal: proposals.Proposal | None  # what may repair the labels
 
@@ -114,6 +115,7 @@ def survey_folder(
   on_bad_image: str = 'stop',
   as_stored: bool = False,
   tile: int = 0,
+  layout: records.Layout = folder_files.voc_devkit,
 ) -> Survey:
   """Reads every listed file of a folder once, on all cores.
 
@@ -123,9 +125,16 @@ def survey_folder(
   """
   root = folder_files.find_root(directory)
   notes = _Notes(list)
-  lines = notes.catch(_NO_NAMES, folder_files.read_classes, root)
-  meaning = labels.Meaning(lines or (), ignore_label, label_map or '')
-  listed = _read_lists(root, splits, notes)
+  found_by = {s: notes.catch(_LIST, layout, root, s) for s in splits}
+  listings = {split: found for split, found in found_by.items() if found}
+  if not listings and len(set(notes[_LIST])) == 1:
+    raise UserError(notes[_LIST][0])  # of the folder, not of a split
+  default = records.Listing(origin='', found={}, classes=root / 'classes.txt')
+  first = next(iter(listings.values()), default)
+  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first)
+  label_map = label_map or first.label_map
+  meaning = labels.Meaning(lines or (), ignore_label, label_map)
+  listed = _read_lists(listings, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
@@ -156,19 +165,24 @@ def survey_folder(
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
   findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
-  text = _count_classes(root / 'classes.txt', meaning, counts.sum(0))
+  text = _count_classes(first, meaning, counts.sum(0))
   findings += of_classes
   known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
   proposal = None
   if any(found.fatal and found.title in _OF_LABELS for found in findings):
     proposal = proposals.propose(known_items, lines or (), ignore_label)
-  return Survey(root, text, findings, lines or (), known_items, proposal)
+  if proposal and proposal.new and not isinstance(first.classes, pathlib.Path):
+    proposal = None  # the layout fixes the names
+  return Survey(
+    root, text, findings, lines or (), first.classes, known_items, proposal
+  )
 
 
 def _count_classes(
-  path: pathlib.Path, meaning: labels.Meaning, pixels: np.ndarray
+  listing: records.Listing, meaning: labels.Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
+  in_file = isinstance(path := listing.classes, pathlib.Path)
   ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
@@ -178,8 +192,8 @@ def _count_classes(
   if not names:
     text += f'; write {path}: {count} lines, one class name each'
   elif count > names:
-    text += f'; but {path} has {names} names'
-  else:
+    text += f'; but {path if in_file else listing.origin} has {names} names'
+  elif in_file:
     text += '; as classes.txt has names'
   for line in sorted(v for v in meaning.void_values if v < count):
     text += f'; line {line + 1} is void and no class'
@@ -188,23 +202,21 @@ def _count_classes(
 
 
 def _read_lists(
-  root: pathlib.Path, splits: Sequence[str], notes: _Notes
+  listings: Mapping[str, records.Listing], notes: _Notes
 ) -> dict[str, dict[str, records.Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
-  read = folder_files.read_list
-  found = {split: notes.catch(_LIST, read, root, split) for split in splits}
-  lists = {split: names for split, names in found.items() if names}
-  every = dict.fromkeys(itertools.chain(*lists.values()))
-  items, missing = folder_files.find_items(root, every)
-  listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in lists}
-  for split, names in lists.items():
-    for name in names:
-      item = items.get(name)
+  listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in listings}
+  missing: dict[str, str] = {}
+  for split, listing in listings.items():
+    for name, found in listing.found.items():
+      item = found if isinstance(found, records.Item) else None
+      if item is None:
+        missing.setdefault(name, str(found))
       own = item.name if item else name
       if own in listed[split]:
         notes[_LIST] += [f'{own!r} stands twice in {split}, as {name!r} too']
       listed[split][own] = item
-  notes[_FILES] += map(str, missing.values())
+  notes[_FILES] += missing.values()
   for one, other in itertools.combinations(listed, 2):
     shared = (name for name in listed[one] if name in listed[other])
     notes[_SHARED] += [f'{name} in {one} and {other}' for name in shared]
@@ -227,9 +239,11 @@ def _check(
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
-  opened = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
-  picture = notes.catch(_NO_PICTURES, opened, item.image)
-  file = notes.catch(_NO_INDICES, open_label, item.label, to_cut=tile > 0)
+  see = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
+  label = functools.partial(open_label, to_cut=tile > 0)
+  read = records.open_file
+  picture = notes.catch(_NO_PICTURES, read, see, item.image)
+  file = notes.catch(_NO_INDICES, read, label, item.label)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
   if picture is None or values is None:
     return np.zeros(256, np.int64), [], notes

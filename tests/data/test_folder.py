@@ -264,8 +264,8 @@ def test_no_directory_and_unknown_names_are_refused(voc_folder, prepared):
   message = _refused(voc_folder, prepared, on_bad_image='maybe')
   assert 'on_bad_image' in message and 'maybe' in message
   assert '300' in _refused(voc_folder, prepared, ignore_label=300)
-  with pytest.raises(errors.UserError, match=r"'coco'.*shapes, folder"):
-    load.load_dataset('coco')
+  with pytest.raises(errors.UserError, match=r"'voc'.*shapes, folder"):
+    load.load_dataset('voc')
 
 
 @pytest.mark.parametrize(
