@@ -25,7 +25,7 @@ from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming
-from deeplab_jax.training import losses, steps
+from deeplab_jax.training import losses, objective, steps
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
 from deeplab_jax.training.writers import Writer, check_backends
 
@@ -47,11 +47,12 @@ def check(config: ConfigDict) -> None:
     check_backends(config.log.to)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
-    choose('name', loss.name, losses.LOSSES)
-    losses.check_settings(
+    objective.check_settings(
+      loss.terms,
       loss.label_smoothing,
       loss.hardest,
-      None if weights == MEDIAN_FREQUENCY else weights,
+      (1.0,) if weights == MEDIAN_FREQUENCY else weights,
+      loss.auxiliary,
     )
 
 
@@ -86,6 +87,7 @@ def make_model(
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
+    'auxiliary': config.loss.auxiliary > 0,
     **_set(config.model),
   }
   with naming('config.model'):
@@ -124,7 +126,8 @@ def make_train_step(
     optimizer=optimizer,
     freeze_bn=config.train.freeze_bn,
     accumulate=config.train.accumulate,
-    loss=choose('loss', config.loss.name, losses.LOSSES),
+    terms=config.loss.terms,
+    auxiliary=config.loss.auxiliary,
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,
     **of_data,

@@ -31,7 +31,7 @@ SOURCES = (
   ' of Keras, a .safetensors of timm, or a workdir or checkpoint of this'
   ' project'
 )
-_CLASS_LAYER = 'params/logits/'
+_CLASS_LAYER = '/logits/'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
+    extra = [p for p in arrays if '/auxiliary/' in p and p not in leaves]
+    arrays = {p: x for p, x in arrays.items() if p not in extra}
+    unused |= dict.fromkeys(extra, 'the network has no auxiliary head')
+    if not any('/auxiliary/' in p for p in arrays):
+      initial['*/auxiliary/*'] = 'the file has no auxiliary head'
     for pattern in allow:
       found = fnmatch.filter(self.names.unknown, pattern)
       unused |= dict.fromkeys(found, 'allowed by name')
@@ -98,7 +103,7 @@ class Pretrained:
 
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
-  bias = leaves.get(f'{_CLASS_LAYER}bias')
+  bias = leaves.get(f'params{_CLASS_LAYER}bias')
   return None if bias is None else bias.shape[0]
 
 

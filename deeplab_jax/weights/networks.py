@@ -48,7 +48,10 @@ def open_network(
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
   stride = metadata['model']['output_stride']
-  return Network(saved.step, model, dataset, saved.variables, stride, metrics)
+  variables = saved.variables
+  for tree in variables.values():
+    tree.pop('auxiliary', None)  # of training alone
+  return Network(saved.step, model, dataset, variables, stride, metrics)
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
