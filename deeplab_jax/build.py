@@ -26,7 +26,7 @@ from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
 from deeplab_jax.runtime.errors import UserError, choose, naming, require
-from deeplab_jax.training import losses, optimizers, steps
+from deeplab_jax.training import losses, objective, optimizers, steps
 from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,12 @@ def check(config: ConfigDict) -> None:
     check_backends(config.log.to)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
-    choose('name', loss.name, losses.LOSSES)
-    losses.check_settings(
+    objective.check_settings(
+      loss.terms,
       loss.label_smoothing,
       loss.hardest,
-      None if weights == MEDIAN_FREQUENCY else weights,
+      (1.0,) if weights == MEDIAN_FREQUENCY else weights,
+      loss.auxiliary,
     )
 
 
@@ -94,6 +95,7 @@ def make_model(
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
+    'auxiliary': config.loss.auxiliary > 0,
     **set_values(config.model),
     **of_data,
   }
@@ -140,7 +142,8 @@ def make_train_step(
     optimizer=optimizer,
     seed=config.seed,
     **{name: config.train[name] for name in own},
-    loss=choose('loss', config.loss.name, losses.LOSSES),
+    terms=config.loss.terms,
+    auxiliary=config.loss.auxiliary,
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,
     **of_data,

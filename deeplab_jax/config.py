@@ -104,11 +104,13 @@ def get_config() -> ConfigDict:
   train.dropout = 0.0  # share of channels that the class layer lacks
 
   loss = config.loss = ConfigDict()
-  loss.name = _open('cross_entropy')  # loss of a pixel
+  # Losses and weights: cross_entropy, focal, dice, lovasz_softmax; `dice:0.5`.
+  loss.terms = _open(('cross_entropy',))
   # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
   loss.class_weights = _open(())
   loss.hardest = 1.0  # share of each image's pixels, those of the largest loss
   loss.label_smoothing = 0.0  # share of the target spread over all classes
+  loss.auxiliary = 0.0  # weight of a second head on block 3; 0: no such head
 
   optimizer = config.optimizer = ConfigDict()
   optimizer.name = _open('sgd')  # or `adam`, `adamw`

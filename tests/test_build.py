@@ -68,6 +68,7 @@ from deeplab_jax.runtime.errors import UserError
     ('loss.hardest', 1.1),
     ('loss.label_smoothing', 1.0),
     ('loss.label_smoothing', -0.1),
+    ('loss.auxiliary', -0.1),
     ('optimizer.learning_rate', 0.0),
     ('optimizer.momentum', 1.0),
     ('optimizer.power', -1.0),

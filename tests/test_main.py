@@ -655,7 +655,7 @@ def protocol(**settings):
 def get_config():
   config = default.get_config()
   config.model.backbone, config.data.name = backbone, data
-  config.loss.name, config.optimizer.name = loss, optimizer
+  config.loss.terms, config.optimizer.name = (loss,), optimizer
   config.eval.protocol = protocol
   config.data.options.words = 'my data'
   return config

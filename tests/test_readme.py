@@ -325,15 +325,20 @@ def test_examples_of_extending_run(tmp_path):
   for code in blocks(page, 'python'):
     exec(code.replace("'PREPARED'", repr(str(tmp_path))), names)
   backbone = BACKBONES.pop('strided')
-  loss, optimizer = LOSSES.pop('focal'), OPTIMIZERS.pop('lion')
+  loss, optimizer = LOSSES.pop('poly'), OPTIMIZERS.pop('lion')
+  region = LOSSES.pop('tversky')
   protocol, loader = PROTOCOLS.pop('half_size'), LOADERS.pop('halves')
   table = writers.BACKENDS.pop('table')
 
   # At equal logits a pixel has the probability 1 / C.
   each = loss(jnp.zeros((2, 4)), jnp.array([1, 255]))
-  np.testing.assert_allclose(each, [0.75**2 * math.log(4), 0], rtol=1e-6)
+  np.testing.assert_allclose(each, [math.log(4) + 0.75, 0], rtol=1e-6)
+  # Of 2 pixels, 2 classes share the probability: 0.5 / (0.3 + 0.7).
+  halves = region(jnp.zeros((3, 2)), jnp.array([0, 1, 255]))
+  np.testing.assert_allclose(halves, 0.5, rtol=1e-6)
   config = names['get_config']()
-  assert (config.loss.name, config.optimizer.name) == (loss, optimizer)
+  assert config.loss.terms == ((loss, 1.0), ('dice', 0.5))
+  assert config.optimizer.name is optimizer
   validate(config)
 
   # Lion moves each parameter by the learning rate, by sign of the gradient.

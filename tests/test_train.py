@@ -24,7 +24,7 @@ import pytest
 from miniature import as_options, make_config, share_programs
 from PIL import Image
 
-from deeplab_jax import build, evaluate, train
+from deeplab_jax import build, evaluate, import_weights, train
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime import own
@@ -32,7 +32,7 @@ from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
-from deeplab_jax.weights import load
+from deeplab_jax.weights import load, networks
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.compiles
@@ -440,6 +440,8 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
     loss__class_weights=(1, 2, 0, 0.5),
     loss__hardest=0.3,
     loss__label_smoothing=0.1,
+    loss__terms=('cross_entropy', 'dice:0.5'),
+    loss__auxiliary=0.4,
     train__batch_size=8,
     train__accumulate=2,
   )
@@ -448,7 +450,8 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
   assert received['accumulate'] == 2
   assert received['class_weights'] == (1, 2, 0, 0.5)
   assert (received['hardest'], received['label_smoothing']) == (0.3, 0.1)
-  assert received['loss'] is losses.softmax_cross_entropy
+  assert received['terms'] == ('cross_entropy', 'dice:0.5')
+  assert received['auxiliary'] == 0.4 and received['model'].auxiliary
 
 
 def halved(logits, labels, ignore_label, label_smoothing):
@@ -475,7 +478,7 @@ def test_a_recipe_passes_a_loss_an_optimizer_and_a_protocol_of_its_own(
 ):
   config = make_config(
     trained.settings,
-    loss__name=halved,
+    loss__terms=((halved, 1.0),),
     optimizer__name=signs,
     eval__protocol=Small,
     train__steps=1,
@@ -528,6 +531,55 @@ def test_a_run_goes_on_with_averages_which_are_evaluated_and_used(
   assert not any(name.startswith('ema/') for name in after)
   for name, leaf in after.items():
     np.testing.assert_allclose(leaf, arrays[name], atol=1e-3)
+
+
+def test_terms_and_an_auxiliary_head_resume_bit_for_bit(
+  trained, tmp_path, monkeypatch
+):
+  config = make_config(
+    trained.settings,
+    loss__terms=('cross_entropy', 'dice:0.5'),
+    loss__auxiliary=0.4,
+    data__eval_split='',
+    train__steps=4,
+  )
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  train_and_evaluate(config, one)
+  show = train.Progress.update
+
+  def update(progress, step, values):
+    show(progress, step, values)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Progress, 'update', update)
+    with pytest.raises(Preempted):
+      train_and_evaluate(config, two)
+  train_and_evaluate(config, two)
+  for (path, leaf), (_, expected) in zip(
+    read_state(two, 4), read_state(one, 4), strict=True
+  ):
+    np.testing.assert_array_equal(leaf, expected, str(path))
+  for line, expected in zip(read_lines(two), read_lines(one), strict=True):
+    assert line == expected
+    terms = line['loss_cross_entropy'] + 0.5 * line['loss_dice']
+    terms += 0.4 * line['loss_auxiliary']
+    np.testing.assert_allclose(line['loss'], terms, rtol=1e-6)
+
+  # The head is of training alone, and may be left out of another run.
+  plain = make_config(trained.settings, init_from=str(one))
+  model = build.to_json(config)['model']
+  assert 'auxiliary' not in networks.open_network(one, '4', model).variables
+  source, plain = import_weights.open_source(plain)
+  with Checkpoints(trained.workdir) as saved:
+    there = saved.open(6).variables
+  variables, report = source.merge_into(there)
+  assert jax.tree.structure(variables) == jax.tree.structure(there)
+  assert set(report.unused.values()) == {'the network has no auxiliary head'}
+  config.loss.auxiliary = 0.0
+  with pytest.raises(UserError, match=r'needs the config\.loss\.auxiliary it'):
+    train_and_evaluate(config, two)
 
 
 def test_median_frequency_weights_are_those_of_the_training_labels(trained):

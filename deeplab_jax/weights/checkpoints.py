@@ -56,20 +56,21 @@ class Saved(NamedTuple):
   def fill(self, state: Any) -> Any:
     """Returns a state with the saved values, which it gives away.
 
-    A checkpoint of step 0 has weights alone: the optimizer stays as it is.
-    Averages of the parameters are there if the checkpoint has them.
+    A checkpoint of step 0 has weights alone: the rest stays as it is. Averages
+    of the parameters are there if the checkpoint has them.
     """
-    if not self.step:
-      return state.replace(**self.variables)
     if any(name.startswith('ema/') for name in self.arrays):
       state = state.replace(ema=state.params)
-    names, treedef = list(_named(state)), jax.tree.structure(state)
-    if set(names) != set(self.arrays):
+    leaves, treedef = _named(state), jax.tree.structure(state)
+    if self.step and (other := leaves.keys() ^ self.arrays.keys()):
+      second = any('/auxiliary/' in name for name in other)
+      what = 'loss.auxiliary' if second else 'optimizer'
       raise UserError(
-        f'{self.path} is of another optimizer: it needs the config.optimizer it'
-        ' came from'
+        f'{self.path} is of another {what}: it needs the config.{what} it came'
+        ' from'
       )
-    return jax.tree.unflatten(treedef, map(self.arrays.pop, names))
+    values = [self.arrays.pop(name, leaf) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(treedef, values)
 
 
 class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):

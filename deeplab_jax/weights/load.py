@@ -27,7 +27,7 @@ SOURCES = (
   ' of Keras, a .safetensors of timm, or a workdir or checkpoint of this'
   ' project'
 )
-_CLASS_LAYER = 'params/logits/'
+_CLASS_LAYER = '/logits/'
 _STEM = 'params/backbone/stem/kernel'
 _IMAGENET_STD = 57.7  # of values in 0..255, about the same for R, G and B
 
@@ -91,6 +91,11 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
+    extra = [p for p in arrays if '/auxiliary/' in p and p not in leaves]
+    arrays = {p: x for p, x in arrays.items() if p not in extra}
+    unused |= dict.fromkeys(extra, 'the network has no auxiliary head')
+    if not any('/auxiliary/' in p for p in arrays):
+      initial['*/auxiliary/*'] = 'the file has no auxiliary head'
     for pattern in allow:
       found = fnmatch.filter(self.names.unknown, pattern)
       unused |= dict.fromkeys(found, 'allowed by name')
@@ -114,7 +119,7 @@ def input_std(preset: str, *, measured: bool) -> float:
 
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
-  bias = leaves.get(f'{_CLASS_LAYER}bias')
+  bias = leaves.get(f'params{_CLASS_LAYER}bias')
   return None if bias is None else bias.shape[0]
 
 

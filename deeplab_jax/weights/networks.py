@@ -51,7 +51,10 @@ def open_network(
   there, stride = metadata['dataset'], metadata['model']['output_stride']
   measured = {key: there.get(key, ()) for key in ('mean', 'std')}
   dataset = {**dataset, **measured}
-  return Network(saved.step, model, dataset, saved.variables, stride, metrics)
+  variables = saved.variables
+  for tree in variables.values():
+    tree.pop('auxiliary', None)  # of training alone
+  return Network(saved.step, model, dataset, variables, stride, metrics)
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
