@@ -72,9 +72,9 @@ def get_config() -> ConfigDict:
   data.rotate = 0.0  # largest angle of rotation, either way, in degrees
   data.blur = 0.0  # largest standard deviation of a blur, in pixels
   data.noise = 0.0  # largest standard deviation of noise, in levels of 0..255
-  data.cutout = 0.0  # share of height and width of a rectangle without image
+  data.cutout = 0.0  # share of each side that a gray rectangle hides
   data.crop_max_share = 1.0  # draw a crop again if one class fills more of it
-  data.class_sampling = 0.0  # share of images drawn by class, rare as common
+  data.class_sampling = 0.0  # share of images drawn by class, all as likely
   data.transforms = _open(())  # functions of a recipe, applied last
   data.tile = placeholder(int)  # side of the tiles that larger images become
   options = data.options = ConfigDict()  # of one data set

@@ -109,7 +109,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
   with contextlib.closing(build.make_iterator(config, dataset, count=8)) as it:
-    images, maps = map(list, next(it).values())
+    seen = next(it)
+  images, maps = list(seen['image']), list(seen['label'])
   page = visualize.panel(
     images, None, maps, info.palette, info.ignore_label, classes=info.classes
   )

@@ -24,7 +24,6 @@ from deeplab_jax.data import (
 )
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_label
-from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import write_json
@@ -98,19 +97,16 @@ class Dataset:
     A set that an older version prepared does not know them: its labels are read
     once, and the result is kept beside it if possible.
     """
-    builder, count = self._builder(split), self.info.num_classes
+    builder, info = self._builder(split), self.info
     if split in (known := builder.info.metadata.get('classes', {})):
       return known[split]
     path = pathlib.Path(builder.data_path)  # of the records of a version
     path = path.with_name(f'classes_{records.split_key(split)}.json')
     with contextlib.suppress(OSError, ValueError):
       return json.loads(path.read_text())
-
-    def classes(record: dict[str, Any]) -> list[int]:
-      label = decode_label(record['label'])
-      return Tally(count, self.info.ignore_label).add(label)
-
-    found = list(in_background(classes, self.source(split)))
+    tally = Tally(info.num_classes, info.ignore_label)
+    labels = (decode_label(record['label']) for record in self.source(split))
+    found = list(map(tally.add, labels))
     with contextlib.suppress(OSError):
       write_json(path, found)
     return found
