@@ -84,7 +84,8 @@ def _by_tifffile(
     series = file.series[0]
     if series.axes not in ('YX', 'YXS', 'YXC', 'SYX', 'CYX'):
       raise Unusable(f'axes {series.axes} {list(series.shape)}; store one page')
-    image_files.check_pixels(series.size, 1, to_cut=to_cut)
+    width = max(series.shape[series.axes.index('X')], 1)
+    image_files.check_pixels(width, series.size // width, to_cut=to_cut)
     try:
       pixels, tag = series.asarray(), file.pages[0].tags.get(274)
     except Exception as error:  # of each compression its own

@@ -79,6 +79,14 @@ def test_a_tiff_of_pages_or_cut_off_is_refused(tmp_path):
     read(path)
 
 
+def test_a_tiff_of_a_million_pixels_is_not_too_large(tmp_path):
+  tifffile = pytest.importorskip('tifffile')
+  path = tmp_path / 'a.tif'
+  image = np.zeros((1100, 1000, 2), np.uint16)
+  tifffile.imwrite(path, image, planarconfig='contig', photometric='minisblack')
+  assert bands.read_stored(path)[0].shape == image.shape
+
+
 def test_without_tifffile_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'tifffile', None)
   Image.new('L', (4, 4)).save(tmp_path / 'a.tif')
