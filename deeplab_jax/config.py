@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
   train.dropout = 0.0  # share of channels that the class layer lacks
 
   loss = config.loss = ConfigDict()
-  # Losses and weights: cross_entropy, focal, dice, lovasz_softmax; `dice:0.5`.
+  # Or `focal`, `dice`, `lovasz_softmax`, or a sum: `cross_entropy:1,dice:0.5`.
   loss.terms = _open(('cross_entropy',))
   # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
   loss.class_weights = _open(())

@@ -577,7 +577,7 @@ def test_terms_and_an_auxiliary_head_resume_bit_for_bit(
   variables, report = source.merge_into(there)
   assert jax.tree.structure(variables) == jax.tree.structure(there)
   assert set(report.unused.values()) == {'the network has no auxiliary head'}
-  config.loss.auxiliary = 0.0
+  config.loss.auxiliary, config.train.steps = 0.0, 5
   with pytest.raises(UserError, match=r'needs the config\.loss\.auxiliary it'):
     train_and_evaluate(config, two)
 

@@ -499,7 +499,7 @@ def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
   key = jax.random.key(0)
   init = jax.jit(lambda m: m.init(key, images, train=False), static_argnums=0)
   variables = init(model)
-  assert list(variables) == ['params', 'batch_stats']
+  assert variables.keys() == {'params', 'batch_stats'}
   main, heads = {}, {}
   for path, x in flatten(variables).items():
     (heads if '/auxiliary/' in path else main)[path] = x
@@ -532,7 +532,8 @@ def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
     _normalized(plain, images),
     train=False,
   )
-  weights, stats = (variables[k]['auxiliary'] for k in variables)
+  weights = variables['params']['auxiliary']
+  stats = variables['batch_stats']['auxiliary']
   x = numpy_branch(np.asarray(maps['block3']), weights['conv'], stats['conv'])
   x = x @ weights['logits']['kernel'][0, 0] + weights['logits']['bias']
   if preset == 'seed':
