@@ -53,6 +53,9 @@ def test_pythons_are_those_that_the_classifiers_and_the_readme_name():
   assert image[1] in PYTHONS
 
 
+EXTRAS = 'tf', 'tiff', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve'
+
+
 def packages(*extras):
   """Dependencies by name; each has one lowest version, which CI installs."""
   lines = [
@@ -76,14 +79,14 @@ def test_package_declares_what_it_imports():
   tops -= {*sys.stdlib_module_names, 'deeplab_jax'}
   used = {NAMES.get(name, name).replace('-', '_') for name in tops}
   assert {'jax', 'tensorflow_datasets'} < used
-  assert used <= packages('tf', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve')
+  assert used <= packages(*EXTRAS)
 
 
 def test_package_declares_nothing_that_it_does_not_use():
   sources = (ROOT / 'deeplab_jax').rglob('*.py')
   words = set(re.findall(r'\w+', ' '.join(s.read_text() for s in sources)))
   imports = {package.replace('-', '_'): n for n, package in NAMES.items()}
-  declared = packages('tf', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve')
+  declared = packages(*EXTRAS)
   unused = {p for p in declared if imports.get(p, p) not in words}
   assert unused <= {'manimgx_fonts', 'manimgx_fonts_cjk'}  # read as files
 

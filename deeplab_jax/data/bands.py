@@ -75,7 +75,7 @@ def _by_tifffile(
   path: Path, data: bytes, to_cut: bool
 ) -> tuple[np.ndarray, int]:
   try:
-    import tifffile  # the extra 'tiff'
+    import tifffile  # the extra 'tiff', with imagecodecs for compressed ones
   except ImportError as error:
     raise UserError(
       f"{path}: to read TIFFs as stored, pip install 'deeplab_jax[tiff]'"

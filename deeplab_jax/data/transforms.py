@@ -246,7 +246,8 @@ class GaussianBlur:
   def __call__(self, image: Array, label: Array, rng: Rng) -> Pair:
     """Returns the blurred image and the same label."""
     sigma = max(rng.uniform(0, self.largest), 1e-3)  # for 0 OpenCV chooses
-    return cv2.GaussianBlur(image, (0, 0), sigma), label
+    blurred = cv2.GaussianBlur(image, (0, 0), sigma)
+    return blurred.reshape(image.shape), label
 
 
 @dataclasses.dataclass(frozen=True)

@@ -742,3 +742,9 @@ def test_brightness_and_contrast_of_any_channels(dtype):
   expected = np.clip(np.rint(expected), 0, most)
   assert found.dtype == dtype
   np.testing.assert_array_equal(found, expected)
+
+
+def test_blur_keeps_a_single_channel():
+  image, label = np.zeros((9, 8, 1), np.uint16), np.zeros((9, 8), np.uint8)
+  found, _ = transforms.GaussianBlur(2.0)(image, label, _rng())
+  assert found.shape == image.shape
