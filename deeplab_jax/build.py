@@ -4,29 +4,29 @@ The library folders take plain arguments; this file passes them what it reads
 from `config`.
 """
 
+import functools
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from deeplab_jax.config import flat, get_config, to_json
+from deeplab_jax.config import flat, to_json
+from deeplab_jax.data import transforms
 from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
 from deeplab_jax.data.pipeline import Batches, make_train_iterator
-from deeplab_jax.data.transforms import ColorJitter, RandomScaleCropFlip
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.protocols import PROTOCOLS, Protocol
 from deeplab_jax.models.deeplab import DeepLabV3, deeplab_v3
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.errors import UserError, choose, naming
-from deeplab_jax.training import losses, steps
-from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
+from deeplab_jax.runtime.errors import UserError, choose, naming, require
+from deeplab_jax.training import losses, objective, optimizers, steps
 from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,18 @@ def check(config: ConfigDict) -> None:
   # The platform is a guess: JAX starts its devices after it found its peers.
   make_model(config, num_classes=1, platform='cpu')
   make_schedule_and_optimizer(config)
-  _make_transforms(config, config.data.ignore_label)
+  make_transforms(config, num_classes=1, ignore_label=config.data.ignore_label)
   make_protocol(config)
   with naming('config.log'):
     check_backends(config.log.to)
   loss, weights = config.loss, config.loss.class_weights or None
   with naming('config.loss'):
-    choose('name', loss.name, losses.LOSSES)
-    losses.check_settings(
+    objective.check_settings(
+      loss.terms,
       loss.label_smoothing,
       loss.hardest,
-      None if weights == MEDIAN_FREQUENCY else weights,
+      (1.0,) if weights == MEDIAN_FREQUENCY else weights,
+      loss.auxiliary,
     )
 
 
@@ -73,20 +74,30 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    as_stored=data.as_stored,
+    tile=data.tile,
     options=set_values(data.options),
   )
 
 
 def make_model(
-  config: ConfigDict, num_classes: int, platform: str | None = None
+  config: ConfigDict,
+  num_classes: int,
+  platform: str | None = None,
+  **of_data: Any,
 ) -> DeepLabV3:
-  """Builds the network of `config.model`, by default for JAX's devices."""
+  """Builds the network of `config.model`, by default for JAX's devices.
+
+  `of_data` is `DatasetInfo.normalization`.
+  """
   # On CPUs memory is slow, so recomputing costs no time.
   on_cpu = (platform or jax.default_backend()) == 'cpu'
   settings = {
     'axis_name': AXIS_NAME if config.train.sync_bn else None,
     'rematerialization': 'elementwise' if on_cpu else 'none',
+    'auxiliary': config.loss.auxiliary > 0,
     **set_values(config.model),
+    **of_data,
   }
   with naming('config.model'):
     return deeplab_v3(num_classes=num_classes, **settings)
@@ -102,11 +113,12 @@ def make_schedule_and_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Builds what `config.optimizer` describes, over `config.train.steps`."""
   settings = config.optimizer.to_dict()
-  of_schedule = ('learning_rate', 'power', 'warmup_steps')
-  schedule = {name: settings.pop(name) for name in of_schedule}
+  of_optimizer = ('name', 'momentum', 'weight_decay', 'head_multiplier')
+  own = {key: settings.pop(key) for key in (*of_optimizer, 'clip_norm')}
   with naming('config.optimizer'):
-    rate = poly_schedule(steps=config.train.steps, **schedule)
-    return rate, make_optimizer(learning_rate=rate, **settings)
+    name = settings.pop('schedule')
+    rate = optimizers.make_schedule(name, steps=config.train.steps, **settings)
+    return rate, optimizers.make_optimizer(learning_rate=rate, **own)
 
 
 def make_train_step(
@@ -119,12 +131,19 @@ def make_train_step(
 
   `of_data` holds what depends on the data: `ignore_label`, `class_weights`.
   """
+  own = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
+  if config.train.freeze:
+    with naming('config.train'):
+      init = functools.partial(steps.draw_variables, model)
+      params = jax.eval_shape(init, jax.random.key(0))['params']
+      optimizers.frozen_parameters(params, config.train.freeze)
   return steps.pmap_train_step(
     model=model,
     optimizer=optimizer,
-    freeze_bn=config.train.freeze_bn,
-    accumulate=config.train.accumulate,
-    loss=choose('loss', config.loss.name, losses.LOSSES),
+    seed=config.seed,
+    **{name: config.train[name] for name in own},
+    terms=config.loss.terms,
+    auxiliary=config.loss.auxiliary,
     hardest=config.loss.hardest,
     label_smoothing=config.loss.label_smoothing,
     **of_data,
@@ -132,31 +151,62 @@ def make_train_step(
 
 
 def make_iterator(
-  config: ConfigDict, dataset: Dataset, start_step: int = 0
+  config: ConfigDict, dataset: Dataset, start_step: int = 0, count: int = 0
 ) -> Batches:
-  """Yields this host's share of the training batches, from `start_step` on."""
+  """Yields this host's share of the training batches, from `start_step` on.
+
+  With a `count`, batches of so many: the images of all hosts in their order.
+  """
+  data, info, split = config.data, dataset.info, config.data.train_split
+  shown = dataset.classes_shown(split) if data.class_sampling else ()
   return make_train_iterator(
-    dataset.source(config.data.train_split),
-    _make_transforms(config, dataset.info.ignore_label),
-    batch_size=config.train.batch_size,
+    dataset.source(split),
+    make_transforms(config, info.num_classes, info.ignore_label, info.fill),
+    batch_size=count or config.train.batch_size,
     seed=config.seed,
     start_step=start_step,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-    threads=config.data.threads,
-    workers=config.data.workers,
+    host=0 if count else jax.process_index(),
+    hosts=1 if count else jax.process_count(),
+    threads=data.threads,
+    workers=0 if count else data.workers,
+    class_sampling=data.class_sampling,
+    shown=shown,
   )
 
 
-def _make_transforms(
-  config: ConfigDict, ignore_label: int
-) -> tuple[RandomScaleCropFlip, ColorJitter]:
-  data = config.data
+def make_transforms(
+  config: ConfigDict,
+  num_classes: int,
+  ignore_label: int,
+  fill: np.ndarray = transforms.RGB_FILL,
+) -> list[transforms.Transform]:
+  """Builds what `config.data` does to training images, without what is off.
+
+  `fill` is the color of padding, in the type and channels of the images.
+  """
+  data, void, color = config.data, ignore_label, tuple(fill.tolist())
   with naming('config.data'):
-    crop = RandomScaleCropFlip(
-      data.crop_size, data.scale, data.flip, ignore_label=ignore_label
+    is_rgb = len(fill) == 3 and fill.dtype == np.uint8
+    jitter = data.color_jitter
+    rule = 'color_jitter: saturation and hue are 0 for images that are not RGB'
+    require(is_rgb or not any(jitter[2:]), f'{rule} of 8 bits', jitter)
+    crop = transforms.RandomScaleCropFlip(
+      data.crop_size,
+      data.scale,
+      data.flip,
+      data.rotate,
+      data.crop_max_share,
+      void,
+      color,
     )
-    return crop, ColorJitter(data.color_jitter)
+    optional = (
+      (transforms.ColorJitter(jitter), any(jitter)),
+      (transforms.GaussianBlur(data.blur), data.blur),
+      (transforms.GaussianNoise(data.noise), data.noise),
+      (transforms.Cutout(data.cutout, color), data.cutout),
+    )
+    own = [transforms.OfRecipe(f, num_classes, void) for f in data.transforms]
+  return [crop, *(transform for transform, used in optional if used), *own]
 
 
 def make_evaluator(
@@ -172,6 +222,7 @@ def make_evaluator(
     batch_size=config.eval.batch_size,
     buckets=config.eval.buckets,
     threads=config.data.threads,
+    boundary_iou=config.eval.boundary_iou,
   )
 
 
@@ -220,63 +271,15 @@ def class_weights(
   return tuple(map(float, weights))
 
 
-def check_machine(
-  config: ConfigDict,
-  mode: str,
-  *,
-  memory: int | None,
-  threads: int | None,
-  hosts: int = 1,
-) -> None:
-  """Refuses settings that need more than this machine has: memory, packages.
-
-  The memory needed is a lower bound. `memory` is in bytes, `threads` the most
-  that a process may have; None if unknown. The `hosts` share each batch.
-  Settings that `mode` does not use are not checked.
-  """
-  model, data, evaluation = config.model, config.data, config.eval
-  trains, whole = mode == 'train', evaluation.protocol == 'whole'
-  with naming('config.log'):
-    check_backends(config.log.to, starts=trains)
-  scores = mode == 'eval' or (trains and data.eval_split != '')
-  loaders = {'threads': scores or trains, 'workers': trains}
-  for name in loaders:
-    if loaders[name] and threads is not None and data[name] > threads:
-      raise UserError(
-        f'config.data.{name}={data[name]}: a process has at most {threads}'
-        ' threads on this machine'
-      )
-  last = 8 * round(64 * model.width)
-  kernels = 9 * last * (2 * last + len(model.aspp_rates) * model.aspp_features)
-  reach = max(*model.aspp_rates, *model.multi_grid)
-  # A batch in each thread that loads, and one in the step.
-  held = max(data.workers, 1) * max(data.threads, 1) + 1
-  batch = -(-config.train.batch_size // hosts) * math.prod(data.crop_size)
-  loaded = trains * batch * held
-  cell = model.aspp_features + (not whole) * math.prod(evaluation.crop_size)
-  scored = -(-evaluation.batch_size // hosts) * cell
-  needs = {  # in numbers of 4 bytes
-    'model.width model.aspp_features': kernels,  # of the last block and ASPP
-    'model.aspp_rates model.multi_grid': reach**2 // 2,  # a map they fit into
-    'train.batch_size data.crop_size data.workers data.threads': loaded,
-    'eval.batch_size eval.crop_size': scores * scored,
-  }
-  given, default = flat(config), flat(get_config())
-  for keys, numbers in needs.items():
-    if memory is not None and 4 * numbers > memory:
-      changed = [k for k in keys.split() if given[k] != default[k]]
-      named = [f'config.{k}={given[k]}' for k in changed or keys.split()]
-      raise UserError(
-        f'{", ".join(named)} need at least {min(numbers, 10**300) / 25e7:.3g}'
-        f' GB, and this machine has {memory / 1e9:.3g} GB of memory'
-      )
-
-
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   """Checks the batch on these devices; `before` are settings of the workdir."""
-  for key, value in flat(to_json(config)).items():
-    if key not in _OF_A_HOST:
-      distributed.check_same(value, f'config.{key}')
+  with naming('config.log'):
+    check_backends(config.log.to, starts=True)
+  given = flat(to_json(config)).items()
+  distributed.check_same({'the number of settings': len(given)})
+  distributed.check_same(
+    {f'config.{k}': value for k, value in given if k not in _OF_A_HOST}
+  )
   warmup, last = config.optimizer.warmup_steps, config.train.steps
   if warmup > last and warmup != before.get('optimizer.warmup_steps'):
     raise UserError(

@@ -7,6 +7,7 @@ turns the comments, above a setting or behind it, into docs/settings.md.
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +57,8 @@ def get_config() -> ConfigDict:
   data.train_split = 'train'  # split to train on
   data.eval_split = 'val'  # empty to train without evaluation
   data.ignore_label = 255  # label value of void in the files
-  data.label_map = ''  # what label values mean, as `255:1` or `0:void,1:0`
+  # What label values or colors mean: `255:1`, `0:void,1-9:0-8` or `#ff0000:1`.
+  data.label_map = ''
   data.allow_outside = False  # take links in `dir` that lead out of it
   data.on_bad_image = 'stop'  # or `skip`, at an unreadable file
   data.scale = _open((0.5, 2.0))  # smallest and largest factor of scaling
@@ -64,8 +66,18 @@ def get_config() -> ConfigDict:
   data.flip = 0.5  # probability to mirror a training image
   # Largest random changes of brightness, contrast, saturation and hue.
   data.color_jitter = _open((0.0, 0.0, 0.0, 0.0))
+  # Whether images keep their own channels and bits; else they become RGB.
+  data.as_stored = False
   data.threads = 0  # loading threads; 0: one per core, at most 16
   data.workers = 0  # loading processes
+  data.rotate = 0.0  # largest angle of rotation, either way, in degrees
+  data.blur = 0.0  # largest standard deviation of a blur, in pixels
+  data.noise = 0.0  # largest standard deviation of noise, in levels of 0..255
+  data.cutout = 0.0  # share of each side that a gray rectangle hides
+  data.crop_max_share = 1.0  # draw a crop again if one class fills more of it
+  data.class_sampling = 0.0  # share of images drawn by class, all as likely
+  data.transforms = _open(())  # functions of a recipe, applied last
+  data.tile = placeholder(int)  # side of the tiles that larger images become
   options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
   # Share held out of these (unset: 0.1), or of a set without splits (0.2).
@@ -91,23 +103,33 @@ def get_config() -> ConfigDict:
   train.watchdog_minutes = placeholder(float)
   train.sync_bn = True  # batch statistics over all devices
   train.freeze_bn = False  # keep the batch statistics as loaded
+  train.freeze = _open(())  # patterns of parameters to keep, as `backbone/*`
+  train.freeze_steps = placeholder(int)  # up to this step; unset: to the end
+  train.ema = placeholder(float)  # decay of averages of the parameters to use
+  train.dropout = 0.0  # share of channels that the class layer lacks
 
   loss = config.loss = ConfigDict()
-  loss.name = _open('cross_entropy')  # loss of a pixel
+  # Losses and weights: cross_entropy, focal, dice, lovasz_softmax; `dice:0.5`.
+  loss.terms = _open(('cross_entropy',))
   # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
   loss.class_weights = _open(())
   loss.hardest = 1.0  # share of each image's pixels, those of the largest loss
   loss.label_smoothing = 0.0  # share of the target spread over all classes
+  loss.auxiliary = 0.0  # weight of a second head on block 3; 0: no such head
 
   optimizer = config.optimizer = ConfigDict()
-  optimizer.name = _open('sgd')  # or `adam`
-  optimizer.learning_rate = 0.1  # rate at the start of the poly schedule
+  optimizer.name = _open('sgd')  # or `adam`, `adamw`
+  optimizer.schedule = _open('poly')  # or `cosine`, `step`
+  optimizer.learning_rate = 0.1  # rate at the start of the schedule
   optimizer.power = 0.9  # power of the poly schedule; 0: a constant rate
   optimizer.warmup_steps = 0  # steps over which the rate rises from 0
   optimizer.momentum = 0.9  # momentum of `sgd`
-  optimizer.weight_decay = 1e-4  # L2 penalty of convolution kernels
+  # L2 penalty of convolution kernels; with `adamw` apart from the gradient.
+  optimizer.weight_decay = 1e-4
   optimizer.head_multiplier = 1.0  # factor on the rate outside the backbone
   optimizer.clip_norm = placeholder(float)  # largest norm of the gradient
+  optimizer.milestones = _open((0.5, 0.75))  # of `step`, as shares of the run
+  optimizer.milestone_factor = 0.1  # factor on the rate at each
 
   evaluation = config.eval = ConfigDict()
   evaluation.step = 'best'  # checkpoint: `best`, `latest` or a number
@@ -121,6 +143,7 @@ def get_config() -> ConfigDict:
   evaluation.flip = False  # average over the mirrored image too
   evaluation.worst_and_best = 4  # images in each of these two pictures
   evaluation.save_predictions = False  # write an archive for a test server
+  evaluation.boundary_iou = False  # measure the regions at boundaries, too
 
   log = config.log = ConfigDict()
   log.to = _open(('tensorboard', 'jsonl'))  # or `wandb`, `mlflow`
@@ -150,17 +173,28 @@ _STEP = re.compile(r'best|latest|[0-9]+')
 _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('seed', 'in 0..2^32 - 1', lambda x: 0 <= x < 2**32),
   ('data.train_split', 'the name of a split', bool),
-  ('data.threads data.workers', 'at least 0', lambda x: x >= 0),
+  ('data.threads data.workers', 'in 0..1024', lambda x: 0 <= x <= 1024),
+  ('data.crop_size', 'at most 2^14', lambda x: max([0, *x]) <= 2**14),
+  ('eval.crop_size', 'at most 2^14', lambda x: max([0, *x]) <= 2**14),
+  ('model.width', 'at most 16', lambda x: x <= 16),
+  ('model.aspp_features', 'at most 4096', lambda x: x <= 4096),
+  ('model.aspp_rates', 'at most 4096', lambda x: max([0, *x]) <= 4096),
+  ('model.multi_grid', 'at most 4096', lambda x: max([0, *x]) <= 4096),
+  ('data.class_sampling', 'a share, 0 to 1', lambda x: 0 <= x <= 1),
+  ('data.tile', 'at least 64', lambda x: x >= 64),
   ('train.steps', 'in 1..2^31 - 1', lambda x: 1 <= x < 2**31),
-  ('train.batch_size train.accumulate', 'at least 1', lambda x: x >= 1),
+  ('train.batch_size eval.batch_size', 'in 1..2^16', lambda x: 1 <= x <= 2**16),
+  ('train.accumulate eval.buckets', 'at least 1', lambda x: x >= 1),
   ('train.log_every train.eval_every', 'at least 1', lambda x: x >= 1),
   ('train.save_every', 'at least 1', lambda x: x >= 1),
   ('train.keep train.keep_every', 'at least 1', lambda x: x >= 1),
+  ('train.freeze_steps', 'at least 1', lambda x: x >= 1),
+  ('train.ema', 'above 0 and below 1', lambda x: 0 < x < 1),
+  ('train.dropout', 'from 0, and below 1', lambda x: 0 <= x < 1),
   ('train.save_minutes train.watchdog_minutes', 'above 0', lambda x: x > 0),
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),
-  ('eval.batch_size eval.buckets', 'at least 1', lambda x: x >= 1),
 )
 
 
@@ -177,6 +211,12 @@ def validate(config: ConfigDict) -> None:
     raise UserError(
       f'config.data.crop_size={crop_size} must be at least one cell of the'
       f' feature map: config.model.output_stride={stride} pixels'
+    )
+  batch_size = config.train.batch_size
+  if batch_size * math.prod(crop_size) > 2**30:
+    raise UserError(
+      f'config.train.batch_size={batch_size} and config.data.crop_size='
+      f'{crop_size} make more than 2^30 pixels a step; lower them'
     )
 
 
@@ -227,6 +267,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
   """The configuration as JSON values; a function is its dotted name."""
 
   def name(function: Any) -> str:
-    return f'{function.__module__}.{getattr(function, "__name__", "partial")}'
+    known = getattr(function, '__name__', type(function).__name__)
+    return f'{function.__module__}.{known}'
 
   return json.loads(json.dumps(config.to_dict(), default=name))

@@ -57,7 +57,8 @@ def make_paths_absolute(config: ConfigDict) -> None:
       config.update_from_flattened_dict({key: path})
 
 
-# Of older workdirs; these settings are in `data.options` now.
+# Of older workdirs; these settings are in `data.options` now, and `loss.name`
+# is one of `loss.terms`.
 _MOVED = 'data.list', 'data.holdout'
 
 
@@ -72,6 +73,8 @@ def from_json(path: Path) -> ConfigDict:
     saved = json.loads(read_bytes(path))
     known = own.wrote(saved)
     saved = flat(saved)
+    if 'loss.name' in saved:
+      saved['loss.terms'] = (saved.pop('loss.name'),)
     moved = {key: saved.pop(key) for key in _MOVED if key in saved}
     if moved.get('data.list'):  # else nothing was held out
       for key, value in moved.items():

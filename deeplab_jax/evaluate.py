@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint over a whole split."""
 
 import csv
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,14 +11,16 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, ops
 from deeplab_jax.config import to_json, with_preset
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.load import Dataset
 from deeplab_jax.data.survey import Finding, check_tallies
+from deeplab_jax.evaluation import image_table
 from deeplab_jax.evaluation.evaluator import Evaluator, Scores, write_archive
 from deeplab_jax.evaluation.metrics import extremes, format_table, summary
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import Preempted, UserError
-from deeplab_jax.runtime.files import as_path, replacing, write_json
+from deeplab_jax.runtime.files import as_path, write, write_json
 from deeplab_jax.training.faults import StopSignal
 from deeplab_jax.training.writers import Progress, Writer
 from deeplab_jax.visualize import labels as visualize
@@ -32,11 +35,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates a checkpoint of `workdir`; prints and returns its metrics.
 
   It writes them into the folder `eval` with pictures: NAME.json, NAME.png (the
-  first images), NAME_confusion.png and .csv, NAME_worst.png and NAME_best.png.
-  NAME tells the split, the protocol and what is not the default, as
-  `val_whole_flip_step300`. With `config.eval.save_predictions` it writes the
-  archive NAME.tar.gz, and for a split without labels nothing else. Raises
-  `UserError` if the checkpoint or the data cannot be used.
+  first images), NAME_confusion.png and .csv, NAME_images.csv, NAME_worst.png
+  and NAME_best.png. NAME tells the split, the protocol and what is not the
+  default, as `val_whole_flip_step300`. With `config.eval.save_predictions` it
+  writes the archive NAME.tar.gz, and for a split without labels nothing else.
+  Raises `UserError` if the checkpoint or the data cannot be used.
   """
   networks.check_workdir(workdir)
   split, saves = config.data.eval_split, config.eval.save_predictions
@@ -53,7 +56,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     workdir, config.eval.step, to_json(config)['model'], dataset.info.to_json()
   )
   config = with_preset(config, network.model['preset'])
-  model = build.make_model(config, dataset.info.num_classes)
+  info = DatasetInfo.from_json(network.dataset)
+  model = build.make_model(config, info.num_classes, **info.normalization)
   evaluator = build.make_evaluator(model, dataset, config)
   if saves and evaluator.protocol.transform:
     raise UserError(
@@ -103,18 +107,16 @@ def _save_archive(path: Path, scores: Scores) -> list[str]:
 def _save_metrics(
   path: Path, scores: Scores, result: dict[str, Any], settings: ConfigDict
 ) -> list[str]:
-  """Writes PATH.json, .csv and the pictures; returns the report about them."""
+  """Writes PATH.json, tables and pictures; returns the report about them."""
   name, info = scores.evaluator.name, scores.evaluator.info
   path.parent.mkdir(exist_ok=True)
   write_json(f'{path}.json', result)
-  with (
-    replacing(f'{path}_confusion.csv') as temporary,
-    open(temporary, 'w', newline='', encoding='utf-8') as file,
-  ):
-    table = csv.writer(file)
-    table.writerow(['true class', 'color', *info.classes])
-    for row in zip(info.classes, info.palette, scores.confusion, strict=True):
-      table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
+  table = csv.writer(text := io.StringIO(newline=''))
+  table.writerow(['true class', 'color', *info.classes])
+  for row in zip(info.classes, info.palette, scores.confusion, strict=True):
+    table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
+  write(f'{path}_confusion.csv', text.getvalue())
+  image_table.write(f'{path}_images.csv', scores.table())
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),

@@ -1,8 +1,9 @@
 """Export of a trained network: StableHLO, a TensorFlow SavedModel, or ONNX.
 
 What is exported holds normalization, network, upsampling and argmax. It takes
-`images`, uint8 RGB [B, H, W, 3], and gives `segmentation_map`, uint8 [B, H, W],
-and on request `probabilities`, float32 [B, H, W, C].
+`images`, uint8 RGB [B, H, W, 3] or as they are stored, and gives
+`segmentation_map`, uint8 [B, H, W], and on request `probabilities`, float32
+[B, H, W, C].
 """
 
 import contextlib
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import ops
-from deeplab_jax.data import images, shapes
+from deeplab_jax.data import bands, images, shapes
+from deeplab_jax.data.datasets import DatasetInfo
+from deeplab_jax.evaluation import windows
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed, host
@@ -33,7 +35,7 @@ from deeplab_jax.runtime.files import as_path, is_remote, write_json
 from deeplab_jax.weights import networks
 
 Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results
-_SHAPE = 'b, {}, {}, 3'  # of images, by names where any number will do
+_SHAPE = 'b, {}, {}, {}'  # of images, by names where any number will do
 _DTYPES = ('float32', 'float16', 'bfloat16')
 _PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 _LARGEST = 1024  # height and width of the picture to compare on, at most
@@ -64,8 +66,9 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     size=settings.size,
     platforms=settings.platforms,
     probabilities=settings.probabilities,
+    dtype=predictor.info.fill.dtype,
   )
-  picture = _picture(config.data.dir, settings.size)
+  picture = _picture(config.data.dir, settings.size, predictor.info)
   with _new_folder(folder) as staging, naming('config.export'):
     run = FORMATS[settings.format][0](network, staging)
     # Of an image at its own size, seen whole once, as the artifact sees it.
@@ -91,6 +94,12 @@ class Exportable:
   size: tuple[int, ...] = ()  # height and width of the images; empty for any
   platforms: tuple[str, ...] = ('cpu', 'cuda', 'tpu')
   probabilities: bool = False
+  dtype: Any = np.uint8  # of the images
+
+  @property
+  def shape(self) -> str:
+    """The shape of the images, for JAX."""
+    return _SHAPE.format(*(self.size or 'hw'), len(self.model.mean))
 
   def segment(
     self, variables: Mapping[str, Any], images: jax.Array
@@ -106,10 +115,10 @@ class Exportable:
 
 def write_stablehlo(network: Exportable, folder: Path) -> Run:
   """Writes `model.stablehlo` for `jax.export`; returns it, loaded."""
-  shape = jax.export.symbolic_shape(_SHAPE.format(*(network.size or 'hw')))
+  shape = jax.export.symbolic_shape(network.shape)
   segment = jax.jit(functools.partial(network.segment, network.variables))
   exported = jax.export.export(segment, platforms=network.platforms)(
-    jax.ShapeDtypeStruct(shape, jnp.uint8)
+    jax.ShapeDtypeStruct(shape, network.dtype)
   )
   path = folder / 'model.stablehlo'
   path.write_bytes(exported.serialize())  # by flatbuffers
@@ -120,18 +129,19 @@ def write_savedmodel(network: Exportable, folder: Path) -> Run:
   """Writes a SavedModel of TensorFlow into the folder 1; returns it, loaded.
 
   The signature `predict_images` takes `images`, and `predict_bytes` takes
-  `image_bytes`, encoded JPEG or PNG images of one size.
+  `image_bytes`, encoded JPEG or PNG images of one size, if these are RGB.
   """
   import tensorflow as tf  # the extra 'tf'
   from jax.experimental import jax2tf
 
-  spec = tf.TensorSpec([*(network.size or (None, None)), 3], tf.uint8)
-  batch = tf.TensorSpec([None, *spec.shape], tf.uint8, 'images')
+  channels, kind = len(network.model.mean), tf.as_dtype(network.dtype)
+  spec = tf.TensorSpec([*(network.size or (None, None)), channels], kind)
+  batch = tf.TensorSpec([None, *spec.shape], kind, 'images')
   encoded = tf.TensorSpec([None], tf.string, 'image_bytes')
   weights = tf.nest.map_structure(tf.Variable, network.variables)
   segment = jax2tf.convert(
     network.segment,
-    polymorphic_shapes=[None, _SHAPE.format(*(network.size or 'hw'))],
+    polymorphic_shapes=[None, network.shape],
     with_gradient=False,
     native_serialization_platforms=network.platforms,
   )
@@ -153,8 +163,9 @@ def write_savedmodel(network: Exportable, folder: Path) -> Run:
   signatures = {
     'serving_default': predict_images,
     'predict_images': predict_images,
-    'predict_bytes': predict_bytes,
   }
+  if (channels, kind) == (3, tf.uint8):
+    signatures['predict_bytes'] = predict_bytes
   # Older TensorFlow reads version 9 and no later one.
   version = 'jax_export_calling_convention_version'
   default = getattr(jax.config, version)
@@ -180,6 +191,7 @@ def write_onnx(network: Exportable, folder: Path) -> Run:
     network.variables,
     size=network.size,
     probabilities=network.probabilities,
+    dtype=network.dtype,
   )
   path = folder / 'model.onnx'
   path.write_bytes(made.SerializeToString())
@@ -238,14 +250,21 @@ def _check(settings: ConfigDict, folder: Path) -> None:
     )
 
 
-def _picture(directory: str | None, size: tuple[int, ...]) -> np.ndarray:
-  """A picture of the data set's folder, else a drawn one, uint8 [H, W, 3]."""
-  picture, _ = shapes.generate_scene(np.random.default_rng(0))
+def _picture(
+  directory: str | None, size: tuple[int, ...], info: DatasetInfo
+) -> np.ndarray:
+  """A picture of the data set's folder, else a drawn one, [H, W, C]."""
+  rng = np.random.default_rng(0)
+  picture, _ = shapes.generate_scene(rng)
+  if info.mean:
+    noise = rng.normal(info.mean, info.std, (*picture.shape[:2], len(info.std)))
+    picture = np.clip(noise, 0, 2**info.bits - 1).astype(info.fill.dtype)
   with contextlib.suppress(UserError):
     if directory:
-      picture = images.read_image(images.list_images([directory])[0])
+      path = images.list_images([directory], bands.SUFFIXES)[0]
+      picture = images.as_pixels(path, info)
   picture = picture[:_LARGEST, :_LARGEST]
-  return cv2.resize(picture, size[::-1]) if size else picture
+  return windows.resized(picture, (size[0], size[1])) if size else picture
 
 
 @contextlib.contextmanager
@@ -267,7 +286,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 def compare(
   run: Run, predictor: Predictor, picture: np.ndarray
 ) -> dict[str, float]:
-  """Compares an artifact with the Predictor on a picture, uint8 [H, W, 3].
+  """Compares an artifact with the Predictor on a picture [H, W, C].
 
   Returns the share of pixels of equal classes; by how much, at most, the
   Predictor's probability of its own class exceeds that of the artifact's; and
@@ -300,10 +319,12 @@ def _manifest(
   if settings.probabilities:
     outputs['probabilities'] = 'float32 [B, H, W, C]'
   packages = 'deeplab_jax', 'jax', 'jaxlib', 'flax', *packages
+  info = predictor.info
+  kind = f'uint{info.bits} {"as stored" if info.mean else "RGB"}'
   return {
     'format': settings.format,
     'sha256': dict(zip(names, hashes, strict=True)),
-    'inputs': {'images': 'uint8 RGB [B, H, W, 3]'},
+    'inputs': {'images': f'{kind} [B, H, W, {len(info.fill)}]'},
     'outputs': outputs,
     'size': settings.size or None,
     'normalization': {'mean': model.mean, 'std': model.std, 'inside': True},

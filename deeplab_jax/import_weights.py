@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -56,7 +55,8 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   if before and before.exists() and config.data.to_dict() == default_data:
     config.data.update(from_json(before).data)
   info = _dataset_info(config, pretrained)
-  model = build.make_model(config, info.num_classes)
+  config.data.as_stored = bool(info.mean)
+  model = build.make_model(config, info.num_classes, **info.normalization)
   # Step 0 needs no state of an optimizer: training starts with a fresh one.
   state = steps.create_state(model, optax.identity(), config.seed)
   state = initialize(pretrained, state, config)
@@ -85,10 +85,8 @@ def open_network(source: str, info: DatasetInfo | None) -> dict[str, Any]:
   if info is None and count == DATASETS['voc2012'].num_classes:
     info = DATASETS['voc2012']
   model = build.make_model(config, count)
-  image = np.zeros((1, 65, 65, 3), np.uint8)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), image, train=False)
-  )
+  draw = functools.partial(steps.draw_variables, model)
+  shapes = jax.eval_shape(draw, jax.random.key(0))
   classes = tuple(f'class {i}' for i in range(count))
   return {
     'model': model,
@@ -121,7 +119,7 @@ def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
   config.init_from = config.init_from or _DEFAULT_SOURCE
   model = config.model
   pretrained = _open(config.init_from, model.backbone)
-  if pretrained.dataset:  # refused if void was trained as a class
+  if pretrained.dataset:  # which anyone may have written
     with naming(f'config.init_from={config.init_from}'):
       DatasetInfo.from_json(pretrained.dataset)
   model.preset = pretrained.preset_for(model.preset)
@@ -153,8 +151,13 @@ def initialize(
   pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
+  own = (pretrained.dataset or {}).get('mean')
+  there, here = (
+    sources.input_std(config.model.preset, measured=measured)
+    for measured in (bool(own), config.data.as_stored)
+  )
   variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), config.init_allow
+    jax.device_get(state.variables), config.init_allow, there / here
   )
   _open.cache_clear()
   if distributed.is_first_process():

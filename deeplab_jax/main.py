@@ -1,7 +1,7 @@
 """The command: python -m deeplab_jax.main --workdir=DIR [--mode=...].
 
 It trains by default. `--config=RECIPE` names a recipe, `--config.section.key=`
-changes a setting, `--mode=predict` takes images or folders after the options.
+changes a setting. Images to predict, or two workdirs to compare, come last.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from deeplab_jax import build, configure, import_weights
 from deeplab_jax import config as settings
+from deeplab_jax.compare import compare
 from deeplab_jax.evaluate import evaluate
 from deeplab_jax.export import export
 from deeplab_jax.predict_files import predict
@@ -29,6 +30,7 @@ _RUN: dict[str, Callable[..., Any]] = {
   'eval': evaluate,
   'predict': predict,
   'report': lambda _, workdir: report(workdir),
+  'compare': lambda _, workdir, inputs: compare(workdir, inputs),
   'export': export,
 }
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -51,10 +53,11 @@ def main(argv: list[str]) -> None:
   else:
     config, chosen = settings.get_config(), False
   inputs = _apply(argv, config)
-  if inputs and mode != 'predict':
+  given = [inputs] if mode in ('predict', 'compare') else []
+  if inputs and not given:
     raise UserError(f'{inputs[0]}: not an option; --mode={mode} has no inputs')
-  if mode == 'prepare':
-    _RUN[mode](config, workdir)
+  if mode in ('prepare', 'compare'):
+    _RUN[mode](config, workdir, *given)
     return
   if workdir is None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
@@ -64,8 +67,7 @@ def main(argv: list[str]) -> None:
     # What the weights fix replaces the default; the command line comes last.
     config = import_weights.config_of(config.init_from, config.model.backbone)
     _apply(argv, config)
-  build.check_machine(config, mode, **host.limits())
-  _RUN[mode](config, workdir, *([inputs] if mode == 'predict' else []))
+  _RUN[mode](config, workdir, *given)
 
 
 def _apply(argv: list[str], config: ConfigDict) -> list[str]:

@@ -46,7 +46,8 @@ class Predictor:
   ```
 
   An image is the path or the bytes of a file, which looks as in a viewer, a PIL
-  image, or an array uint8 [H, W, 3] of RGB. Images are padded to a few sizes,
+  image, or an array uint8 [H, W, 3] of RGB. A network of images as stored takes
+  files and arrays of its channels and bits. Images are padded to a few sizes,
   so that few programs are compiled, without a change of their results (but not
   with the upsampling 'asymmetric', where padding would count). Images
   of more than `window` by `window` pixels are segmented in overlapping windows,
@@ -156,7 +157,7 @@ class Predictor:
     config = with_preset(config, network.model['preset'])
     with naming('config.predict'):
       return cls(
-        build.make_model(config, info.num_classes),
+        build.make_model(config, info.num_classes, **info.normalization),
         network.variables,
         info,
         protocol=build.make_protocol(config),
@@ -189,7 +190,7 @@ class Predictor:
     return cls(**import_weights.open_network(source, info), **settings)
 
   def __call__(self, image: Any, *, probabilities: bool = False) -> Any:
-    """Segments an image, or a batch uint8 [B, H, W, 3].
+    """Segments an image, or a batch uint8 [B, H, W, 3] (or as stored).
 
     Returns classes uint8 [H, W]; with `probabilities` a pair of these and
     float32 [H, W, C]. A batch gives [B, H, W] and [B, H, W, C]. Raises
@@ -214,7 +215,8 @@ class Predictor:
     to the devices together.
     """
     chunk = self._rows if self._rows == 1 else 4 * self._rows
-    read = pipeline.in_background(as_pixels, images, self.threads)
+    decode = functools.partial(as_pixels, info=self.info)
+    read = pipeline.in_background(decode, images, self.threads)
     while pictures := list(itertools.islice(read, chunk)):
       for classes, scores in self._segment(pictures, probabilities):
         yield (classes, scores) if probabilities else classes
@@ -303,8 +305,9 @@ class Predictor:
     self, size: Size, images: Sequence[np.ndarray], probabilities: bool
   ) -> Any:
     """Starts to segment images, padded to one size, on all devices."""
+    channels, kind = images[0].shape[2], images[0].dtype
     batch: dict[str, np.ndarray] = {
-      'image': np.zeros((self._rows, *size, 3), np.uint8),
+      'image': np.zeros((self._rows, *size, channels), kind),
       'size': np.full((self._rows, 2), size, np.int32),
     }
     for row, image in enumerate(images):

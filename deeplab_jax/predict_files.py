@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -19,13 +20,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax.config import to_json
-from deeplab_jax.data import images
+from deeplab_jax.data import bands, images
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import as_path, is_remote, replacing
+from deeplab_jax.runtime.files import as_path, is_remote, replacing, write
 from deeplab_jax.runtime.progress import logged
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.weights import networks
@@ -34,11 +35,6 @@ log = logging.getLogger(__name__)
 
 _TABLE = 'class_shares.csv'
 _COLUMNS = 'mask', 'image', 'version', 'network', 'height', 'width'
-_TEXT: dict[str, Any] = {
-  'encoding': 'utf-8',
-  'errors': 'surrogateescape',
-  'newline': '',
-}
 Row = dict[str, str]  # of that table
 
 
@@ -61,8 +57,10 @@ def predict(
   `inputs`, and at the end, for images it could not read.
   """
   networks.check_workdir(workdir)
-  paths = images.list_images(inputs)
+  images.list_images(inputs, bands.SUFFIXES)  # fails early
   predictor = Predictor.from_config(config, workdir)
+  stored = {'suffixes': bands.SUFFIXES} if predictor.info.mean else {}
+  paths = images.list_images(inputs, **stored)
   folder = as_path(config.predict.output_dir or workdir / 'predictions')
   deepest = folder / 'probabilities' if config.predict.probabilities else folder
   place = f'config.predict.output_dir={folder}'
@@ -93,7 +91,8 @@ def predict(
     log.warning('%d earlier predictions in %s are replaced', earlier, folder)
   unread, names = len(todo), _class_columns(info)
   journal = folder / f'.class_shares_{time.time_ns()}_{host}.csv'
-  options = {} if is_remote(folder) else _TEXT  # there it is put at the end
+  text = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
+  options: Any = {} if is_remote(folder) else text  # there put at the end
   with journal.open('w', **options) as file:
     writer = csv.DictWriter(file, [*_COLUMNS, *names])
     writer.writeheader()
@@ -172,14 +171,17 @@ def _segment(
   """
   threads, kind = predictor.threads, config.predict.probabilities
   writers = 1 if kind else threads  # probabilities may be large
+  stored = bool(predictor.info.mean)
+  measure = functools.partial(images.read_size, as_stored=stored)
   sizes = {
     path: size
-    for path, size in in_background(_reader(images.read_size), paths, threads)
+    for path, size in in_background(_reader(measure), paths, threads)
     if size
   }
   predictor.plan(sizes.values())
   order = sorted(sizes, key=lambda path: predictor.bucket(sizes[path]))
-  read = in_background(_reader(images.read_image), order, threads)
+  decode = functools.partial(images.as_pixels, info=predictor.info)
+  read = in_background(_reader(decode), order, threads)
   pictures: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
 
   def ready() -> Iterator[np.ndarray]:
@@ -243,10 +245,9 @@ def _write(
     else:
       for index, share in enumerate(np.moveaxis(scores, -1, 0)):
         deep = np.rint(share * 65535).astype(np.uint16)
-        with replacing(below / f'{target.stem}_{index}.png') as temporary:
-          cv2.imencode('.png', deep)[1].tofile(temporary)
-  with replacing(target) as temporary:
-    Path(temporary).write_bytes(visualize.encode('png', info, label))
+        png = cv2.imencode('.png', deep)[1].tobytes()
+        write(below / f'{target.stem}_{index}.png', png)
+  write(target, visualize.encode('png', info, label))
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:
@@ -265,13 +266,10 @@ def _merge_rows(folder: Path) -> dict[str, Row]:
   """Joins the notes of all hosts and runs into one table; returns its rows."""
   rows = {k: row for k, row in _read_rows(folder).items() if row['network']}
   columns = list(dict.fromkeys(itertools.chain(*rows.values())))
-  with (
-    replacing(folder / _TABLE) as temporary,
-    open(temporary, 'w', **_TEXT) as file,
-  ):
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows[mask] for mask in sorted(rows))
+  writer = csv.DictWriter(table := io.StringIO(newline=''), columns)
+  writer.writeheader()
+  writer.writerows(rows[mask] for mask in sorted(rows))
+  write(folder / _TABLE, table.getvalue().encode('utf-8', 'surrogateescape'))
   # And what killed runs left half written.
   for pattern in ('.class_shares_*.csv', '.*.png.*.tmp'):
     for path in folder.glob(pattern):

@@ -1,19 +1,28 @@
 """Prepares a data set, and shows what it holds before anyone trains on it."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.data import voc
+from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.labels import Meaning
 from deeplab_jax.data.load import find_layout
+from deeplab_jax.data.proposals import Proposal
 from deeplab_jax.data.records import Layout
-from deeplab_jax.data.survey import Finding, label_findings, survey_folder
+from deeplab_jax.data.survey import (
+  Finding,
+  Survey,
+  label_findings,
+  survey_folder,
+)
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import replacing, write_json
 from deeplab_jax.training.losses import median_frequency_weights
@@ -21,6 +30,8 @@ from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
+
+_SAMPLES = 200  # images that a proposal is drawn from
 
 _Show = Callable[..., None]
 _Tallies = Mapping[str, Tally]  # by split
@@ -31,9 +42,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
 
   A folder is surveyed first, and what is wrong with it is printed. The folder
   `prepare`, in the workdir or else beside the prepared records, receives
-  `prepare.txt` (what is printed), `prepare.json` (what is returned) and a page
-  of samples of each split, `SPLIT.png`. Raises `UserError` if the data cannot
-  be prepared, or a file not be written.
+  `prepare.txt` (what is printed), `prepare.json` (what is returned), a page of
+  samples of each split, `SPLIT.png`, and the first images of training as it
+  sees them, `SPLIT_trained.png`. Raises `UserError` if the data cannot be
+  prepared, or a file not be written.
   """
   if workdir is not None:
     _make_folder(workdir)  # fails before the work is done
@@ -49,7 +61,9 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   layout = find_layout(data.name, build.set_values(data.options))
   surveyed = layout if data.dir else None
   build.check_links(config)
-  findings = _survey(data, surveyed, splits, show) if surveyed else ()
+  findings: tuple[Finding, ...] = ()
+  if surveyed:
+    findings = _survey(data, surveyed, splits, workdir, show)
   dataset = build.open_dataset(config, *splits)
   info, (builder, *_) = dataset.info, dataset.builders.values()
   name = info.name if surveyed else data.name
@@ -67,6 +81,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   counts = trained.class_pixels, trained.class_image_pixels
   weights = [f'{weight:.4g}' for weight in median_frequency_weights(*counts)]
   show(f'{name}: {info.num_classes} classes, ignore label {info.ignore_label}')
+  if info.mean:
+    each = zip(info.mean, info.std, strict=True)
+    shown = ', '.join(f'{mean:.6g} +- {std:.6g}' for mean, std in each)
+    show(f'images of {trained.kind}, mean and standard deviation: {shown}')
   pairs = list(labeled.items())
   for start in range(0, len(pairs), 2):  # that fit side by side on a screen
     show('', _table(_class_columns(info, pairs[start : start + 2])))
@@ -90,6 +108,14 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     page = sample_page(dataset.source(split), info, tally, title)
     visualize.save_png(output / f'{split}.png', page)
     print(output / f'{split}.png', flush=True)
+  with contextlib.closing(build.make_iterator(config, dataset, count=8)) as it:
+    seen = next(it)
+  images, maps = list(seen['image']), list(seen['label'])
+  page = visualize.panel(
+    images, None, maps, info.palette, info.ignore_label, classes=info.classes
+  )
+  visualize.save_png(output / f'{data.train_split}_trained.png', page)
+  print(output / f'{data.train_split}_trained.png', flush=True)
   return result
 
 
@@ -104,7 +130,11 @@ def _make_folder(path: Path) -> Path:
 
 
 def _survey(
-  data: ConfigDict, layout: Layout, splits: Sequence[str], show: _Show
+  data: ConfigDict,
+  layout: Layout,
+  splits: Sequence[str],
+  workdir: Path | None,
+  show: _Show,
 ) -> tuple[Finding, ...]:
   log.info('reading all files of %s', data.dir)
   survey = survey_folder(
@@ -113,23 +143,58 @@ def _survey(
     ignore_label=data.ignore_label,
     label_map=data.label_map,
     on_bad_image=data.on_bad_image,
+    as_stored=data.as_stored,
+    tile=data.tile or 0,
     layout=layout,
   )
   show(survey.text, *() if survey.findings else ('',))
-  _show_findings(survey.root, survey.findings, show)
+  proposed: Iterable[str] = ()
+  if survey.proposal:
+    proposed = _proposed(survey, survey.proposal, data, workdir)
+  _show_findings(survey.root, survey.findings, show, proposed)
   return survey.findings
 
 
+def _proposed(
+  survey: Survey, proposal: Proposal, data: ConfigDict, workdir: Path | None
+) -> Iterator[str]:
+  """Draws samples read as proposed; yields lines that say all that."""
+  yield 'proposed, but not used until you give it:'
+  yield str(proposal)
+  yield from (f'  {row}' for row in proposal.table)
+  if proposal.new:
+    path = shlex.quote(str(survey.classes))
+    yield f"printf '%s\\n' {shlex.join(proposal.new)} >> {path}"
+  lines = (*survey.lines, *proposal.new)
+  meaning = Meaning(lines, data.ignore_label, proposal.label_map)
+  home = workdir or Path(data.prepared_dir or '~/tensorflow_datasets')
+  output = _make_folder(home.expanduser() / 'prepare')
+  for split, items in survey.items.items():
+    info, source, tally = folder.sample(items, meaning, _SAMPLES)
+    title = f'{split}, {tally.num_images:,} images as proposed'
+    if tally.num_images:
+      page = sample_page(source, info, tally, title)
+      visualize.save_png(output / f'{split}_proposed.png', page)
+      yield f'drawn so: {output}/{split}_proposed.png'
+
+
 def _show_findings(
-  name: object, findings: Sequence[Finding], show: _Show
+  name: object,
+  findings: Sequence[Finding],
+  show: _Show,
+  proposed: Iterable[str] = (),
 ) -> None:
   """Shows what was found, if anything; raises `UserError` if it is fatal."""
   if findings:
     show(*findings, '')
+  if proposed:
+    show(*proposed, '')
   if fatal := sum(finding.count for finding in findings if finding.fatal):
     errors = 'error' if fatal == 1 else 'errors'
+    hint = ', or try what is proposed' if proposed else ''
     raise UserError(
       f'{name}: cannot be used; correct the {fatal:,} {errors} listed above'
+      f'{hint}'
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from deeplab_jax.config import flat, get_config, to_json
 from deeplab_jax.runtime.errors import UserError, first_line
-from deeplab_jax.runtime.files import as_path, replacing
+from deeplab_jax.runtime.files import as_path, write
 from deeplab_jax.visualize.report import page, picture_url
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,7 @@ def report(workdir: Path) -> Path:
   data['defaults'] = flat(to_json(get_config()))
   data['time'] = time.time()
   path = workdir / 'report.html'
-  with replacing(path) as temporary:
-    text = page(workdir.resolve().name, data)
-    Path(temporary).write_text(text, encoding='utf-8')
+  write(path, page(workdir.resolve().name, data))
   print(f'report: {path}')
   return path
 

@@ -67,7 +67,7 @@ _SECONDS = prometheus.Histogram('deeplab_request_seconds', 'Time', ['status'])
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-  image: np.ndarray | None  # uint8 [H, W, 3]; None once nobody waits for it
+  image: np.ndarray | None  # [H, W, C]; None once nobody waits for it
   scores: bool  # whether probabilities are wanted
   result: Any = None  # classes and probabilities, or an exception
 
@@ -182,13 +182,14 @@ class Server:
     finally:
       work.cancel()
       left.cancel()
+      await asyncio.wait((work, left))  # its job is given up before the answer
 
   async def _work(self, data: bytes, kind: str) -> bytes:
     info, most = self._predictor.info, self._limits['pixels']
     if kind == 'npz':
       most = min(most, _LARGEST_NPZ // (4 * info.num_classes))
     async with self._decoded:
-      image = await asyncio.to_thread(read, data, most)
+      image = await asyncio.to_thread(read, data, most, info)
       try:
         self._predictor.check(image.shape[:2])
       except UserError as error:
@@ -248,13 +249,15 @@ async def _body(request: Request, most: int) -> bytes:
   return bytes(data)
 
 
-def read(data: bytes, most: int) -> np.ndarray:
-  """Reads an image file, uint8 [H, W, 3].
+def read(data: bytes, most: int, info: DatasetInfo | None = None) -> np.ndarray:
+  """Reads an image file, uint8 [H, W, 3], or as stored if `info` says so.
 
   Raises `HTTPException` if it is no image, if it is damaged, and, before it
   decodes anything, if the image has more than `most` pixels.
   """
   try:
+    if data.startswith(image_files.ARRAY):  # has as many bytes
+      return images.as_pixels(data, info)
     with image_files.opened('image', data) as image:
       width, height = image.size
   except UserError as error:
@@ -266,7 +269,7 @@ def read(data: bytes, most: int) -> np.ndarray:
     reason = f'image: {size}; at most {most / 1e6:.3g} are accepted'
     raise HTTPException(413, reason)
   try:
-    return images.open_picture('image', data).pixels
+    return images.as_pixels(data, info)
   except UserError as error:
     reason = str(error).partition('; replace')[0]
     raise HTTPException(400, reason) from error
@@ -274,6 +277,8 @@ def read(data: bytes, most: int) -> np.ndarray:
 
 def make_examples(paths: Sequence[str], info: DatasetInfo) -> list[bytes]:
   """Returns images for the page, as PNG: of `paths`, else generated scenes."""
+  if paths and info.mean:
+    raise UserError('--examples: the page shows RGB, not images as stored')
   if paths:
     files = images.list_images(paths)[:6]
     return [images.encode_image(images.read_image(file)) for file in files]
@@ -320,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
   predictor = Predictor.from_workdir(options.workdir, step=options.step)
   examples = make_examples(options.examples, predictor.info)
   size = predictor.trained_size or (257, 257)
-  predictor(np.zeros((*size, 3), np.uint8))  # compiles
+  predictor(np.tile(predictor.info.fill, (*size, 1)))  # compiles
   limits = {name: options[name].value for name in LIMITS}
   token = options.token or os.environ.get('DEEPLAB_JAX_TOKEN', '')
   app = Server(predictor, limits, token, examples).app()

@@ -108,9 +108,9 @@ def _start(
   It returns the run, with their preset in its configuration, and the step.
   """
   latest = saved.open('latest') if saved.steps else None
-  distributed.check_same(latest and latest.step, f'{workdir}: its checkpoint')
+  distributed.check_same({f'{workdir}: its step': latest and latest.step})
   if latest:
-    config = with_preset(config, networks.preset_of(latest.metadata))
+    config = with_preset(config, latest.metadata['model']['preset'])
     load = latest.fill
   elif config.init_from:
     weights, config = import_weights.open_source(config)
@@ -155,17 +155,20 @@ def _train_on(run: _Run, stop: StopSignal) -> None:
 def _build(run: _Run) -> tuple[Any, ...]:
   """Makes the initial state, the step, the learning rates, the evaluator."""
   config, dataset, scored = run.config, run.dataset, run.config.data.eval_split
-  model = build.make_model(config, dataset.info.num_classes)
+  info = dataset.info
+  model = build.make_model(config, info.num_classes, **info.normalization)
   schedule, optimizer = build.make_schedule_and_optimizer(config)
   weights = build.class_weights(config, dataset)
-  void = dataset.info.ignore_label
+  void = info.ignore_label
   train_step = build.make_train_step(
     config, model, optimizer, ignore_label=void, class_weights=weights
   )
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
   state = run.load(steps.create_state(model, optimizer, config.seed))
+  state = state.with_ema(config.train.ema is not None)
   count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   start = f'continuing from step {state.step}' if state.step else 'step 0'
+  start += ', averages of the parameters (config.train.ema)' * bool(state.ema)
   log.info(f'{config.model.backbone}, {count:.1f} million parameters, {start}')
   return distributed.replicate(state), train_step, schedule, evaluator
 
@@ -185,7 +188,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
     contextlib.closing(batches),
     build.make_writer(run.config, run.workdir, start) as writer,
     Progress(settings.steps, start) as progress,
-    CheckedMetrics(progress.write, limit) as checked,
+    CheckedMetrics(progress.write, lambda: saved.latest_step, limit) as checked,
   ):
     score = functools.partial(
       evaluate.score_checkpoint,
@@ -211,7 +214,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
       if step == start + 1:
         progress.start_clock(step)
       if logs := last or step % settings.log_every == 0:
-        values = checked.fetch(saved.latest_step)
+        values = checked.fetch()
         speed = (step - since) / (time.monotonic() - then)
         values['learning_rate'] = float(schedule(step - 1))
         values['images_per_second'] = speed * settings.batch_size
@@ -226,7 +229,7 @@ def _train(run: _Run, stop: StopSignal) -> None:
         passed = time.monotonic() - saved_at
         saving = any(distributed.gathered(passed > 60 * settings.save_minutes))
       if saving:
-        checked.fetch(saved.latest_step)
+        checked.fetch()
         _save(run, state)
         saved_at = time.monotonic()
       if stopping and not last:

@@ -209,7 +209,9 @@ def random_variables():
 
   def make(model, seed=0):
     shapes = jax.eval_shape(
-      lambda key: model.init(key, jnp.zeros((1, 33, 33, 3)), train=False),
+      lambda key: model.init(
+        key, jnp.zeros((1, 33, 33, len(model.mean))), train=False
+      ),
       jax.random.key(0),
     )
     rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ ROOT = Path(deeplab_jax.__file__).parent
 ORDER = (
   ('main', 'benchmark', 'serve'),
   ('train', 'export', 'predict_files'),
-  ('evaluate', 'predict', 'prepare', 'report'),
+  ('evaluate', 'predict', 'prepare', 'report', 'compare'),
   ('import_weights',),
   ('build',),
   ('configure',),

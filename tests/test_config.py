@@ -42,10 +42,14 @@ def test_every_rule_is_about_a_setting():
     ('seed', -1),
     ('seed', 2**32),
     ('data.threads', -1),
+    ('data.tile', 63),
     ('data.workers', -1),
     ('train.steps', 0),
     ('train.steps', 2**31),
     ('train.steps', 10**22),
+    ('train.ema', 1.0),
+    ('train.dropout', 1.0),
+    ('train.freeze_steps', -1),
     ('train.batch_size', 0),
     ('train.log_every', 0),
     ('train.eval_every', -5),
@@ -112,9 +116,11 @@ def test_class_weights_are_a_word_or_numbers_by_commas(text, values, by):
 def test_patterns_are_words_by_commas():
   config = default_config.get_config()
   argv = ['main', '--config.init_allow=*/moving_mean, logits/*']
+  argv.append('--config.train.freeze=backbone/*')
   configure.override(config, argv)
   default_config.validate(config)
   assert config.init_allow == ('*/moving_mean', 'logits/*')
+  assert config.train.freeze == ('backbone/*',)
 
 
 @pytest.mark.parametrize('spelling', ['', '0'])
@@ -232,7 +238,7 @@ OLD = {
   'init_allow': '*/a,b',
   'model': {'preset': '', 'bn_epsilon': 0.0, 'multi_grid': [1, 1, 1]},
   'data': {'dir': '', 'list': 'ids.txt', 'holdout': 0.2, 'scale': [1.0, 2.0]},
-  'loss': {'class_weights': '1,2'},
+  'loss': {'class_weights': '1,2', 'name': 'cross_entropy'},
   'optimizer': {'clip_norm': 0.0},
 }
 
@@ -288,6 +294,24 @@ def test_a_function_of_a_recipe_is_saved_by_name_and_needs_it_again(tmp_path):
     'lion.optimizer is a function of a recipe, which --config=RECIPE names;'
     ' pass --config, or remove it'
   )
+
+
+@pytest.mark.parametrize('terms', [('mine.loss',), (('mine.loss', 0.5),)])
+def test_a_term_of_a_recipe_needs_the_recipe_again(tmp_path, terms):
+  saved = default_config.to_json(default_config.get_config())
+  saved['loss']['terms'] = json.loads(json.dumps(terms))
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  words = r'loss\.terms=mine\.loss is a function of a recipe'
+  with pytest.raises(UserError, match=words):
+    configure.from_json(tmp_path / 'config.json')
+
+
+def test_terms_are_read_from_an_option():
+  config = default_config.get_config()
+  text = '--config.loss.terms=cross_entropy:1,dice:0.5'
+  configure.override(config, ['main', text])
+  default_config.validate(config)
+  assert config.loss.terms == ('cross_entropy:1', 'dice:0.5')
 
 
 PLACES = {

@@ -19,7 +19,7 @@ from deeplab_jax import build, deeplab_v3, evaluate, ops
 from deeplab_jax.benchmark.timing import compilations
 from deeplab_jax.data import images, transforms
 from deeplab_jax.data.buckets import FILLER
-from deeplab_jax.evaluation import metrics
+from deeplab_jax.evaluation import image_table, metrics
 from deeplab_jax.evaluation.protocols import (
   PROTOCOLS,
   CenterCrop,
@@ -131,9 +131,36 @@ def test_evaluation_equals_a_loop_over_the_images(
   assert found['images'] == {'val': 3, 'train': 6}[split]
   assert set(found) - set(expected) == {
     *('images', 'split', 'protocol', 'output_stride', 'scales', 'flip'),
+    'interval_95',
   }
   rows = dataset.tally(split).num_images
   assert picture.shape[0] > rows * 40 and picture.dtype == np.uint8
+
+
+def test_each_image_is_counted_with_its_boundaries(trained):
+  # Three images on four devices, padded to one size.
+  config = make_config(
+    trained.settings, eval__buckets=1, eval__boundary_iou=True
+  )
+  dataset = build.open_dataset(config, 'val')
+  model = build.make_model(config, dataset.info.num_classes)
+  variables = distributed.replicate(read_variables(trained.workdir))
+  scores = build.make_evaluator(model, dataset, config).run(variables, keep=3)
+  assert scores.counts.shape == (3, 5, 4)
+  for index, counts in enumerate(scores.counts):
+    _, label = scores.evaluator.example(index)
+    prediction, valid = scores.prediction(index), label != 255
+    for c, (tp, fp, fn, intersection, union) in enumerate(counts.T):
+      truth, found = (label == c) & valid, (prediction == c) & valid
+      assert tp == (truth & found).sum()
+      assert (fp, fn) == (found.sum() - tp, truth.sum() - tp)
+      assert intersection <= min(tp, union) and union <= tp + fp + fn
+  *_, intersection, union = scores.counts.sum(0)
+  of_class = scores.metrics['per_class_boundary_iou'].values()
+  assert [x or 0 for x in of_class] == pytest.approx(
+    intersection / np.maximum(union, 1), rel=0, abs=1e-12
+  )
+  assert scores.table().names == ['val_0', 'val_1', 'val_2']
 
 
 def test_each_image_may_have_its_own_size(trained, run):
@@ -470,6 +497,21 @@ def test_evaluating_a_checkpoint_repeats_its_metrics(
   assert f'{100 * result["miou"]:.2f}' in table
   assert not list(workdir.rglob('*step6_worst.png'))
   assert 'worst images' not in table
+
+
+def test_the_table_of_images_gives_the_metrics_of_the_whole(evaluated):
+  path = evaluated.workdir / 'eval/val_whole_images.csv'
+  table, result = image_table.read(path), evaluated.result
+  assert table.names == [f'val_{index}' for index in range(3)]
+  rates = metrics.rates(table.counts.sum(0))
+  for key in ('miou', 'pixel_accuracy', 'mean_precision', 'mean_f1'):
+    assert rates[key] == result[key]
+  assert list(table.classes) == list(result['per_class_iou'])
+  assert np.mean(table.mious) == pytest.approx(result['per_image_miou'])
+  low, high = result['interval_95']['miou']
+  assert 0 <= low <= result['miou'] <= high <= 1
+  (line,) = (x for x in evaluated.output.splitlines() if '95 %' in x)
+  assert f'mIoU {100 * low:.2f} to {100 * high:.2f}' in line
 
 
 def test_unknown_step_is_named(trained):

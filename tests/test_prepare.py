@@ -9,12 +9,20 @@ import pytest
 from miniature import SETTINGS, make_config
 from PIL import Image
 
+from deeplab_jax import build
 from deeplab_jax import config as default_config
 from deeplab_jax.data import load, shapes
 from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.visualize import labels as visualize
 
-PAGES = ['prepare.json', 'prepare.txt', 'train.png', 'val.png']
+PAGES = [
+  'prepare.json',
+  'prepare.txt',
+  'train.png',
+  'train_trained.png',
+  'val.png',
+]
 
 
 @pytest.fixture
@@ -86,13 +94,47 @@ def test_files_say_what_the_screen_says(settings, tmp_path, capsys):
   assert saved == json.loads(json.dumps(result))
   shown = capsys.readouterr().out
   text = (output / 'prepare.txt').read_text()
-  assert shown == text + f'{output}/train.png\n{output}/val.png\n'
+  pages = ('train.png', 'val.png', 'train_trained.png')
+  assert shown == text + ''.join(f'{output}/{name}\n' for name in pages)
   assert text.startswith('num_classes: 3 (the labels hold 0 to 2 and void, 255')
   assert result['dataset']['classes'] == ['ground', 'left', 'right']
   assert result['splits']['val']['class_pixels'][1:] == [900, 900]
   for split in ('train', 'val'):
     with Image.open(output / f'{split}.png') as page:
       assert page.mode == 'RGB' and page.width > 1000
+
+
+def test_a_page_shows_the_first_images_of_training_as_it_sees_them(
+  settings, tmp_path
+):
+  def own(image, label, rng):
+    image = image.copy()
+    image[0] = rng.integers(255)
+    return image, label
+
+  changed = {
+    'data__rotate': 20.0,
+    'data__noise': 9.0,
+    'data__cutout': 0.3,
+    'data__class_sampling': 0.5,
+    'data__transforms': (own,),
+    'seed': 3,
+  }
+  config = make_config(settings, **changed)
+  prepare(config, tmp_path / 'w')
+  with Image.open(tmp_path / 'w/prepare/train_trained.png') as page:
+    page = np.asarray(page)
+  dataset = build.open_dataset(config, 'train', 'val')
+  batches = build.make_iterator(config, dataset)
+  seen = [next(batches), next(batches)]  # of four images each
+  batches.close()
+  images = np.concatenate([batch['image'] for batch in seen])
+  maps = np.concatenate([batch['label'] for batch in seen])
+  for row in range(8):
+    top = row * (33 + 4)
+    np.testing.assert_array_equal(page[top : top + 33, :33], images[row])
+    colors = visualize.colorize(maps[row], dataset.info.palette)
+    np.testing.assert_array_equal(page[top : top + 33, 37:70], colors)
 
 
 def test_class_weights_can_be_pasted(settings, tmp_path, capsys):
@@ -202,7 +244,8 @@ def test_folder_with_errors_is_reported_whole_and_refused(
   with pytest.raises(UserError) as caught:
     prepare(make_config(settings), tmp_path / 'w')
   assert str(caught.value) == (
-    f'{voc_folder}: cannot be used; correct the 5 errors listed above'
+    f'{voc_folder}: cannot be used; correct the 5 errors listed above, or try'
+    ' what is proposed'
   )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('num_classes: 3 (') and 'has 2 names' in lines[0]
@@ -212,7 +255,8 @@ def test_folder_with_errors_is_reported_whole_and_refused(
     'error: label values that are neither a class nor the ignore label: 1',
   ]
   assert not (tmp_path / 'prepared').exists()
-  assert not list((tmp_path / 'w').iterdir())
+  drawn = sorted(path.name for path in (tmp_path / 'w' / 'prepare').iterdir())
+  assert drawn == ['train_proposed.png', 'val_proposed.png']
 
 
 def test_unreadable_files_may_be_left_out(

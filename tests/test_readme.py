@@ -23,22 +23,29 @@ from miniature import as_options, global_batch, make
 from PIL import Image
 
 from deeplab_jax import BACKBONES, PRESETS, Predictor, deeplab_v3
+from deeplab_jax.build import make_transforms
 from deeplab_jax.config import get_config, to_json, validate
 from deeplab_jax.configure import from_recipe, override
 from deeplab_jax.data.datasets import DATASETS
 from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.load import LOADERS
+from deeplab_jax.data.transforms import OfRecipe
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.files import write_json
 from deeplab_jax.training import writers
 from deeplab_jax.training.losses import LOSSES
-from deeplab_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from deeplab_jax.training.optimizers import (
+  OPTIMIZERS,
+  SCHEDULES,
+  make_optimizer,
+  make_schedule,
+)
 from deeplab_jax.training.steps import (
   TrainState,
   create_state,
   pmap_train_step,
 )
-from deeplab_jax.training.writers import write_json
 from deeplab_jax.weights.checkpoints import Checkpoints
 from deeplab_jax.weights.networks import describe
 
@@ -114,9 +121,10 @@ def commands(page):
 def test_commands_have_recipes_modes_and_settings_that_exist(page):
   for words in commands(page):
     options = dict(word.partition('=')[::2] for word in words if '--' in word)
-    assert '--workdir' in options or options['--mode'] == 'prepare'
+    needs_none = options.get('--mode') in ('prepare', 'compare')
+    assert '--workdir' in options or needs_none
     modes = ['prepare', 'train', 'import', 'eval', 'predict']
-    modes += ['report', 'export']
+    modes += ['report', 'compare', 'export']
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()
@@ -317,7 +325,8 @@ def test_examples_of_extending_run(tmp_path):
   for code in blocks(page, 'python'):
     exec(code.replace("'PREPARED'", repr(str(tmp_path))), names)
   backbone = BACKBONES.pop('strided')
-  loss, optimizer = LOSSES.pop('focal'), OPTIMIZERS.pop('lion')
+  loss, optimizer = LOSSES.pop('poly'), OPTIMIZERS.pop('lion')
+  region = LOSSES.pop('tversky')
   protocol, loader = PROTOCOLS.pop('half_size'), LOADERS.pop('halves')
   table, layout = writers.BACKENDS.pop('table'), LOADERS.pop('side_by_side')
 
@@ -327,9 +336,13 @@ def test_examples_of_extending_run(tmp_path):
   assert mask == tmp_path / 'train' / '7.tif'
   # At equal logits a pixel has the probability 1 / C.
   each = loss(jnp.zeros((2, 4)), jnp.array([1, 255]))
-  np.testing.assert_allclose(each, [0.75**2 * math.log(4), 0], rtol=1e-6)
+  np.testing.assert_allclose(each, [math.log(4) + 0.75, 0], rtol=1e-6)
+  # Of 2 pixels, 2 classes share the probability: 0.5 / (0.3 + 0.7).
+  halves = region(jnp.zeros((3, 2)), jnp.array([0, 1, 255]))
+  np.testing.assert_allclose(halves, 0.5, rtol=1e-6)
   config = names['get_config']()
-  assert (config.loss.name, config.optimizer.name) == (loss, optimizer)
+  assert config.loss.terms == ((loss, 1.0), ('dice', 0.5))
+  assert config.optimizer.name is optimizer
   validate(config)
 
   # Lion moves each parameter by the learning rate, by sign of the gradient.
@@ -338,6 +351,16 @@ def test_examples_of_extending_run(tmp_path):
   gradients = {'backbone': {'bias': jnp.array([2.0, -0.3, 0.0])}}
   moves, _ = chain.update(gradients, chain.init(params), params)
   np.testing.assert_allclose(moves['backbone']['bias'], [-0.1, 0.1, 0])
+
+  # A whole chain has no second decay and no second rate around it.
+  rate = make_schedule(SCHEDULES.pop('one_cycle'), 0.4, 10)
+  np.testing.assert_allclose(rate(3), 0.4, rtol=1e-6)  # its peak
+  chain = make_optimizer(OPTIMIZERS.pop('careful'), rate, weight_decay=0.5)
+  params = {'backbone': {'kernel': jnp.ones((2, 2))}}
+  moves, _ = chain.update(params, chain.init(params), params)
+  np.testing.assert_allclose(
+    moves['backbone']['kernel'], -rate(0) * (1 + 0.5), rtol=1e-4
+  )
 
   model = deeplab_v3(backbone, num_classes=3, output_stride=8, aspp_features=4)
   assert model.backbone == names['model'].backbone
@@ -369,6 +392,53 @@ def test_examples_of_extending_run(tmp_path):
   np.testing.assert_array_equal(
     label, np.broadcast_to(np.arange(64) >= 23, (48, 64))
   )
+
+
+AUGMENTATION = (ROOT / 'docs/augmentation.md').read_text()
+
+
+def own_transform(number):
+  """Names that an example of the page defines, and a pair to try it on."""
+  names, rng = {'__name__': 'own'}, np.random.default_rng(0)
+  exec(blocks(AUGMENTATION, 'python')[number], names)
+  image = rng.integers(0, 256, (64, 80, 3), np.uint8)
+  return names, image, rng.integers(0, 3, (64, 80), np.uint8)
+
+
+def test_a_transform_of_the_page_inverts_what_is_bright():
+  names, image, label = own_transform(0)
+  config = names['get_config']()
+  validate(config)
+  _, transform = make_transforms(config, 3, 255)
+  found, same = transform(image, label, np.random.default_rng(1))
+  bright = image >= np.random.default_rng(1).integers(128, 256)
+  np.testing.assert_array_equal(found[bright], 255 - image[bright])
+  np.testing.assert_array_equal(found[~bright], image[~bright])
+  assert same is label
+
+
+def test_a_transform_by_albumentations_is_a_function_of_the_generator():
+  pytest.importorskip('albumentations')
+  names, image, label = own_transform(1)
+  transform = OfRecipe(names['elastic'], 3, 255)
+  results = [
+    transform(image, label, np.random.default_rng(seed))
+    for seed in [*range(8), *range(8)]
+  ]
+  for one, other in zip(results[:8], results[8:], strict=True):
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[1], other[1])
+  assert any((pair[1] != label).any() for pair in results)
+
+
+def test_the_page_of_augmentation_tells_the_defaults():
+  defaults = flatten_dict(get_config().to_dict(), sep='.')
+  told = re.findall(
+    r'^\| `(data\.\w+)` \| `(.*?)` \|', AUGMENTATION, re.MULTILINE
+  )
+  assert len(told) == 11
+  for key, value in told:
+    assert defaults[key] == ast.literal_eval(value), key
 
 
 def test_cells_of_the_tutorial_are_python_with_imports_that_exist():

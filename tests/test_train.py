@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +24,15 @@ import pytest
 from miniature import as_options, make_config, share_programs
 from PIL import Image
 
-from deeplab_jax import build, evaluate, train
+from deeplab_jax import build, evaluate, import_weights, train
 from deeplab_jax.evaluation.protocols import Protocol
+from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime import own
 from deeplab_jax.runtime.errors import Preempted, UserError
 from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import losses
+from deeplab_jax.weights import load, networks
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.compiles
@@ -39,8 +42,13 @@ METRICS = {
   'pixel_accuracy',
   'mean_accuracy',
   'frequency_weighted_iou',
+  'mean_precision',
+  'mean_f1',
   'per_class_iou',
   'per_class_accuracy',
+  'per_class_precision',
+  'per_class_f1',
+  'interval_95',
   'per_image_miou',
   'per_image_pixel_accuracy',
   'per_image_mean_accuracy',
@@ -432,6 +440,8 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
     loss__class_weights=(1, 2, 0, 0.5),
     loss__hardest=0.3,
     loss__label_smoothing=0.1,
+    loss__terms=('cross_entropy', 'dice:0.5'),
+    loss__auxiliary=0.4,
     train__batch_size=8,
     train__accumulate=2,
   )
@@ -440,7 +450,8 @@ def test_settings_of_the_loss_reach_the_step(trained, tmp_path, monkeypatch):
   assert received['accumulate'] == 2
   assert received['class_weights'] == (1, 2, 0, 0.5)
   assert (received['hardest'], received['label_smoothing']) == (0.3, 0.1)
-  assert received['loss'] is losses.softmax_cross_entropy
+  assert received['terms'] == ('cross_entropy', 'dice:0.5')
+  assert received['auxiliary'] == 0.4 and received['model'].auxiliary
 
 
 def halved(logits, labels, ignore_label, label_smoothing):
@@ -467,7 +478,7 @@ def test_a_recipe_passes_a_loss_an_optimizer_and_a_protocol_of_its_own(
 ):
   config = make_config(
     trained.settings,
-    loss__name=halved,
+    loss__terms=((halved, 1.0),),
     optimizer__name=signs,
     eval__protocol=Small,
     train__steps=1,
@@ -485,6 +496,90 @@ def test_a_recipe_passes_a_loss_an_optimizer_and_a_protocol_of_its_own(
     params = saved.open(1).variables['params']
   moved = np.abs(params['logits']['bias'] - start['logits']['bias'])
   np.testing.assert_allclose(moved, config.optimizer.learning_rate, rtol=1e-5)
+
+
+def test_a_run_goes_on_with_averages_which_are_evaluated_and_used(
+  trained, stopped, tmp_path, caplog
+):
+  caplog.set_level(logging.INFO)
+  workdir = shutil.copytree(stopped, tmp_path / 'w')
+  changes = {'train__ema': 0.2, 'eval__step': 'latest'}
+  config = make_config(trained.settings, **changes)
+  train_and_evaluate(config, workdir)
+  assert 'config.train.ema=0.2 (was None)' in caplog.text
+  assert 'step 3, averages of the parameters (config.train.ema)' in caplog.text
+  with Checkpoints(workdir) as saved:
+    arrays, metrics = saved.open(6).arrays, saved.metrics(6)
+  source = load.open_pretrained(str(workdir / 'checkpoints' / '6')).arrays
+  assert any(name.startswith('ema/') for name in arrays)
+  for path, leaf in read_state(trained.workdir, 6):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    # The parameters themselves go on as without.
+    np.testing.assert_allclose(arrays[name], leaf, atol=1e-3)
+    if name.startswith('params/'):
+      used = arrays[name.replace('params', 'ema', 1)]
+      assert (used != arrays[name]).any()
+      np.testing.assert_array_equal(used, source[name])
+  found = evaluate.evaluate(config, workdir)
+  assert found == {**metrics, 'step': 6}
+
+  # Switched off, it goes on with the parameters.
+  shutil.rmtree(workdir / 'checkpoints' / '6')
+  train_and_evaluate(trained.config, workdir)
+  with Checkpoints(workdir) as saved:
+    after = saved.open(6).arrays
+  assert not any(name.startswith('ema/') for name in after)
+  for name, leaf in after.items():
+    np.testing.assert_allclose(leaf, arrays[name], atol=1e-3)
+
+
+def test_terms_and_an_auxiliary_head_resume_bit_for_bit(
+  trained, tmp_path, monkeypatch
+):
+  config = make_config(
+    trained.settings,
+    loss__terms=('cross_entropy', 'dice:0.5'),
+    loss__auxiliary=0.4,
+    data__eval_split='',
+    train__steps=4,
+  )
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  train_and_evaluate(config, one)
+  show = train.Progress.update
+
+  def update(progress, step, values):
+    show(progress, step, values)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Progress, 'update', update)
+    with pytest.raises(Preempted):
+      train_and_evaluate(config, two)
+  train_and_evaluate(config, two)
+  for (path, leaf), (_, expected) in zip(
+    read_state(two, 4), read_state(one, 4), strict=True
+  ):
+    np.testing.assert_array_equal(leaf, expected, str(path))
+  for line, expected in zip(read_lines(two), read_lines(one), strict=True):
+    assert line == expected
+    terms = line['loss_cross_entropy'] + 0.5 * line['loss_dice']
+    terms += 0.4 * line['loss_auxiliary']
+    np.testing.assert_allclose(line['loss'], terms, rtol=1e-6)
+
+  # The head is of training alone, and may be left out of another run.
+  plain = make_config(trained.settings, init_from=str(one))
+  model = build.to_json(config)['model']
+  assert 'auxiliary' not in networks.open_network(one, '4', model).variables
+  source, plain = import_weights.open_source(plain)
+  with Checkpoints(trained.workdir) as saved:
+    there = saved.open(6).variables
+  variables, report = source.merge_into(there)
+  assert jax.tree.structure(variables) == jax.tree.structure(there)
+  assert set(report.unused.values()) == {'the network has no auxiliary head'}
+  config.loss.auxiliary = 0.0
+  with pytest.raises(UserError, match=r'needs the config\.loss\.auxiliary it'):
+    train_and_evaluate(config, two)
 
 
 def test_median_frequency_weights_are_those_of_the_training_labels(trained):
@@ -838,7 +933,8 @@ def test_impossible_network_leaves_no_configuration_behind(trained, tmp_path):
   assert not (tmp_path / 'config.json').exists()
 
 
-CROPS = Path(__file__).parents[2] / 'shared' / 'cases' / 'crop_64_or_65'
+CASES = Path(__file__).parents[2] / 'shared' / 'cases'
+CROPS = CASES / 'crop_64_or_65'
 
 
 @pytest.mark.slow
@@ -890,3 +986,62 @@ def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(
 
 def test_settings_of_a_run_are_noted_as_those_of_this_user(trained):
   assert own.wrote(settings_of(trained.workdir))
+
+
+def colored(label):
+  return np.array([[60, 120, 60], [220, 60, 60], [60, 60, 220]], np.uint8)[
+    np.minimum(label, 2)
+  ]
+
+
+def in_grays(label):
+  return np.array([0, 127, 255], np.uint8)[np.minimum(label, 2)]
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    colored,
+    in_grays,
+    'labels_are_colors',
+    'masks_0_and_255',
+    'palette_order_differs',
+  ],
+)
+def test_labels_train_with_what_prepare_proposes(
+  trained, tmp_path, monkeypatch, capsys, case
+):
+  """It refuses with a line to paste; with that it trains and is scored."""
+  folder = tmp_path / 'mini'
+  if not callable(case) and not (CASES / case).is_dir():
+    pytest.skip(f'{CASES / case} is not here')
+  shutil.copytree(
+    CASES / case if not callable(case) else trained.folder, folder
+  )
+  if callable(case):
+    (folder / 'classes.txt').write_text('ground\nleft\nright\n')
+    for path in (folder / 'SegmentationClass').iterdir():
+      Image.fromarray(case(np.array(Image.open(path)))).save(path)
+  changes = {
+    'data__dir': str(folder),
+    'train__steps': 2,
+    'train__batch_size': 4,
+  }
+  changes['data__prepared_dir'] = str(tmp_path / 'prepared')
+  config = make_config(trained.settings, **changes)
+  with pytest.raises(UserError, match='or try what is proposed'):
+    prepare(config, tmp_path / 'w')
+  (line,) = (
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if ': --config.data.label_map=' in line and 'if 255' not in line
+  )
+  setting = line.partition('--config.data.')[2]
+  for split in ('train', 'val'):
+    with Image.open(tmp_path / 'w/prepare' / f'{split}_proposed.png') as page:
+      assert page.width > 1000
+  with pytest.raises(UserError, match=re.escape(setting)):
+    train_and_evaluate(config, tmp_path / 'refused')
+  config.data.label_map = setting.partition('=')[2]
+  result = train_and_evaluate(config, tmp_path / 'w')
+  assert result['step'] == 2 and 0 <= result['miou'] <= 1

@@ -154,6 +154,10 @@ def format_measurement(result: dict[str, Any]) -> Iterator[str]:
     for pattern, unit, text in _ROWS:
       if re.fullmatch(pattern, name):
         yield f'  {name.replace("_", " "):<26}{text.format(value / unit)}'
+  parts = result.get('parts', {})
+  for name, seconds in parts.items():
+    share = seconds / sum(parts.values())
+    yield f'    {name:<24}{1 / seconds:.0f} images/s, {share:.1%} of a thread'
 
 
 if __name__ == '__main__':

@@ -17,7 +17,8 @@ from deeplab_jax import build, ops
 from deeplab_jax.benchmark import timing
 from deeplab_jax.config import get_config, validate
 from deeplab_jax.configure import from_recipe, override
-from deeplab_jax.data.pipeline import cores
+from deeplab_jax.data.load import Dataset
+from deeplab_jax.data.pipeline import cores, load_example
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.training import steps
@@ -121,7 +122,8 @@ def _create(
   # The values of the weights make no difference to the time.
   weights = (1.0,) * options.classes if config.loss.class_weights else None
   step = build.make_train_step(config, model, optimizer, class_weights=weights)
-  return model, step, steps.create_state(model, optimizer, config.seed)
+  state = steps.create_state(model, optimizer, config.seed)
+  return model, step, state.with_ema(config.train.ema is not None)
 
 
 def _forward(
@@ -138,7 +140,8 @@ def _batch(config: ConfigDict, classes: int) -> dict[str, np.ndarray]:
   rng, data = np.random.default_rng(config.seed), config.data
   shape = config.train.batch_size, *data.crop_size
   image = rng.integers(0, 256, (*shape, 3), np.uint8)
-  return {'image': image, 'label': rng.integers(0, classes, shape, np.uint8)}
+  label = rng.integers(0, classes, shape, np.uint8)
+  return {'image': image, 'label': label, 'place': np.arange(shape[0])}
 
 
 def _input(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
@@ -152,7 +155,26 @@ def _input(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
         next(iterator)
 
     result = timing.timed(window, options.repeat)
-  return result | {'seconds': result['seconds'] / batches}
+  seconds, parts = result['seconds'] / batches, _parts(config, dataset)
+  return result | {'seconds': seconds, 'parts': parts}
+
+
+def _parts(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
+  """Seconds of an image in a thread, of decoding and of each transform."""
+  source, info = dataset.source(config.data.train_split), dataset.info
+  chain = build.make_transforms(config, info.num_classes, info.ignore_label)
+  rng, times = np.random.default_rng(config.seed), []
+  for number in range(_WINDOW + 1):  # the first one warms up
+    times.append([time.perf_counter()])
+    pair = load_example(source[number % len(source)])
+    times[-1].append(time.perf_counter())
+    for transform in chain:
+      pair = transform(*pair, rng)
+      times[-1].append(time.perf_counter())
+  functions = [getattr(each, 'function', each) for each in chain]
+  names = [getattr(f, '__name__', type(f).__name__) for f in functions]
+  seconds = np.diff(times[1:]).mean(0).tolist()
+  return dict(zip(['decode', *names], seconds, strict=True))
 
 
 def _evaluation(config: ConfigDict, options: FlagValues) -> dict[str, Any]:

@@ -11,12 +11,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from deeplab_jax.data.bands import kind_of
+from deeplab_jax.data.transforms import RGB_FILL
 from deeplab_jax.runtime.errors import require
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DatasetInfo:
-  """The meaning of the label values of one data set."""
+  """The meaning of the label values of one data set, and of its images.
+
+  Images are uint8 RGB, unless they are kept as they are stored: then `mean`
+  and `std` were measured, and have a number for each channel.
+  """
 
   name: str
   classes: tuple[str, ...]  # by the value in stored labels
@@ -24,6 +30,9 @@ class DatasetInfo:
   ignore_label: int = 255  # stored for void pixels, which no metric counts
   values: tuple[int, ...] = ()  # in the label files; empty for 0..C-1
   void_value: int = -1  # in the label files; -1 for `ignore_label`
+  bits: int = 8  # of a channel, 8 or 16
+  mean: tuple[float, ...] = ()  # of the training images, as stored
+  std: tuple[float, ...] = ()  # of the training images, as stored
 
   def __post_init__(self) -> None:
     count = len(self.classes)
@@ -32,6 +41,8 @@ class DatasetInfo:
     object.__setattr__(self, 'classes', tuple(self.classes))
     object.__setattr__(self, 'values', tuple(self.values or range(count)))
     object.__setattr__(self, 'void_value', void)
+    object.__setattr__(self, 'mean', tuple(self.mean))
+    object.__setattr__(self, 'std', tuple(self.std))
     object.__setattr__(self, 'palette', palette)
     check_class_names(self.classes[:256])
     shape, fits = palette.shape, count <= self.ignore_label <= 255
@@ -43,6 +54,17 @@ class DatasetInfo:
   def num_classes(self) -> int:
     """The number of classes, without void."""
     return len(self.classes)
+
+  @property
+  def normalization(self) -> dict[str, Any]:
+    """Settings of `deeplab_v3`: `mean` and `std`, or none for its preset's."""
+    return {'mean': self.mean, 'std': self.std} if self.mean else {}
+
+  @property
+  def fill(self) -> np.ndarray:
+    """The pixel [C] of the images' type that pads them: the mean color."""
+    mean = np.rint(self.mean).astype(f'uint{self.bits}')
+    return mean if self.mean else RGB_FILL
 
   def in_file_values(
     self, label: np.ndarray
@@ -74,7 +96,7 @@ class DatasetInfo:
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> Self:
-    """Reads `to_json`, also of older versions without the last two values."""
+    """Reads `to_json`, also of older versions without the last values."""
     return cls(**values)
 
 
@@ -99,9 +121,11 @@ class Tally:
     self.class_pixels = zeros.copy()  # of each class
     self.class_images = zeros.copy()  # in which each class occurs
     self.class_image_pixels = zeros.copy()  # of those images, without void
+    self.kind, self.bits = 'RGB', 8  # of the images
+    self.moments = np.zeros((2, 1))  # sums of `add_image` for each channel
 
-  def add(self, label: np.ndarray) -> None:
-    """Adds a label uint8 [H, W] of classes and void."""
+  def add(self, label: np.ndarray) -> list[int]:
+    """Adds a label uint8 [H, W] of classes and void; returns its classes."""
     counts = np.bincount(label.ravel(), minlength=256)
     self.void_pixels += int(counts[self.ignore_label])
     counts[self.ignore_label] = 0
@@ -111,11 +135,32 @@ class Tally:
     self.class_pixels += pixels
     self.class_images += pixels > 0
     self.class_image_pixels += np.where(pixels > 0, pixels.sum(), 0)
+    return np.flatnonzero(pixels).tolist()
+
+  def add_image(self, image: np.ndarray) -> None:
+    """Adds an image as stored, uint8 or uint16 [H, W, C], all of one kind."""
+    sums = np.einsum('hwc->c', image, dtype=float)
+    squares = np.einsum('hwc,hwc->c', image, image, dtype=float)
+    self.moments = self.moments + np.stack([sums, squares])
+    self.kind, self.bits = kind_of(image), 8 * image.itemsize
+
+  def describe_images(self) -> dict[str, Any]:
+    """Returns `bits`, `mean` and `std` for a `DatasetInfo`, if they are known.
+
+    The std of a channel that has one value is 1.
+    """
+    pixels = sum(h * w * count for (h, w), count in self.sizes.items())
+    mean, squares = self.moments / max(pixels, 1)
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    std = np.where(std > 1e-3, std, 1)
+    known = {'bits': self.bits, 'mean': mean.tolist(), 'std': std.tolist()}
+    return {} if self.kind == 'RGB' else known
 
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain JSON values, which `from_json` reads."""
     sizes = [[*size, count] for size, count in sorted(self.sizes.items())]
-    lists = {k: v.tolist() for k, v in vars(self).items() if 'class_' in k}
+    arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+    lists = {k: v.tolist() for k, v in arrays.items()}
     return vars(self) | lists | {'sizes': sizes}
 
   @classmethod
@@ -123,8 +168,8 @@ class Tally:
     """Reads `to_json`."""
     tally = cls(len(values['class_pixels']), values['ignore_label'])
     for name, value in values.items():
-      array = name.startswith('class_')
-      setattr(tally, name, np.array(value, np.int64) if array else value)
+      array = isinstance(getattr(tally, name), np.ndarray)
+      setattr(tally, name, np.array(value) if array else value)
     sizes = {(h, w): count for h, w, count in values['sizes']}
     tally.sizes = collections.Counter(sizes)
     return tally

@@ -7,22 +7,35 @@ set has a fingerprint of the source: a split that changed is prepared again.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
+import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import folder_files, labels, records
+from deeplab_jax.data import folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.image_files import turn
-from deeplab_jax.data.images import Picture, open_picture
+from deeplab_jax.data.images import (
+  Picture,
+  decode_label,
+  encode_image,
+  encode_label,
+  open_picture,
+  read_size,
+)
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.data.pipeline import in_background
+from deeplab_jax.runtime.errors import LabelError, UserError
+
+_LARGE = 2**24  # pixels of an image; larger ones are read one at a time
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -35,6 +48,7 @@ class FolderConfig(records.SourceConfig):
   meaning: labels.Meaning = dataclasses.field(repr=False)
   items: tuple[records.Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
+  tile: int
 
 
 def load(
@@ -45,6 +59,8 @@ def load(
   ignore_label: int,
   label_map: str,
   on_bad_image: str,
+  as_stored: bool = False,
+  tile: int = 0,
   layout: records.Layout = folder_files.voc_devkit,
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
@@ -62,13 +78,23 @@ def load(
     meaning = labels.Meaning(
       lines, ignore_label, label_map or listing.label_map
     )
-    configs[split] = _make_config(root, split, listing, meaning, on_bad_image)
+    configs[split] = _make_config(
+      root, split, listing, meaning, on_bad_image, as_stored, tile
+    )
   builders: records.Builders = {}
   palettes = labels.Palettes()
-  for split, config in configs.items():
-    builder = records.prepared(FolderSegmentation, prepared_dir, config)
-    palettes.add(builder.info.metadata['colors'])
-    builders[split] = builder
+  try:
+    for split, config in configs.items():
+      builder = records.prepared(FolderSegmentation, prepared_dir, config)
+      palettes.add(builder.info.metadata['colors'])
+      builders[split] = builder
+  except LabelError as error:
+    listed = {split: config.items for split, config in configs.items()}
+    proposal = proposals.propose(listed, lines, ignore_label)
+    fixed = not isinstance(listing.classes, pathlib.Path)
+    if not proposal or (proposal.new and fixed):
+      raise
+    raise UserError(f'{error}; {proposal}') from error
   return builders
 
 
@@ -78,6 +104,8 @@ def _make_config(
   listing: records.Listing,
   meaning: labels.Meaning,
   on_bad_image: str,
+  as_stored: bool,
+  tile: int,
 ) -> FolderConfig:
   """Checks the files of a split, and names their state."""
   found, origin = listing.found, listing.origin
@@ -99,7 +127,10 @@ def _make_config(
   ]
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
-  options = meaning.void_value, list(meaning.label_map.items()), on_bad_image
+  label_map = list(meaning.label_map.items())
+  options = [meaning.void_value, label_map, on_bad_image]
+  options += ['as stored'] * as_stored  # older names knew nothing of it
+  options += [['tile', tile]] * bool(tile)
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', listing.name or root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
@@ -112,6 +143,8 @@ def _make_config(
     meaning=meaning,
     items=items,
     on_bad_image=on_bad_image,
+    as_stored=as_stored,
+    tile=tile,
   )
 
 
@@ -120,15 +153,6 @@ def _state(file: pathlib.Path | records.Made) -> Sequence[Any]:
   if isinstance(file, records.Made):
     return file.state
   return (stat := file.stat()).st_size, stat.st_mtime_ns
-
-
-def open_file(
-  open_: Callable[..., Any], file: pathlib.Path | records.Made
-) -> Any:
-  """Calls `open_picture` or `open_label`."""
-  if isinstance(file, records.Made):
-    return open_(str(file), file.read())
-  return open_(file)
 
 
 class FolderSegmentation(records.RecordsBuilder):
@@ -145,29 +169,57 @@ class FolderSegmentation(records.RecordsBuilder):
   def _generate_examples(self) -> Iterator[records.Sample]:
     config, meaning = self.builder_config, self.builder_config.meaning
     palettes = labels.Palettes()
+    how = meaning, config.tile, config.as_stored
+
+    def read(item: records.Item) -> Any:
+      if is_large(item, config.tile, config.as_stored):
+        return functools.partial(read_pair, item, *how)
+      return read_pair(item, *how)
+
     for item, (image, values, colors) in records.readable(
       config.items,
-      lambda item: read_pair(item, meaning),
+      read,
       origin=config.listing.origin,
       on_bad_image=config.on_bad_image,
     ):
       palettes.add(colors)
-      label = meaning.to_classes(values)
-      yield records.Sample(item.name, item.image.name, image, label)
+      whole = records.Sample(item.name, item.image.name, image, values)
+      for sample in cut(whole, config.tile, meaning.void_values):
+        yield sample._replace(label=meaning.to_classes(sample.label))
+      del image, values, whole  # before the next one is read
+    if not self.info.metadata['names'][config.split]:
+      raise UserError(
+        f'{config.directory}: no tile of {config.split} shows a class'
+      )
     info = _make_info(config, palettes).to_json()
     self.info.metadata.update(info=info, colors=list(palettes.values()))
 
 
+def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
+  """Whether an image is to be cut, and so large that it is read alone."""
+  if not tile:
+    return False
+  size = functools.partial(read_size, as_stored=as_stored, to_cut=True)
+  return math.prod(records.open_file(size, item.image)) > _LARGE
+
+
 def read_pair(
-  item: records.Item, meaning: labels.Meaning
-) -> tuple[bytes, np.ndarray, list[list[Any]]]:
+  item: records.Item,
+  meaning: labels.Meaning,
+  tile: int = 0,
+  as_stored: bool = False,
+) -> tuple[Any, np.ndarray, list[list[Any]]]:
   """Reads both files of an id; raises `UserError` if they cannot be used.
 
   Returns the image's bytes to store, the label values uint8 [H, W], and the
-  colors of the palette, see `Meaning.used_colors`.
+  colors of the palette, see `Meaning.used_colors`. Of an image that is larger
+  than a tile it returns the pixels, for `cut`.
   """
-  picture = open_file(open_picture, item.image)
-  file = open_file(open_label, item.label)
+  cuts = tile > 0
+  see = functools.partial(open_picture, as_stored=as_stored, to_cut=cuts)
+  picture = records.open_file(see, item.image)
+  label = functools.partial(open_label, to_cut=cuts)
+  file = records.open_file(label, item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
   records.check_values(
     item,
@@ -177,7 +229,60 @@ def read_pair(
     remedy='the file, classes.txt or config.data.ignore_label, or say what '
     'the value stands for with config.data.label_map',
   )
-  return picture.storable(), values, meaning.used_colors(file)
+  large = 0 < tile < max(values.shape)
+  image = picture.pixels if large else picture.storable()
+  return image, values, meaning.used_colors(file)
+
+
+def cut(
+  whole: records.Sample, tile: int, void: Collection[int]
+) -> Iterator[records.Sample]:
+  """Yields a sample, or its tiles if its image is pixels [H, W, C].
+
+  Tiles have at most `tile` pixels a side, sizes that differ by at most one, and
+  names that end in '@ROW,COLUMN'. Those of void alone are left out.
+  """
+  image: Any = whole.image
+  if isinstance(image, bytes):
+    yield whole
+    return
+  edges = [
+    np.linspace(0, side, -(-side // tile) + 1).astype(int).tolist()
+    for side in whole.label.shape
+  ]
+  rows, columns = (list(itertools.pairwise(found)) for found in edges)
+  places = {
+    f'{whole.name}@{row},{column}': (slice(*rows[row]), slice(*columns[column]))
+    for row, column in itertools.product(range(len(rows)), range(len(columns)))
+  }
+  void = list(void)
+  for name, place in places.items():
+    label = whole.label[place]
+    if not np.isin(label, void).all():
+      data = encode_image(np.ascontiguousarray(image[place]))
+      yield records.Sample(name, whole.file_name, data, label)
+
+
+def sample(
+  items: Sequence[records.Item], meaning: labels.Meaning, most: int
+) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
+  """Reads some of the items that can be read, as they would be stored."""
+  count, void = len(meaning.classes), meaning.stored_ignore_label
+  source, tally = [], Tally(count, void)
+
+  def read(item: records.Item) -> dict[str, bytes]:
+    with contextlib.suppress(UserError):
+      image, values, _ = read_pair(item, meaning)
+      label = encode_label(meaning.to_classes(values))
+      return {'image': image, 'label': label, 'name': item.name.encode()}
+    return {}
+
+  order = np.random.default_rng(0).permutation(len(items))[:most].tolist()
+  for record in filter(None, in_background(read, [items[i] for i in order])):
+    source.append(record)
+    tally.add(decode_label(record['label']))
+  palette = voc_palette(count) if meaning.colors is None else meaning.colors
+  return DatasetInfo('', meaning.classes, palette, void), source, tally
 
 
 def fit_label(

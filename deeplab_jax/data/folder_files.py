@@ -27,6 +27,7 @@ from deeplab_jax.runtime.files import near, near_file, read_bytes
 # The folder of each kind of file, and the suffixes that count there.
 _Kind = tuple[str, str, Sequence[str]]
 _IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
+_ARRAYS = 'image', 'JPEGImages', ['.npy']  # where there is no other
 _LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
 
 
@@ -191,7 +192,7 @@ class _Files:
     """Raises `UserError` if a file is missing, or two files have that id."""
     name = inside(self._root / 'JPEGImages', name)
     bare, suffix = os.path.splitext(name)
-    found = self._find(_IMAGES, name)
+    found = self._find(_IMAGES, name) or self._find(_ARRAYS, name)
     if not found and suffix.lower() in IMAGE_SUFFIXES:
       found = self._find(_IMAGES, bare)
       own = [f for f in found if normal(f.name) == os.path.basename(name)]

@@ -37,10 +37,13 @@ IMAGE_SUFFIXES = (
 # OpenCV decodes no more, so no more can be trained on.
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
 _MOST_BYTES = 2**32  # of a file
+ARRAY = b'\x93NUMPY'  # begins an array of NumPy
+_MOST_TO_CUT = _MOST_PIXELS  # of an image that is cut into tiles
 with contextlib.suppress(AttributeError, ValueError, OSError):
   # Reading takes up to 16 bytes a pixel, and may take half of the memory.
   _MEMORY = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   _MOST_PIXELS = min(_MOST_PIXELS, _MEMORY // 32)
+  _MOST_TO_CUT = _MEMORY // 12  # one at a time, which takes 8 bytes a pixel
 _TIFF_COLORS = {2: 3, 5: 4, 6: 3, 8: 3}  # channels by photometric tag; else 1
 # What Pillow's format readers raise on damaged files.
 _BROKEN = (
@@ -57,15 +60,17 @@ class Unusable(Exception):
 
 @contextlib.contextmanager
 def opened(
-  path: Path, data: bytes | None = None
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
 ) -> Iterator[ImageFile.ImageFile]:
   """Opens an image; `data` is the contents of the file, if they are at hand.
 
+  One that will be cut into tiles, `to_cut`, may have more pixels.
+
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
-  try:
+  with reading(path, data):
     if data is None:
-      check_regular(path, _MOST_BYTES)
+      check_file(path)
     with (
       # Not by its name: then Pillow 13 mixes up the pixels of a turned TIFF.
       open(path, 'rb') if data is None else io.BytesIO(data) as file,
@@ -78,13 +83,31 @@ def opened(
         raise UnreadableError(
           f'{path}: {image.format} is not read; replace it by a JPEG or PNG'
         )
-      width, height = image.size
-      if width * height > _MOST_PIXELS or max(image.size) > _LONGEST_SIDE:
-        raise Unusable(
-          f'{width}x{height} is too large, at most {_MOST_PIXELS:,} pixels and '
-          f'{_LONGEST_SIDE:,} a side are read; cut it into tiles'
-        )
+      check_pixels(*image.size, to_cut=to_cut)
       yield image
+
+
+def check_file(path: Path) -> None:
+  """Raises `UserError` unless it is a regular file, and not too large."""
+  check_regular(path, _MOST_BYTES)
+
+
+def check_pixels(width: int, height: int, *, to_cut: bool = False) -> None:
+  """Raises `Unusable` for an image that is too large to be read."""
+  most = _MOST_TO_CUT if to_cut else _MOST_PIXELS
+  if width * height > most or max(width, height) > _LONGEST_SIDE:
+    hint = '' if to_cut else ', as config.data.tile=SIDE does for a data set'
+    raise Unusable(
+      f'{width}x{height} is too large, at most {most:,} pixels and '
+      f'{_LONGEST_SIDE:,} a side are read; cut it into tiles{hint}'
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path, data: bytes | None) -> Iterator[None]:
+  """Turns what goes wrong with a file into a `UserError`, see `opened`."""
+  try:
+    yield
   except UserError:
     raise
   except Unusable as error:
@@ -129,6 +152,8 @@ def _unidentified(path: Path, data: bytes) -> UserError:
   """Returns the error that says why Pillow opens no image in `data`."""
   if not data:
     return UnreadableError(f'{path}: the file is empty; replace or remove it')
+  if data.startswith(ARRAY):
+    return UserError(f'{path}: an array; set config.data.as_stored=True')
   kind, values = _tiff_kind(data), None
   if kind:
     with contextlib.suppress(cv2.error):

@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from deeplab_jax.data import image_files
+from deeplab_jax.data import bands, image_files
+from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES, Path, Unusable
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
 _DARK = 2**14  # 16 bits with no value from here on are probably fewer
+_BAND = 1024  # rows that are converted at a time
 _HALF_TRANSPARENT = 0.1  # share of pixels, more than smooth edges have
 
 
@@ -25,19 +27,19 @@ _HALF_TRANSPARENT = 0.1  # share of pixels, more than smooth edges have
 class Picture:
   """An image file, read."""
 
-  pixels: np.ndarray  # uint8 RGB [H, W, 3], as a viewer shows them
+  pixels: np.ndarray  # uint8 RGB [H, W, 3] as shown, or as stored
   orientation: int  # the EXIF orientation that was applied, 1 to 8
   data: bytes  # of the file
 
   def storable(self) -> bytes:
-    """Returns a JPEG or PNG, the file if possible, that has these pixels."""
+    """Returns a record of these pixels, which is the file if possible."""
     if self.data.startswith((b'\xff\xd8', b'\x89PNG')):
       found = image_files.decode(self.data, cv2.IMREAD_COLOR_RGB)
       # Decoders may round differently by one. OpenCV ignores transparency,
       # which is a larger difference.
       if (
         found is not None
-        and found.shape == self.pixels.shape
+        and (found.shape, found.dtype) == (self.pixels.shape, self.pixels.dtype)
         and cv2.absdiff(found, self.pixels).max(initial=0) <= 1
       ):
         return self.data
@@ -58,12 +60,16 @@ def read_image(path: Path) -> np.ndarray:
   return open_picture(path).pixels
 
 
-def as_pixels(image: Any) -> np.ndarray:
+def as_pixels(image: Any, info: DatasetInfo | None = None) -> np.ndarray:
   """Returns a picture as uint8 RGB [H, W, 3].
 
   It is the path or the bytes of a file, read by `read_image`, or a PIL image or
   an array uint8 [H, W, 3], taken as they are. Raises `UserError` for all else.
+
+  If `info` says that images are kept as they are stored, see `bands.as_stored`.
   """
+  if info and info.mean:
+    return bands.as_stored(image, info.fill)
   if isinstance(image, str | os.PathLike):
     return read_image(image)
   if isinstance(image, bytes):
@@ -80,9 +86,21 @@ def as_pixels(image: Any) -> np.ndarray:
   return image
 
 
-def open_picture(path: Path, data: bytes | None = None) -> Picture:
-  """Reads an image as `read_image` does; `data` is the file, if at hand."""
-  with image_files.opened(path, data) as image:
+def open_picture(
+  path: Path,
+  data: bytes | None = None,
+  *,
+  as_stored: bool = False,
+  to_cut: bool = False,
+) -> Picture:
+  """Reads an image as `read_image` does; `data` is the file, if at hand.
+
+  With `as_stored` it keeps its own channels and bits, see `bands.read_stored`.
+  For `to_cut` see `image_files.opened`.
+  """
+  if as_stored:
+    return Picture(*bands.read_stored(path, data, to_cut=to_cut))
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     data = pathlib.Path(path).read_bytes() if data is None else data
     _refuse_pages(image)
     image_files.refuse_extra_channels(image)
@@ -103,9 +121,19 @@ def open_picture(path: Path, data: bytes | None = None) -> Picture:
   return Picture(image_files.turn(pixels, to_turn), orientation, data)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(
+  path: Path,
+  data: bytes | None = None,
+  *,
+  as_stored: bool = False,
+  to_cut: bool = False,
+) -> tuple[int, int]:
   """Returns (height, width) by the head of an image file, or `UserError`."""
-  with image_files.opened(path) as image:
+  suffix = pathlib.Path(path).suffix.lower()
+  if as_stored and suffix in ('.tif', '.tiff', '.npy'):
+    height, width, _ = bands.read_stored(path, data, to_cut=to_cut)[0].shape
+    return height, width
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5
     return image.size if turned else image.size[::-1]
@@ -169,11 +197,18 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
       raise Unusable(f'{kind} transparent; store what it shows without alpha')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
-  return np.array(image.convert('RGB'))
+  pixels = np.empty((image.height, image.width, 3), np.uint8)
+  for top in range(0, image.height, _BAND):  # Pillow's copies take memory
+    bottom = min(top + _BAND, image.height)
+    band = image.crop((0, top, image.width, bottom))
+    pixels[top:bottom] = np.asarray(band.convert('RGB'))
+  return pixels
 
 
 def decode_image(data: bytes) -> np.ndarray:
-  """Decodes a record's image, uint8 RGB [H, W, 3]; else `ValueError`."""
+  """Decodes a record's image, RGB or as stored; else `ValueError`."""
+  if data.startswith(bands.RECORD):
+    return bands.decode_stored(data)
   image = image_files.decode(data, cv2.IMREAD_COLOR_RGB)
   if image is None:
     raise ValueError(f'{len(data)} bytes that are no image')
@@ -189,7 +224,9 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def encode_image(image: np.ndarray) -> bytes:
-  """Returns uint8 RGB [H, W, 3] as a PNG."""
+  """Returns a record: of uint8 RGB [H, W, 3] a PNG; of others see `bands`."""
+  if image.dtype != np.uint8 or image.shape[2] != 3:
+    return bands.encode_stored(image)
   return cv2.imencode('.png', image[..., ::-1])[1].tobytes()
 
 
@@ -204,7 +241,9 @@ def encode_label(label: np.ndarray) -> bytes:
   return cv2.imencode('.png', label, options)[1].tobytes()
 
 
-def list_images(inputs: Sequence[str]) -> list[pathlib.Path]:
+def list_images(
+  inputs: Sequence[str], suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> list[pathlib.Path]:
   """Lists image files, each once, in the order of `inputs`.
 
   Inputs are files of any name, folders (searched recursively for image files,
@@ -217,25 +256,27 @@ def list_images(inputs: Sequence[str]) -> list[pathlib.Path]:
     if path.is_file():
       files = [path]
     elif path.exists():
-      files = _images_below(path)
+      files = _images_below(path, suffixes)
     elif glob.has_magic(text):
       matches = map(pathlib.Path, sorted(glob.glob(str(path), recursive=True)))
-      files = [file for match in matches for file in _images_below(match)]
+      files = [file for x in matches for file in _images_below(x, suffixes)]
     else:
       raise UserError(f'{text}: no such file or folder{near_file(path)}')
     if not files:
-      suffixes = ' '.join(IMAGE_SUFFIXES)
-      raise UserError(f'{text}: no image found (suffixes {suffixes})')
+      known = ' '.join(suffixes)
+      raise UserError(f'{text}: no image found (suffixes {known})')
     found += files
   if not found:
     raise UserError('no image given; name files, folders or globs')
   return list(dict.fromkeys(found))
 
 
-def _images_below(path: pathlib.Path) -> list[pathlib.Path]:
+def _images_below(
+  path: pathlib.Path, suffixes: Sequence[str]
+) -> list[pathlib.Path]:
   """The images in a folder, or the file itself if it is one."""
   files = [] if path.is_dir() else [path]
   for folder, subfolders, names in os.walk(path):
     subfolders[:] = sorted(n for n in subfolders if n[0] != '.')
     files += [pathlib.Path(folder, n) for n in sorted(names) if n[0] != '.']
-  return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+  return [file for file in files if file.suffix.lower() in suffixes]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+from collections.abc import Container
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,7 +11,7 @@ from PIL.ImageFile import ImageFile
 
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import LabelError, UserError
 
 _SUFFIXES = '.png .tif .tiff .bmp .gif .pgm .ppm .tga'
 LABEL_SUFFIXES = tuple(_SUFFIXES.split())
@@ -28,28 +30,49 @@ class LabelFile:
   """A label file, read as it is stored."""
 
   path: Path
-  pixels: np.ndarray  # uint8 [H, W], values or indices, or [H, W, 3], colors
+  # uint8 or uint16 [H, W], values or indices, or uint8 [H, W, 3], colors.
+  pixels: np.ndarray
   palette: np.ndarray | None  # uint8 [N, 3], the colors of palette indices
   turned: bool  # whether the file has an EXIF orientation, which was applied
 
-  def indices(self) -> np.ndarray:
-    """Returns the pixels, uint8 [H, W]; raises `UserError` for colors."""
-    if self.pixels.ndim == 3:
-      raise UserError(
-        f'{self.path}: a label must be a palette or gray PNG of class indices, '
-        'but its mode is RGB; convert its colors to indices, or give each '
-        'class its color in classes.txt, as in "name 255 0 0"'
-      )
-    return self.pixels
+  def indices(self, known: Container[Any] = ()) -> np.ndarray:
+    """Returns the gray values or indices, [H, W]; colors are `LabelError`.
+
+    So are values above 255, except those in `known`.
+    """
+    pixels = self.pixels
+    if pixels.ndim == 3:
+      if not self.is_gray():
+        raise LabelError(
+          f'{self.path}: a label must be a palette or gray PNG of class '
+          'indices, but its mode is RGB; convert its colors to indices, or give'
+          ' each class its color in classes.txt, as in "name 255 0 0"'
+        )
+      pixels = np.ascontiguousarray(pixels[..., 0])
+    if pixels.dtype != np.uint8:
+      for value in np.unique(pixels[pixels > 255]).tolist():
+        if value not in known:
+          raise LabelError(
+            f'{self.path}: label value {value} is no class index, 0 to 255'
+          )
+    return pixels
+
+  def is_gray(self) -> bool:
+    """Tells whether no pixel has a color: all channels are equal."""
+    pixels = self.pixels
+    return pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
 
 
-def open_label(path: Path, data: bytes | None = None) -> LabelFile:
+def open_label(
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
+) -> LabelFile:
   """Reads gray values, palette indices or colors; `data` is the file, if known.
 
   Raises `UserError` if the file is missing, truncated, no image, of a lossy
-  format, of several pages, of a mode that is no label or has a value above 255.
+  format, of several pages, of a mode that is no label or has values beyond 16
+  bits.
   """
-  with image_files.opened(path, data) as image:
+  with image_files.opened(path, data, to_cut=to_cut) as image:
     _refuse_lossy(image)
     if (frames := getattr(image, 'n_frames', 1)) > 1:
       raise Unusable(f'{frames} frames or pages; store only that of the image')
@@ -103,10 +126,10 @@ def _refuse_renumbered(pixels: np.ndarray, palette: np.ndarray) -> None:
 
 
 def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
-  """Returns a loaded label's indices uint8 [H, W] or colors [H, W, 3]."""
+  """Returns a loaded label's indices [H, W] or colors uint8 [H, W, 3]."""
   mode, pixels = image.mode, np.array(image)
   if mode in ('LA', 'RGBA'):
-    if (pixels[..., -1] != 255).any():
+    if (pixels[..., -1] != pixels[0, 0, -1]).any():
       raise Unusable(f'transparent pixels (mode {mode}); remove the alpha')
     mode = mode[:-1]
     pixels = pixels[..., 0] if mode == 'L' else pixels[..., :3]
@@ -116,10 +139,12 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
       f'{mode}; store class indices'
     )
   for value in (pixels.max(initial=0), pixels.min(initial=0)):
-    if not 0 <= value <= 255:
+    if not 0 <= value < 2**16:
       raise Unusable(f'label value {value} is no class index, 0 to 255')
-  scale = _GRAY_SCALE.get(raw[:3], 1) if mode == 'L' else 1
-  return pixels.astype(np.uint8) // np.uint8(scale)
+  kind = np.uint16 if pixels.max(initial=0) > 255 else np.uint8
+  pixels = pixels.astype(kind, copy=False)
+  scale = _GRAY_SCALE.get(raw[:3]) if mode == 'L' else None
+  return pixels // np.uint8(scale) if scale else pixels
 
 
 def read_mat_label(path: Path, data: bytes) -> np.ndarray:

@@ -8,17 +8,26 @@ gap, which are stored and trained on.
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 
 from deeplab_jax.data.label_files import LabelFile
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import LabelError, UserError
+
+# What a label map maps: a value, a color, or `OTHER` for all it does not name.
+Key: TypeAlias = int | tuple[int, ...] | str
+OTHER = 'other'
 
 _COLOR = re.compile(r'(.*\S)\s+(\d+)\s+(\d+)\s+(\d+)')
 _VOID = 'void'
 _LABEL_MAP = 'config.data.label_map'
+_PAIR = re.compile(
+  r'(?:(\d{1,5})(?:-(\d{1,5}))?|#([0-9a-f]{6})|other)\s*'
+  r':\s*(?:(\d{1,3})(?:-(\d{1,3}))?|void)',
+  re.IGNORECASE,
+)
 
 
 def parse_classes(
@@ -48,25 +57,43 @@ def parse_classes(
   return tuple(names.values()), np.array(list(names), np.uint8)
 
 
-def parse_label_map(text: str, ignore_label: int) -> dict[int, int]:
-  """Reads `config.data.label_map`, as '255:1' or '0:void,1:0,2:0'.
+def parse_label_map(text: str, ignore_label: int) -> dict[Key, int]:
+  """Reads `config.data.label_map`: pairs of what files hold and what it means.
 
-  Each pair is a value in the files and the label value it stands for. Raises
-  `UserError` naming the pair that is wrong.
+  On the left is a value '255', a range '1-9', a color '#ff0000', or 'other' for
+  all that is not named; on the right a label value, 'void', or a range as long
+  as that on the left. Raises `UserError` naming the pair that is wrong.
+
+  >>> parse_label_map('0:void,1-3:0-2,7-8:2,#0000ff:1', 255)
+  {0: 255, 1: 0, 2: 1, 3: 2, 7: 2, 8: 2, (0, 0, 255): 1}
   """
-  result: dict[int, int] = {}
+  result: dict[Key, int] = {}
   for pair in filter(None, map(str.strip, text.split(','))):
-    match = re.fullmatch(r'(\d{1,9})\s*:\s*(\d{1,9}|void)', pair)
-    if not match or int(match[1]) > 255:
+    found = _PAIR.fullmatch(pair)
+    low, high, color, first, last = found.groups() if found else [None] * 5
+    keys: list[Key] = [*range(int(low or 0), int(high or low or -1) + 1)]
+    if found and not low:
+      keys = [tuple(bytes.fromhex(color)) if color else OTHER]
+    targets = [int(first) if first else ignore_label] * len(keys)
+    if first and last:
+      targets = [*range(int(first), int(last) + 1)]
+    most = max((key for key in keys if isinstance(key, int)), default=0)
+    if not keys or len(keys) != len(targets) or max(most >> 8, *targets) > 255:
       raise UserError(
-        f'{_LABEL_MAP}: {pair!r} is no pair of a value 0..255 in the files and '
-        "a class index or void, as in '255:1' or '0:void,1:0'"
+        f"{_LABEL_MAP}: {pair!r} is no pair of a value 0..65535, a range '1-9',"
+        " a color '#ff0000' or 'other', and a class index, a range as long, or "
+        "void, as in '255:1', '0:void,1-9:0-8' or '#ff0000:1'"
       )
-    value = int(match[1])
-    if value in result:
-      raise UserError(f'{_LABEL_MAP}: the value {value} stands twice')
-    result[value] = ignore_label if match[2] == _VOID else int(match[2])
+    for key, target in zip(keys, targets, strict=True):
+      if key in result:
+        raise UserError(f'{_LABEL_MAP}: the value {word(key)} stands twice')
+      result[key] = target
   return result
+
+
+def word(key: Key) -> str:
+  """Writes a value or color as a label map does."""
+  return f'#{bytes(key).hex()}' if isinstance(key, tuple) else str(key)
 
 
 class Meaning:
@@ -79,7 +106,8 @@ class Meaning:
       and `colors`, uint8 [C, 3] or None, their colors.
     void_values: the label values of void; `void_value` is one of them.
     stored_ignore_label: what is stored for them, never one of 0..C-1.
-    label_map: the label values of those file values that mean another one.
+    label_map: the label values of those file values and colors that it names.
+    color_values: the label value of each color (r, g, b); empty without colors.
   """
 
   def __init__(
@@ -95,16 +123,12 @@ class Meaning:
       self.void_values.update(named)
     self.values = tuple(v for v in range(count) if v not in self.void_values)
     self.classes = tuple(self.lines[value] for value in self.values)
-    colors = self.line_colors
-    self.colors = None if colors is None else colors[list(self.values)]
-    listed = [] if colors is None else map(tuple, colors.tolist())
-    self._value_of = {color: value for value, color in enumerate(listed)}
     self.stored_ignore_label = 255 if ignore_label < count else ignore_label
     self.label_map = parse_label_map(label_map, ignore_label)
-    for value, target in self.label_map.items():
+    for key, target in self.label_map.items():
       if self.lines and target >= count and target != ignore_label:
         raise UserError(
-          f'{_LABEL_MAP}: {value}:{target} names class {target}, and '
+          f'{_LABEL_MAP}: {word(key)}:{target} names class {target}, and '
           f'classes.txt has {count} lines, 0 to {count - 1}'
         )
     if self.lines and not self.values:
@@ -112,8 +136,24 @@ class Meaning:
         'classes.txt names no class besides void, '
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
-    self._table = np.arange(256, dtype=np.uint8)
-    self._table[list(self.label_map)] = list(self.label_map.values())
+    colors = () if self.line_colors is None else self.line_colors.tolist()
+    self.color_values: dict[Any, int] = {
+      tuple(c): v for v, c in enumerate(colors)
+    }
+    self._table = np.arange(2**16).astype(np.uint8)
+    if (other := self.label_map.get(OTHER)) is not None:
+      self._table[:] = other
+    for key, target in self.label_map.items():
+      if isinstance(key, int):
+        self._table[key] = target
+      elif isinstance(key, tuple):
+        self.color_values[key] = target
+    first = {
+      value: color for color, value in reversed(self.color_values.items())
+    }
+    found = [first[value] for value in self.values if value in first]
+    complete = found and len(found) == len(self.values)
+    self.colors = np.array(found, np.uint8) if complete else None
     self._stored = np.full(256, self.stored_ignore_label, np.uint8)
     self._stored[list(self.values)] = np.arange(len(self.values))
 
@@ -123,7 +163,11 @@ class Meaning:
     Of several values of one class it is the first that the label map names.
     """
     own = {v: v for v in self.values if v not in self.label_map}
-    own |= {t: v for v, t in reversed(self.label_map.items())}
+    own |= {
+      target: key
+      for key, target in reversed(self.label_map.items())
+      if isinstance(key, int) and key < 256
+    }
     taken = {*own.values(), *self.label_map, self.void_value}
     free = (v for v in range(256) if v not in taken)
     return tuple(own[v] if v in own else next(free) for v in self.values)
@@ -131,10 +175,14 @@ class Meaning:
   def label_values(self, file: LabelFile) -> np.ndarray:
     """Returns label values uint8 [H, W]; refuses the color of no class."""
     pixels, palette = file.pixels, file.palette
-    if self.line_colors is None or (palette is None and pixels.ndim == 2):
-      indices = file.indices()
+    kinds = {type(key) for key in self.label_map}
+    if not self.color_values or (palette is None and pixels.ndim == 2):
+      known = range(2**16) if str in kinds else self.label_map
+      indices = file.indices(known)
+      if self.label_map and indices.dtype == np.uint8:
+        return cv2.LUT(indices, self._table[:256])  # takes little memory
       return self._table[indices] if self.label_map else indices
-    if self.label_map:
+    if int in kinds and tuple not in kinds:
       raise UserError(
         f'{file.path}: {_LABEL_MAP} maps values, but this label is read by the '
         'colors in classes.txt; leave one of the two out'
@@ -159,23 +207,23 @@ class Meaning:
 
     Empty where the class does not come from the index. Void may have any color.
     """
-    if file.palette is None or self.line_colors is not None:
+    if file.palette is None or self.color_values:
       return []
     padded = np.vstack([file.palette, np.zeros((256, 3), np.uint8)])
     return [
       [index, *padded[index].tolist(), str(file.path)]
-      for index in np.flatnonzero(_counts(file.pixels)).tolist()
+      for index in np.flatnonzero(count_values(file.pixels)).tolist()
       if self._table[index] != self.void_value
     ]
 
   def _of_palette(self, file: LabelFile, palette: np.ndarray) -> np.ndarray:
     """By color; the ignore label may have any, unless its line has one."""
-    counts, void = _counts(file.pixels), self.void_value
+    counts, void = count_values(file.pixels), self.void_value
     if void >= len(self.lines):
       color = tuple(palette[void : void + 1].ravel().tolist())
-      value = self._value_of.get(color)
+      value = self.color_values.get(color)
       if counts[void] and value in self.values:
-        raise UserError(
+        raise LabelError(
           f'{file.path}: index {void} is void, config.data.ignore_label, but '
           f'has the color of class {self.lines[value]!r}, {_words(color)}; give'
           ' it another one, or remove the colors in classes.txt to read indices'
@@ -189,18 +237,20 @@ class Meaning:
       )
     table = np.full(256, void, np.uint8)
     table[used] = self._of_colors(palette[used], counts[used], file.path)
-    return table[file.pixels]
+    return cv2.LUT(file.pixels, table)
 
   def _of_colors(
     self, colors: np.ndarray, counts: np.ndarray, path: Any
   ) -> np.ndarray:
     """Returns the label values uint8 [N] of colors [N, 3] of so many pixels."""
-    values = [self._value_of.get(tuple(c), -1) for c in colors.tolist()]
+    other = self.label_map.get(OTHER, -1)
+    values = [self.color_values.get(tuple(c), other) for c in colors.tolist()]
     if -1 in values:
       index = np.argmax(np.where(np.less(values, 0), counts, 0))
-      raise UserError(
-        f'{path}: the color {_words(colors[index])} ({counts[index]:.0f} '
-        'pixels) is none of those in classes.txt; correct the file, or give '
+      where = _LABEL_MAP if self.line_colors is None else 'classes.txt'
+      raise LabelError(
+        f'{path}: the color {_words(colors[index])} ({counts[index]} '
+        f'pixels) is none of those in {where}; correct the file, or give '
         f"the color to a class or to '{_VOID}' there"
       )
     return np.array(values, np.uint8)
@@ -215,16 +265,21 @@ class Palettes(dict[int, list[Any]]):
       index, *color, path = row
       _, *other, first = self.setdefault(index, row)
       if color != other:
-        raise UserError(
+        raise LabelError(
           f'{path}: index {index} has the color {_words(color)}, but in {first}'
           f' {_words(other)}, so indices of one class differ; store gray PNGs, '
           'or give each class its color in classes.txt, as in "name 255 0 0"'
         )
 
 
-def _counts(pixels: np.ndarray) -> np.ndarray:
-  """Pixels of each value, float32 [256], in a tenth of np.bincount's time."""
-  return cv2.calcHist([pixels], [0], None, [256], [0, 256]).ravel()
+def count_values(pixels: np.ndarray) -> np.ndarray:
+  """Returns the pixels uint8 [H, W] of each value, int64 [256].
+
+  Takes a tenth of the time of np.bincount and no memory. Above 2^24 pixels of a
+  value, the number is rounded.
+  """
+  counts = cv2.calcHist([pixels], [0], None, [256], [0, 256])
+  return counts.ravel().astype(np.int64)
 
 
 def _words(color: Iterable[int]) -> str:

@@ -1,8 +1,11 @@
 """Data sets by name: prepared on disk once, then read at random access."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +23,10 @@ from deeplab_jax.data import (
   voc,
 )
 from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import write_json
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -86,6 +91,26 @@ class Dataset:
     metadata = self._builder(split).info.metadata
     return Tally.from_json(metadata['splits'][split])
 
+  def classes_shown(self, split: str) -> list[list[int]]:
+    """Returns the classes in each label, in the order of the records.
+
+    A set that an older version prepared does not know them: its labels are read
+    once, and the result is kept beside it if possible.
+    """
+    builder, info = self._builder(split), self.info
+    if split in (known := builder.info.metadata.get('classes', {})):
+      return known[split]
+    path = pathlib.Path(builder.data_path)  # of the records of a version
+    path = path.with_name(f'classes_{records.split_key(split)}.json')
+    with contextlib.suppress(OSError, ValueError):
+      return json.loads(path.read_text())
+    tally = Tally(info.num_classes, info.ignore_label)
+    labels = (decode_label(record['label']) for record in self.source(split))
+    found = list(map(tally.add, labels))
+    with contextlib.suppress(OSError):
+      write_json(path, found)
+    return found
+
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:
       known = ', '.join(self.builders)
@@ -131,6 +156,8 @@ def load_dataset(
   ignore_label: int = 255,
   label_map: str | None = '',
   on_bad_image: str = 'stop',
+  as_stored: bool = False,
+  tile: int | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set, and prepares it first if that was not done yet.
@@ -147,6 +174,8 @@ def load_dataset(
     ignore_label: label value of void pixels in the files.
     label_map: only for layouts, see `labels.parse_label_map`.
     on_bad_image: 'stop' at an unreadable file, or 'skip' its record.
+    as_stored: images keep their own channels and bits, else they become RGB.
+    tile: side in pixels of the tiles that larger images are cut into.
     options: options that only this data set has, by name.
 
   Raises `UserError` if an argument, or anything in the source, is wrong.
@@ -170,6 +199,8 @@ def load_dataset(
     'ignore_label': ignore_label,
     'label_map': label_map or '',
     'on_bad_image': on_bad_image,
+    'as_stored': as_stored,
+    'tile': tile or 0,
   }
   options = options or {}
   if layout := find_layout(name, options):
@@ -177,9 +208,16 @@ def load_dataset(
   builders = loader(**_taken(loader, name, arguments, options))
   info = next(iter(builders.values())).info.metadata['info']
   dataset = Dataset(DatasetInfo.from_json(info), builders)
-  for split in splits:
-    dataset.tally(split)  # refuses a split that is not there
-  return dataset
+  # It refuses a split that is not there.
+  first, *others = (dataset.tally(split) for split in splits)
+  for split, tally in zip(splits[1:], others, strict=True):
+    if tally.kind != first.kind:
+      raise UserError(
+        f'{dataset.info.name}: {split} has images of {tally.kind}, {splits[0]}'
+        f' of {first.kind}; store all alike'
+      )
+  measured = dataclasses.replace(dataset.info, **first.describe_images())
+  return dataclasses.replace(dataset, info=measured)
 
 
 def _taken(
@@ -190,8 +228,9 @@ def _taken(
   parameters = inspect.signature(loader).parameters
   takes = [key for key in parameters if key not in fixed]
   _refuse_unknown(name, options, [k for k in takes if k not in arguments])
-  for key, setting in (('directory', 'dir'), ('label_map', 'label_map')):
+  for key in ('directory', 'label_map', 'as_stored', 'tile'):
     if arguments[key] and key not in takes:
+      setting = 'dir' if key == 'directory' else key
       raise UserError(
         f'config.data.{setting}={arguments[key]} is for data sets that read '
         f"it, as 'folder' does; {_shown(name)} does not"

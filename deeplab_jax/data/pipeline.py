@@ -27,7 +27,7 @@ from absl import logging as absl_logging
 
 from deeplab_jax.data import images
 from deeplab_jax.data.buckets import FILLER, PlannedBatch
-from deeplab_jax.data.transforms import MEAN_COLOR, Pair, Transform
+from deeplab_jax.data.transforms import RGB_FILL, Pair, Transform
 from deeplab_jax.runtime.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -52,13 +52,22 @@ def make_train_iterator(
   hosts: int = 1,
   threads: int = 0,
   workers: int = 0,
+  class_sampling: float = 0.0,
+  shown: Sequence[Sequence[int]] = (),
 ) -> Batches:
   """Yields shuffled, transformed batches forever, starting at `start_step`.
 
-  A batch is image uint8 [B / hosts, h, w, 3] and label uint8 [B / hosts, h, w],
-  where B is `batch_size`. The batch of step `s` depends only on `seed` and `s`;
+  A batch is image uint8 [B / hosts, h, w, 3], label uint8 [B / hosts, h, w] and
+  place int32 [B / hosts], the rows of the batch of all hosts, of which there
+  are B, the `batch_size`. The batch of step `s` depends only on `seed` and `s`;
   at each step, all hosts together load what a single host would load. After
   the last transform, all images must have one size.
+
+  Of the rows a share `class_sampling` takes another record: one of those that
+  show a class, drawn uniformly as is the class; `shown` has the classes of each
+  record. Such an epoch is not exact. This is the class uniform sampling of Zhu
+  et al., "Improving Semantic Segmentation via Video Propagation and Label
+  Relaxation" (2019), without crops around the class.
 
   Each of `workers` processes loads with `threads` threads. With 0 workers this
   process loads. With 0 threads the workers share the cores, at most 16 threads
@@ -70,6 +79,13 @@ def make_train_iterator(
   """
   _check_hosts(batch_size, host, hosts)
   require(len(source) > 0, 'source must have records', len(source))
+  having: dict[int, list[int]] = {}  # the records that show a class
+  for number, classes in enumerate(shown):
+    for each in classes:
+      having.setdefault(each, []).append(number)
+  choices = [having[each] for each in sorted(having)]
+  rule = 'class_sampling needs `shown`'
+  require(not class_sampling or choices != [], rule, shown)
 
   def load(step: int) -> Batch:
     # Rows are numbered across all steps and hosts. A row's number picks its
@@ -77,10 +93,15 @@ def make_train_iterator(
     pairs = []
     for row in range(step * batch_size + host, (step + 1) * batch_size, hosts):
       epoch, index = divmod(row, len(source))
-      record = source[_order(len(source), seed, epoch)[index]]
-      pairs.append(load_example(record, transforms, (seed, 1, row)))
+      number = _order(len(source), seed, epoch)[index]
+      if class_sampling:
+        rng = np.random.default_rng((seed, 2, row))
+        if rng.random() < class_sampling:
+          number = rng.choice(choices[rng.integers(len(choices))])
+      pairs.append(load_example(source[number], transforms, (seed, 1, row)))
     image, label = map(np.stack, zip(*pairs, strict=True))
-    return {'image': image, 'label': label}
+    place = np.arange(host, batch_size, hosts, dtype=np.int32)
+    return {'image': image, 'label': label, 'place': place}
 
   return _iterate(load, range(start_step, sys.maxsize), threads, workers)
 
@@ -97,6 +118,7 @@ def make_eval_iterator(
   transforms: Sequence[Transform] = (),
   *,
   ignore_label: int = 255,
+  fill: np.ndarray = RGB_FILL,
   host: int = 0,
   hosts: int = 1,
   threads: int = 0,
@@ -106,10 +128,10 @@ def make_eval_iterator(
   A batch is image uint8 [B / hosts, *size, 3], label uint8 [B / hosts, *size],
   size int32 [B / hosts, 2], (height, width) before padding, and index int32
   [B / hosts]. Filler rows have the index `buckets.FILLER` and the batch's size.
-  Padding has `MEAN_COLOR` and `ignore_label`. Rows are dealt to the hosts in
-  turn, so all hosts yield the same number of batches of the same shapes.
-  Transforms must not be random. `next` raises `ValueError` if an image is
-  larger than its batch. For the rest see `make_train_iterator`.
+  Padding has `fill`, of the images' type and channels, and `ignore_label`. Rows
+  are dealt to the hosts in turn, so all hosts yield the same number of batches
+  of the same shapes. Transforms must not be random. `next` raises `ValueError`
+  if an image is larger than its batch. For the rest see `make_train_iterator`.
   """
   for batch in plan:
     _check_hosts(len(batch.indices), host, hosts)
@@ -117,7 +139,7 @@ def make_eval_iterator(
   def load(number: int) -> Batch:
     size, indices = plan[number].size, plan[number].indices[host::hosts]
     batch: Batch = {
-      'image': np.full((len(indices), *size, 3), MEAN_COLOR, np.uint8),
+      'image': np.full((len(indices), *size, len(fill)), fill, fill.dtype),
       'label': np.full((len(indices), *size), ignore_label, np.uint8),
       'size': np.full((len(indices), 2), size, np.int32),
       'index': np.array(indices, np.int32),
@@ -233,7 +255,7 @@ def _work(sender: Connection, work: bytes, steps: range, threads: int) -> None:
 def load_example(
   record: Record, transforms: Sequence[Transform] = (), seed: Any = 0
 ) -> Pair:
-  """Returns image uint8 [H, W, 3] and label uint8 [H, W], transformed."""
+  """Returns image [H, W, C] and label uint8 [H, W], transformed."""
   rng = np.random.default_rng(seed)
   try:
     image = images.decode_image(record['image'])

@@ -22,11 +22,18 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from deeplab_jax.data import labels
+from deeplab_jax.data.bands import kind_of
 from deeplab_jax.data.datasets import DatasetInfo, Tally
-from deeplab_jax.data.images import encode_label
+from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
-from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
+from deeplab_jax.runtime.errors import (
+  LabelError,
+  UnreadableError,
+  UserError,
+  first_line,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ class SourceConfig(tfds.core.BuilderConfig):
 
   name: str = ''  # `prefix`, and a `fingerprint` of the source
   prefix: str = ''  # of all preparations of one source; '' for a single one
+  as_stored: bool = False  # whether images keep their own channels and bits
 
 
 def fingerprint(*values: Any) -> str:
@@ -78,6 +86,13 @@ class Made(NamedTuple):
     return self.origin
 
 
+def open_file(open_: Callable[..., Any], file: pathlib.Path | Made) -> Any:
+  """Calls `open_picture`, `open_label` or their like."""
+  if isinstance(file, Made):
+    return open_(str(file), file.read())
+  return open_(file)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Listing:
   """What a layout finds of a split: its files, and what their labels mean."""
@@ -100,7 +115,7 @@ class Sample(NamedTuple):
 
   name: str  # the id in its list
   file_name: str  # of the original image, without its folder
-  image: bytes  # a JPEG or PNG
+  image: bytes  # for `images.decode_image`
   label: np.ndarray  # uint8 [H, W], classes and the ignore label
 
 
@@ -110,14 +125,17 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   TFDS itself shuffles in memory, and needs TensorFlow above 1 GB. Here,
   `_split_generators` returns for each split an empty `Tally` and an iterator of
   `Sample`, and sets `info`, a `DatasetInfo.to_json()`, in the metadata. The
-  base class adds `names`, the ids of each split, and `splits`, the tallies.
+  base class adds `names`, the ids of each split, `classes`, those that each
+  label shows, and `splits`, the tallies.
   """
 
   code_path = None  # TFDS looks for checksums beside the code, and fails
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = {
-      'image': tfds.features.Image(shape=(None, None, 3)),
+      'image': tfds.features.Text()
+      if self.builder_config.as_stored
+      else tfds.features.Image(shape=(None, None, 3)),
       'label': tfds.features.Image(shape=(None, None, 1)),
       **{key: tfds.features.Text() for key in ('name', 'file_name')},
       **{key: tfds.features.Scalar(np.int32) for key in ('height', 'width')},
@@ -132,7 +150,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   def _download_and_prepare(
     self, dl_manager: Any, download_config: Any = None
   ) -> None:
-    self.info.metadata.update(names={}, splits={})
+    self.info.metadata.update(names={}, classes={}, splits={})
     generators = self._split_generators(dl_manager)
     written = self._info()  # of the temporary folder, which TFDS renames
     writer = tfds.core.SequentialWriter(
@@ -150,13 +168,22 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[dict[str, Any]]:
     """Yields what is stored of each sample, and counts it."""
     names = self.info.metadata['names'][split] = []
+    classes = self.info.metadata['classes'][split] = []
     # Without a terminal, `None` shows no bar.
     samples = tqdm(samples, split, unit=' images', leave=False, disable=None)
     for sample in samples:
       names.append(sample.name)
-      tally.add(sample.label)
+      classes.append(tally.add(sample.label))
+      if self.builder_config.as_stored:
+        image = decode_image(sample.image)
+        if tally.kind not in ('RGB', kind := kind_of(image)):
+          raise UserError(
+            f'{sample.file_name} has {kind}, but {names[0]} {tally.kind}; store'
+            ' all alike, or set config.data.as_stored=False for RGB'
+          )
+        tally.add_image(image)
       yield {
-        'image': io.BytesIO(sample.image),
+        'image': sample.image,
         'label': io.BytesIO(encode_label(sample.label)),
         'name': sample.name,
         'file_name': sample.file_name,
@@ -180,21 +207,26 @@ def readable(
 ) -> Iterator[tuple[Item, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  The items are listed at `origin`. `read` is called on all cores. An
+  The items are listed at `origin`. `read` is called on all cores. If it returns
+  a function, that is called when its turn comes, for what takes much memory. An
   `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
   skips the item; if all are skipped, it stops as well.
   """
 
-  def attempt(item: Item) -> Any:
+  def attempt(function: Callable[..., Any], *arguments: Item) -> Any:
     try:
-      return read(item)
+      return function(*arguments)
     except UnreadableError as error:
       return error
 
   skipped = 0
-  for item, value in zip(items, in_background(attempt, items), strict=True):
+  first = functools.partial(attempt, read)
+  for item, value in zip(items, in_background(first, items), strict=True):
+    if callable(value):
+      value = attempt(value)
     if not isinstance(value, UnreadableError):
       yield item, value
+      value = None  # it may be large, and the next one is read before it ends
     elif on_bad_image == 'stop':
       raise UserError(f"{value}, or set config.data.on_bad_image='skip'")
     else:
@@ -219,12 +251,12 @@ def check_values(
   item: Item, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
 ) -> None:
   """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
-  counts = np.bincount(label.ravel(), minlength=256)
+  counts = labels.count_values(label)
   counts[:classes] = 0
   counts[ignore_label] = 0
   if counts.any():
     value = int(counts.argmax())
-    raise UserError(
+    raise LabelError(
       f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
       f'one of the {classes} classes nor the ignore label {ignore_label}; '
       f'correct {remedy}'

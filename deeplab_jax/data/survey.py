@@ -4,16 +4,19 @@ Preparing stops at the first problem; a survey reads the same files before.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplab_jax.data import folder, folder_files, labels, records
+from deeplab_jax.data import folder, folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
@@ -34,10 +37,13 @@ _SIZES = 'labels of another size than their image'
 _VALUES = 'label values that are neither a class nor the ignore label'
 _SAME = 'labels that tell nothing apart'
 _ALL_VOID = 'no pixel of a class to train on'
+_NO_NAMES = 'no class names'
 _ABSENT = 'classes without a pixel'
 _SHARED = 'ids in two lists, which makes the score worthless'
+_OF_LABELS = (*(_NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID),)
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
+_ALONE = threading.Lock()  # held while a large image is in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +77,21 @@ class Survey(NamedTuple):
   root: pathlib.Path
   text: str  # how many classes there are, and why
   findings: tuple[Finding, ...]
+  lines: Sequence[str]  # of classes.txt
+  classes: pathlib.Path | Sequence[str]  # where they are from
+  items: dict[str, list[records.Item]]  # of each split, those with files
+  proposal: proposals.Proposal | None  # what may repair the labels
 
 
 class _Notes(collections.defaultdict[str, list[str]]):
   """The examples of each kind of problem."""
 
-  def catch(self, title: str, function: Callable[..., Any], *args: Any) -> Any:
+  def catch(
+    self, title: str, function: Callable[..., Any], *args: Any, **named: Any
+  ) -> Any:
     """Returns the function's result; notes its `UserError` and returns None."""
     try:
-      return function(*args)
+      return function(*args, **named)
     except UserError as error:
       damaged = isinstance(error, UnreadableError)
       self[_UNREADABLE if damaged else title].append(str(error))
@@ -101,6 +113,8 @@ def survey_folder(
   ignore_label: int = 255,
   label_map: str | None = '',
   on_bad_image: str = 'stop',
+  as_stored: bool = False,
+  tile: int = 0,
   layout: records.Layout = folder_files.voc_devkit,
 ) -> Survey:
   """Reads every listed file of a folder once, on all cores.
@@ -117,14 +131,17 @@ def survey_folder(
     raise UserError(notes[_LIST][0])  # of the folder, not of a split
   default = records.Listing(origin='', found={}, classes=root / 'classes.txt')
   first = next(iter(listings.values()), default)
-  lines = notes.catch('no class names', folder_files.read_classes, first)
+  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first)
   label_map = label_map or first.label_map
   meaning = labels.Meaning(lines or (), ignore_label, label_map)
   listed = _read_lists(listings, notes)
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  results = in_background(lambda item: _read(item, meaning), items)
+  read = functools.partial(
+    _read, meaning=meaning, as_stored=as_stored, tile=tile
+  )
+  results = in_background(read, items)
   for row, (own, colors, problems) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():
@@ -148,11 +165,20 @@ def survey_folder(
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
   findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
-  text = _propose(first, meaning, counts.sum(0))
-  return Survey(root, text, findings + of_classes)
+  text = _count_classes(first, meaning, counts.sum(0))
+  findings += of_classes
+  known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
+  proposal = None
+  if any(found.fatal and found.title in _OF_LABELS for found in findings):
+    proposal = proposals.propose(known_items, lines or (), ignore_label)
+  if proposal and proposal.new and not isinstance(first.classes, pathlib.Path):
+    proposal = None  # the layout fixes the names
+  return Survey(
+    root, text, findings, lines or (), first.classes, known_items, proposal
+  )
 
 
-def _propose(
+def _count_classes(
   listing: records.Listing, meaning: labels.Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
@@ -160,7 +186,7 @@ def _propose(
   ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
-  text = f'the labels hold {_ranges(values) or "no class"}'
+  text = f'the labels hold {proposals.ranges(values) or "no class"}'
   if pixels[ignored]:
     text += f' and void, {ignored}'
   if not names:
@@ -198,13 +224,26 @@ def _read_lists(
 
 
 def _read(
-  item: records.Item, meaning: labels.Meaning
+  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
+) -> tuple[np.ndarray, list[list[Any]], _Notes]:
+  """Checks a pair of files; large ones, to be cut, one at a time."""
+  with contextlib.suppress(UserError):  # which the check finds again
+    if folder.is_large(item, tile, as_stored):
+      with _ALONE:
+        return _check(item, meaning, as_stored, tile)
+  return _check(item, meaning, as_stored, tile)
+
+
+def _check(
+  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
-  read = folder.open_file
-  picture = notes.catch(_NO_PICTURES, read, open_picture, item.image)
-  file = notes.catch(_NO_INDICES, read, open_label, item.label)
+  see = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
+  label = functools.partial(open_label, to_cut=tile > 0)
+  read = records.open_file
+  picture = notes.catch(_NO_PICTURES, read, see, item.image)
+  file = notes.catch(_NO_INDICES, read, label, item.label)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
   if picture is None or values is None:
     return np.zeros(256, np.int64), [], notes
@@ -213,10 +252,9 @@ def _read(
   size = f'{item.image}: {width}x{height}'
   if min(height, width) < TINY:
     notes[_TINY].append(size)
-  if max(height, width) > HUGE:
+  if max(height, width) > HUGE and not tile:
     notes[_HUGE].append(size)
-  counts = np.bincount(values.ravel(), minlength=256)
-  return counts, meaning.used_colors(file), notes
+  return labels.count_values(values), meaning.used_colors(file), notes
 
 
 def label_findings(
@@ -243,6 +281,13 @@ def label_findings(
       notes[_SAME].append(text)
     if present:
       notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
+      # Much void, and none where the only absent class is: is it that class?
+      void = sum(
+        t.void_pixels for t in tallies.values() if t.class_pixels[absent].any()
+      )
+      least = tally.class_pixels[present].min()
+      if len(absent) == 1 and not void and tally.void_pixels > least:
+        notes[_ABSENT][-1] += f' ({_remedy(absent, values, void_value)})'
     elif split == trained:
       notes[_ALL_VOID].append(f'every pixel in {split} is void, {void_value}')
     else:
@@ -272,12 +317,3 @@ def check_tallies(
         f'config.data.train_split={trained} of {info.name}: {finding.line}'
       )
   return found
-
-
-def _ranges(values: Sequence[int]) -> str:
-  """Writes ascending numbers shortly: '0 to 3, 7'."""
-  runs = []
-  for _, run in itertools.groupby(enumerate(values), lambda x: x[1] - x[0]):
-    first, *others = (value for _, value in run)
-    runs.append(f'{first} to {others[-1]}' if others else str(first))
-  return ', '.join(runs)

@@ -8,7 +8,6 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +18,11 @@ from jax import lax
 from deeplab_jax.data.buckets import FILLER, plan_batches
 from deeplab_jax.data.pipeline import load_example, make_eval_iterator
 from deeplab_jax.data.transforms import Transform
-from deeplab_jax.evaluation import metrics
+from deeplab_jax.evaluation import image_table, metrics, resampling
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed, watchdog
 from deeplab_jax.runtime.distributed import AXIS_NAME
-from deeplab_jax.runtime.files import replacing
+from deeplab_jax.runtime.files import write
 from deeplab_jax.visualize import labels as visualize
 
 
@@ -34,6 +33,7 @@ def eval_step(
   scores: Callable[..., jax.Array],
   num_classes: int,
   ignore_label: int = 255,
+  boundary_iou: bool = False,
   axis_name: str | None = AXIS_NAME,
 ) -> dict[str, jax.Array]:
   """Predicts a batch and counts each image of it.
@@ -43,18 +43,23 @@ def eval_step(
   before padding) and `index` int32 [b]. `scores` is a `Protocol.scores`.
   `axis_name` is the mapped device axis; None if there is none.
 
-  Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels) and
-  `prediction` uint8 [B, H, W] of all devices and hosts, the same on each.
+  Returns `index` int32 [B], `confusion` int32 [B, C, C] (rows are labels),
+  `prediction` uint8 [B, H, W] and, with `boundary_iou`, the `boundary_counts`
+  int32 [B, 2, C] of all devices and hosts, the same on each.
   """
   prediction, _ = predict_step(variables, batch, scores=scores)
-  count = functools.partial(
-    metrics.confusion_matrix, num_classes=num_classes, ignore_label=ignore_label
-  )
+
+  def count(function: Callable[..., jax.Array], *maps: jax.Array) -> jax.Array:
+    return jax.vmap(lambda *x: function(*x, num_classes, ignore_label))(*maps)
+
+  maps = batch['label'], prediction
   own = {
     'index': batch['index'],
-    'confusion': jax.vmap(count)(batch['label'], prediction),
+    'confusion': count(metrics.confusion_matrix, *maps),
     'prediction': prediction,
   }
+  if boundary_iou:
+    own['boundary'] = count(metrics.boundary_counts, *maps, batch['size'])
   if axis_name is None:
     return own
   return lax.all_gather(own, axis_name, tiled=True)
@@ -105,6 +110,7 @@ class Scores(NamedTuple):
   metrics: dict[str, Any]  # JSON values, with the protocol and the `images`
   confusion: np.ndarray  # int64 [C, C], rows truth, columns prediction
   of_images: dict[int, dict[str, float]]  # `image_metrics` of each record
+  counts: np.ndarray  # int64 [N, K, C], `metrics.COUNTS` of each record
   packed: dict[int, tuple[tuple[int, int], bytes]]  # shape, zlib's bytes
 
   def prediction(self, index: int) -> np.ndarray:
@@ -128,6 +134,12 @@ class Scores(NamedTuple):
       names=list(map(self.evaluator.name, indices)),
       mious=[self.mious()[i] for i in indices],
     )
+
+  def table(self) -> image_table.ImageTable:
+    """Every record with what was counted in it."""
+    names = list(map(self.evaluator.name, self.of_images))
+    mious, classes = list(self.mious().values()), self.evaluator.info.classes
+    return image_table.ImageTable(names, classes, self.counts, mious)
 
   def mious(self) -> dict[int, float]:
     """The mIoU of each record; NaN for one without a counted pixel."""
@@ -154,6 +166,7 @@ class Evaluator:
     batch_size: int,
     buckets: int,
     threads: int,
+    boundary_iou: bool = False,
   ) -> None:
     """Plans the batches of a split of a `data.load.Dataset`.
 
@@ -183,6 +196,7 @@ class Evaluator:
       scores=protocol.scores(model),
       num_classes=self.info.num_classes,
       ignore_label=self.info.ignore_label,
+      boundary_iou=boundary_iou,
     )
 
   @watchdog.phase('evaluation')
@@ -204,6 +218,7 @@ class Evaluator:
       self._plan,
       self._transforms,
       ignore_label=self.info.ignore_label,
+      fill=self.info.fill,
       host=jax.process_index(),
       hosts=jax.process_count(),
       threads=self._threads,
@@ -211,17 +226,22 @@ class Evaluator:
     confusion = np.zeros((self.info.num_classes,) * 2, np.int64)
     of_images: dict[int, dict[str, float]] = {}
     mious: dict[int, float] = {}
+    counts: dict[int, np.ndarray] = {}
     packed: dict[int, tuple[tuple[int, int], bytes]] = {}
 
     def count(results: Any) -> None:
       results = jax.device_get(results)
       confusion[:] += results['confusion'].sum(0, np.int64)
       values = metrics.image_metrics(results['confusion'])
+      found = metrics.class_counts(results['confusion'])
+      if 'boundary' in results:
+        found = np.concatenate([found, results['boundary']], 1)
       rows = {i: row for row, i in enumerate(results['index'].tolist())}
       rows.pop(FILLER, None)
       for index, row in rows.items():
         of_images[index] = {k: float(v[row]) for k, v in values.items()}
         mious[index] = of_images[index]['per_image_miou']
+        counts[index] = found[row]
       chosen = metrics.extremes(mious, worst_and_best)
       shown = {*chosen['worst'], *chosen['best']}
       for index in rows:
@@ -245,13 +265,16 @@ class Evaluator:
     # In the order of the records, whatever the batches were.
     of_images = dict(sorted(of_images.items()))
     packed = dict(sorted(packed.items()))
+    table = np.stack([counts[index] for index in of_images])
+    classes, boundary = self.info.classes, table.sum(0)[3:]
     found = {
-      **metrics.compute_metrics(confusion, self.info.classes),
+      **metrics.compute_metrics(confusion, classes, boundary),
       **metrics.average(list(of_images.values())),
+      'interval_95': resampling.intervals(table),
       **self.description,
       'images': len(of_images),
     }
-    return Scores(self, found, confusion, of_images, packed)
+    return Scores(self, found, confusion, of_images, table, packed)
 
   def name(self, index: int) -> str:
     """The name of a record."""
@@ -279,5 +302,4 @@ def write_archive(
       entry = tarfile.TarInfo(f'{folder}/{name}.png')
       entry.size = len(png)
       archive.addfile(entry, io.BytesIO(png))
-  with replacing(path) as temporary:
-    Path(temporary).write_bytes(gzip.compress(tar.getvalue(), mtime=0))
+  write(path, gzip.compress(tar.getvalue(), mtime=0))

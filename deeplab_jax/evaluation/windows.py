@@ -62,7 +62,7 @@ def scores_in_windows(
   *,
   softmax: bool,
 ) -> Iterator[np.ndarray]:
-  """Yields a protocol's scores of one image uint8 [H, W, 3], in parts.
+  """Yields a protocol's scores of one image [H, W, C], in parts.
 
   They are float32 [rows, W, C] and follow from the top; with `softmax` they are
   probabilities. For `side` see `map_logits`. Logs how far it is.
@@ -95,7 +95,7 @@ def map_logits(
   Args:
     model: a network with the head `ASPP`.
     variables: what `model.apply` takes.
-    image: uint8 [H, W, 3].
+    image: [H, W, C], as the network takes it.
     side: largest height and width of a window, in pixels.
 
   Returns:
@@ -117,7 +117,7 @@ def map_logits(
     ]
     pixels = image[starts[0] : ends[0], starts[1] : ends[1]]
     # Beyond the image is what becomes zero, as the network pads.
-    shape = (1, *np.subtract(ends, starts), 3)
+    shape = (1, *np.subtract(ends, starts), image.shape[2])
     window = np.full(shape, model.mean, np.float32)
     window[0, : pixels.shape[0], : pixels.shape[1]] = pixels
     return _features(model, variables, window)
@@ -259,11 +259,14 @@ def interpolated_rows(
 
 
 def resized(image: np.ndarray, size: Size) -> np.ndarray:
-  """Brings an image uint8 [H, W, 3] to another size, antialiased."""
+  """Brings an image [H, W, C] to another size, antialiased."""
   if size == image.shape[:2]:
     return image
   how = cv2.INTER_AREA if size < image.shape[:2] else cv2.INTER_LINEAR
-  return cv2.resize(image, size[::-1], interpolation=how)
+  # OpenCV takes four channels at a time.
+  parts = (image[..., i : i + 4] for i in range(0, image.shape[2], 4))
+  found = [cv2.resize(x, size[::-1], interpolation=how) for x in parts]
+  return np.concatenate([x.reshape(*size, -1) for x in found], -1)
 
 
 def resized_scores(scores: np.ndarray, size: Size) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling with image-level features.
+"""Atrous spatial pyramid pooling with image-level features, and a plain head.
 
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
 (2017), section 3.3.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deeplab_jax.models.layers import ConvNormRelu
+from deeplab_jax.models.layers import Conv, ConvNormRelu
 from deeplab_jax.runtime.errors import check_map
 
 
@@ -68,3 +68,21 @@ class ASPP(nn.Module):
       maps.append(conv(3, rate, *shared, name=f'atrous{i}')(x, train=train))
     project = conv(1, 1, *shared, name='project')
     return project(jnp.concatenate(maps, -1), train=train)
+
+
+class FCNHead(nn.Module):
+  """3x3 convolution to a quarter of the channels, BN, ReLU, class layer.
+
+  Zhao et al., "Pyramid Scene Parsing Network" (2017), section 3.3.
+  """
+
+  num_classes: int
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps [B, H, W, C] to float32 logits [B, H, W, num_classes]."""
+    features, shared = max(1, x.shape[-1] // 4), (True, self.norm, self.dtype)
+    x = ConvNormRelu(features, 3, 1, *shared, name='conv')(x, train=train)
+    return Conv(self.num_classes, use_bias=True, name='logits')(x)

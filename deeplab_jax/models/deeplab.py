@@ -19,16 +19,21 @@ from flax import linen as nn
 from jax import lax
 
 from deeplab_jax import ops
-from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.aspp import ASPP, FCNHead
 from deeplab_jax.models.layers import Conv, resample
 from deeplab_jax.models.resnet import BACKBONES
-from deeplab_jax.runtime.errors import check_choice, check_map, require
+from deeplab_jax.runtime.errors import (
+  UserError,
+  check_choice,
+  check_map,
+  require,
+)
 
 
 class Backbone(Protocol):
   """What `DeepLabV3` needs from its backbone module; see `check_backbone`.
 
-  It takes normalized images [B, H, W, 3] and returns a dict of maps
+  It takes normalized images [B, H, W, C] and returns a dict of maps
   [B, h, w, C]. The map that the head reads has h = ceil(H / output_stride) rows
   and ceil(W / output_stride) columns.
   """
@@ -74,8 +79,10 @@ class DeepLabV3(nn.Module):
     upsampling: 'align_corners' is the geometry described above. 'asymmetric'
       stretches the map's h rows over the image's H, so that row i reads row
       i * h / H: TensorFlow 1's default, used to train the seed network.
-    mean, std: RGB values v in 0..255 become (v - mean) / std.
+    mean, std: of each channel; values v become (v - mean) / std.
     dtype: type to compute in; parameters and logits are always float32.
+    auxiliary: a head on the map 'block3', or None. It is computed only if the
+      collection 'intermediates' is mutable, and gives 'auxiliary_logits' there.
   """
 
   backbone: nn.Module
@@ -83,9 +90,10 @@ class DeepLabV3(nn.Module):
   num_classes: int = 21
   features: str = 'postnorm'
   upsampling: str = 'align_corners'
-  mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
-  std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+  mean: tuple[float, ...] = (127.5, 127.5, 127.5)
+  std: tuple[float, ...] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
+  auxiliary: nn.Module | None = None
 
   def __post_init__(self) -> None:
     choices = ('align_corners', 'asymmetric')
@@ -106,7 +114,7 @@ class DeepLabV3(nn.Module):
     """Computes class logits.
 
     Args:
-      images: [B, H, W, 3] RGB in 0..255, uint8 or float, any size.
+      images: [B, H, W, C], RGB in 0..255 or as stored, integers or float.
       train: use the batch's own statistics in batch normalization, and update
         the running ones in the collection 'batch_stats'.
       sizes: int [B, 2], height and width of each image before padding at the
@@ -120,12 +128,10 @@ class DeepLabV3(nn.Module):
     Raises:
       ValueError: if images or sizes have the wrong shape.
     """
-    check_map('images', images, 3)
-    if sizes is not None and jnp.shape(sizes) != (len(images), 2):
-      raise ValueError(
-        f'sizes must be [{len(images)}, 2], (height, width) of each image, got'
-        f' {list(jnp.shape(sizes))}'
-      )
+    check_map('images', images, len(self.mean))
+    rule = f'sizes must be [{len(images)}, 2], (height, width) of each image'
+    shape = None if sizes is None else list(jnp.shape(sizes))
+    require(shape in (None, [len(images), 2]), rule, shape)
     stride, size = self.backbone.output_stride, images.shape[1:3]
     x = images.astype(jnp.float32) - jnp.asarray(self.mean)
     x /= jnp.asarray(self.std)
@@ -143,10 +149,24 @@ class DeepLabV3(nn.Module):
         -(-sizes // stride), [-(-n // stride) for n in extended]
       )
     with padding:
-      x = self.backbone(x.astype(self.dtype), train=train)[self.features]
-      x = self.aspp(x, train=train, mask=mask)
+      maps = self.backbone(x.astype(self.dtype), train=train)
+      x = self.aspp(maps[self.features], train=train, mask=mask)
+    if self.has_variable('dropout', 'scale'):  # [B, 1, 1, C], from training
+      x *= self.get_variable('dropout', 'scale').astype(x.dtype)
+    wanted = self.is_mutable_collection('intermediates')
+    if self.auxiliary and (wanted or self.is_initializing()):
+      if 'block3' not in maps:
+        rule = "the auxiliary head needs the backbone's map 'block3'"
+        raise UserError(f'{rule}, and it gives {", ".join(maps)}')
+      y = self.auxiliary(maps['block3'], train=train)
+      pairs = zip(y.shape[1:3], extended, strict=True)
+      step = [(rows - 1) / max(n - 1, 1) for rows, n in pairs]
+      y = self._upsampled(y, size, step)
+      self.sow('intermediates', 'auxiliary_logits', y)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
-    step = (1 / stride, 1 / stride)
+    return self._upsampled(x, size, (1 / stride, 1 / stride))
+
+  def _upsampled(self, x: jax.Array, size: Any, step: Any) -> jax.Array:
     if self.upsampling == 'asymmetric':
       step = x.shape[1] / size[0], x.shape[2] / size[1]
     return resample(x, size, step)
@@ -167,6 +187,7 @@ _PAPER: dict[str, Any] = {
   'aspp_features': 256,
   'aspp_activation': True,
   'scale_aspp_rates': True,
+  'auxiliary': None,
   'features': 'postnorm',
   'upsampling': 'align_corners',
   'mean': (127.5, 127.5, 127.5),
@@ -231,6 +252,7 @@ def deeplab_v3(
       `scale_aspp_rates` doubles them at 8 (section 4.1) and halves them at 32.
       `bn_decay` is the decay of the running batch statistics. `axis_name` is
       the mapped axis; batch statistics are averaged over its devices.
+      A true `auxiliary` adds an `FCNHead` for training.
 
   Raises:
     ValueError: for an unknown name or an impossible value.
@@ -262,7 +284,8 @@ def deeplab_v3(
   rates = [max(1, rate * 16 // stride) for rate in settings['aspp_rates']]
   features, activation = settings['aspp_features'], settings['aspp_activation']
   aspp = ASPP(tuple(rates), features, activation, norm, dtype)
-  head = {
-    key: settings[key] for key in ('features', 'upsampling', 'mean', 'std')
-  }
+  if settings['auxiliary']:
+    settings['auxiliary'] = FCNHead(num_classes, norm, dtype)
+  names = 'auxiliary', 'features', 'upsampling', 'mean', 'std'
+  head = {key: settings[key] for key in names}
   return DeepLabV3(backbone, aspp, num_classes, dtype=dtype, **head)

@@ -54,13 +54,8 @@ class ConvNormRelu(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Applies them in turn; `train` uses and updates the batch statistics."""
-    conv = Conv(
-      self.features,
-      self.kernel_size,
-      rate=self.rate,
-      dtype=self.dtype,
-      name='conv',
-    )
+    size, dtype = self.kernel_size, self.dtype
+    conv = Conv(self.features, size, rate=self.rate, dtype=dtype, name='conv')
     x = self.norm(name='norm', use_running_average=not train)(conv(x))
     return nn.relu(x) if self.activation else x
 

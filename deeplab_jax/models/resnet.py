@@ -205,7 +205,7 @@ class ResNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-    """Maps normalized images [B, H, W, 3] to the features of every stage.
+    """Maps normalized images [B, H, W, C] to the features of every stage.
 
     Returns a dict: 'stem' [B, H/4, W/4, 64], 'block1' to 'block4' (the last is
     [B, H/os, W/os, 2048], or 512 channels with basic units), and 'postnorm',

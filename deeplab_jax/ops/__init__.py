@@ -179,7 +179,7 @@ def cache_kernels(
   platforms there is nothing to gain, and the variables come back unchanged.
 
   Args:
-    model: a module that takes images [B, H, W, 3] and `train=False`.
+    model: a `DeepLabV3`, or what takes images and `train=False` as it does.
     variables: the model's variables.
     size: (height, width) of the images. At other sizes the network still works;
       where a transform does not fit a map, the plain kernel is used.
@@ -205,7 +205,7 @@ def cache_kernels(
   jax.eval_shape(
     functools.partial(model.apply, train=False),
     {**variables, 'params': unflatten_dict(params | noted)},
-    jnp.zeros((1, *size, 3), jnp.uint8),
+    jnp.zeros((1, *size, len(model.mean)), jnp.uint8),
   )
   transformed = jax.jit(
     lambda kernels: {

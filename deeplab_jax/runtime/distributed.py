@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +154,25 @@ def is_first_process() -> bool:
   return jax.process_index() == 0
 
 
-def gathered(number: int) -> list[int]:
-  """Returns the numbers of all processes, which call it together."""
+def gathered(number: Any) -> list[Any]:
+  """Returns the integers, or lists of them, of all processes, which call it."""
   if jax.process_count() == 1:
     return [number]
   return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
-def check_same(value: Any, what: str) -> None:
-  """Raises `UserError` unless all processes, which call it, have one value."""
-  if len(set(gathered(zlib.crc32(repr(value).encode()) >> 1))) > 1:
-    raise UserError(f'{what} must be the same for all processes; here {value}')
+def check_same(values: Mapping[str, Any]) -> None:
+  """Raises `UserError` unless all processes, which call it, have these values.
+
+  It names the first one that differs. All must have the same number of them.
+  """
+  digests = [zlib.crc32(repr(x).encode()) >> 1 for x in values.values()]
+  found = zip(*gathered(digests), strict=True)
+  for (what, value), of_all in zip(values.items(), found, strict=True):
+    if len(set(of_all)) > 1:
+      raise UserError(
+        f'{what} must be the same for all processes; here {value}'
+      )
 
 
 def barrier() -> None:

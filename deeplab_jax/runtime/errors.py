@@ -20,6 +20,10 @@ class UnreadableError(UserError):
   """A file that is there but is damaged."""
 
 
+class LabelError(UserError):
+  """Labels that do not fit the classes; a label map may make them fit."""
+
+
 def first_line(error: Exception) -> str:
   """Returns what the system refused, else the beginning of an error's message.
 

@@ -78,6 +78,13 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     raise
 
 
+def write(path: str | os.PathLike, data: str | bytes) -> None:
+  """Writes bytes, or text as UTF-8, whole or not at all."""
+  data = data.encode() if isinstance(data, str) else data
+  with replacing(path) as temporary:
+    Path(temporary).write_bytes(data)
+
+
 def read_bytes(path: Path, most: int = 2**20) -> bytes:
   """Reads a file that `check_regular` accepts."""
   if not is_remote(path):
@@ -114,9 +121,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
   NaN and the infinities, which JSON does not know, become null.
   """
-  text = json_text(value, indent=2) + '\n'
-  with replacing(path) as temporary:
-    Path(temporary).write_text(text, encoding='utf-8')
+  write(path, json_text(value, indent=2) + '\n')
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -130,38 +135,15 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[Any]:
   """Holds an exclusive lock between processes; a killed one releases it.
 
-  The lock file, `.NAME.lock`, and its folder are made and stay. Raises
-  `OSError` if they cannot be made.
+  Yields the lock file, `.NAME.lock`, open. It and its folder are made and stay.
+  If another process has the lock, it waits for that or raises a `UserError`,
+  which names the owner. Where the file system has no locks, a warning says so.
+  Raises `OSError` if the file cannot be made.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      name = path.name.removeprefix('.').removesuffix('.lock')
-      log.info('waiting for another process that prepares %s', name)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-  """Holds a folder for this process, by `.lock` in it; a killed one frees it.
-
-  Raises `UserError`, which names the owner, if another process holds it. Where
-  the file system has no locks, a warning says so. A remote folder is taken from
-  its owner, who learns it from `check_held`. What a killed `replacing` left is
-  removed.
-  """
-  if is_remote(folder):
-    log.warning('%s has no lock: a later run ends this one', folder)
-    (folder / '.lock').write_text(_owner())
-    yield
-    return
-  path, is_new = folder / '.lock', not folder.exists()
+  folder = path.parent
   folder.mkdir(parents=True, exist_ok=True)
   flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no pipe
   with open(os.open(path, flags, 0o666), 'rb+', buffering=0) as file:
@@ -169,12 +151,34 @@ def held(folder: Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      owner = file.read().decode('utf-8', 'replace') or 'another process'
-      raise UserError(
-        f'{folder} is in use by {owner}; use another --workdir or end that run'
-      ) from None
+      if not wait:
+        owner = file.read().decode('utf-8', 'replace') or 'another process'
+        raise UserError(
+          f'{folder} is in use by {owner}; use another --workdir or end that'
+          ' run'
+        ) from None
+      name = path.name.removeprefix('.').removesuffix('.lock')
+      log.info('waiting for another process that prepares %s', name)
+      fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
       log.warning('%s cannot be locked: %s', folder, error.strerror)
+    yield file
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+  """Holds a folder for this process, by `.lock` in it; a killed one frees it.
+
+  Raises `UserError`, as `locked` does. A remote folder is taken from its owner,
+  who learns it from `check_held`. What a killed `replacing` left is removed.
+  """
+  if is_remote(folder):
+    log.warning('%s has no lock: a later run ends this one', folder)
+    (folder / '.lock').write_text(_owner())
+    yield
+    return
+  path, is_new = folder / '.lock', not folder.exists()
+  with locked(path, wait=False) as file:
     try:
       file.truncate(0)
       file.write(_owner().encode())

@@ -25,8 +25,6 @@ _XLA_FLAGS = (
   '--xla_backend_optimization_level=1',
 )
 MODES = 'auto', 'on', 'off'  # of `distributed.initialize`
-_MAPPINGS = Path('/proc/sys/vm/max_map_count')
-_THREADS = Path('/proc/sys/kernel/threads-max')
 _LOG_FATAL = 3  # the highest of absl's log levels
 _PACKAGES = 'deeplab_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy'
 
@@ -76,28 +74,6 @@ def hide_alarms() -> None:
     # `jax_logging_level` would hide Python's warnings too, and the variable has
     # no effect after the import of JAX.
     jaxlib.utils.absl_set_min_log_level(_LOG_FATAL)
-
-
-def limits() -> dict[str, Any]:
-  """Returns the limits for `build.check_machine`; JAX starts its devices.
-
-  `memory` is in bytes, of this machine and its accelerators. `threads` is the
-  most that one process may have. Both are None where the system does not tell.
-  `hosts` is the number of processes.
-  """
-  try:
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    for device in jax.local_devices():
-      if device.platform != 'cpu':
-        memory += device.memory_stats()['bytes_limit']
-  except (AttributeError, ValueError, OSError, TypeError, KeyError):
-    memory = None
-  try:
-    # Each thread has two mappings: its stack and the guard of the stack.
-    threads = min(int(_MAPPINGS.read_text()) // 2, int(_THREADS.read_text()))
-  except (OSError, ValueError):  # not Linux
-    threads = None
-  return {'memory': memory, 'threads': threads, 'hosts': jax.process_count()}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import abc
 import ast
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,13 +44,15 @@ def read_value(key: str, value: Any, kind: Any, default: Any) -> Any:
   if isinstance(default, tuple):
     first = type((*default, object())[0])  # a function may stand for a name
     value, kind = _parse_values(value), _Open if first is str else first
-  elif kind is _Open and not callable(value):
+  by_name = kind is _Open
+  if by_name and not isinstance(default, tuple) and not callable(value):
     kind = str
-    if '.' in str(value):
-      raise UserError(
-        f'{key}={value} is a function of a recipe, which --config=RECIPE names'
-      )
   for element in value if isinstance(value, tuple) else (value,):
+    name = (*element, '')[0] if type(element) in (list, tuple) else element
+    if by_name and re.match(r'[^\W\d]\w*\.', str(name)) and not callable(name):
+      raise UserError(
+        f'{key}={name} is a function of a recipe, which --config=RECIPE names'
+      )
     fits = kind in (object, _Open) or type(element) is kind
     if not fits and not (kind is float and type(element) is int):
       raise UserError(f'{key} must be of type {kind.__name__}, got {value!r}')

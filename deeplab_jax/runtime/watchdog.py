@@ -48,7 +48,7 @@ class _Watch:
     self.beats: dict[int, list[Any]] = {}  # host, phase, step, number
     self.moved: dict[int, tuple[int, float]] = {}  # number, and since when
     self.answered = time.monotonic()  # the service
-    self.end: list[Any] = []  # exit status and line, for all processes
+    self.end: list[Any] = []  # exit status and line
     self.looked, self.once = time.monotonic(), threading.Lock()
     self.address, self.aborts = ('', 0), ctypes.CFUNCTYPE(None)()
     self.terminates = ctypes.CFUNCTYPE(None)(self.lost)
@@ -66,12 +66,8 @@ class _Watch:
       beat = json.dumps([self.host, phase, self.step, number])
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         self.client.key_value_set(f'{_KEYS}/{self.index}', beat, True)
-        if self.end:
-          self.client.key_value_set(f'{_KEYS}/end', json.dumps(self.end), True)
-        found = dict(self.client.key_value_dir_get(f'{_KEYS}/'))
-        end = json.loads(found.pop(f'{_KEYS}/end', '[]'))
-        self.end = self.end or end
-        self.beats = {int(k.split('/')[1]): json.loads(found[k]) for k in found}
+        found = self.client.key_value_dir_get(f'{_KEYS}/')
+        self.beats = {int(k.split('/')[1]): json.loads(x) for k, x in found}
         self.answered = time.monotonic()
       time.sleep(_EVERY)
 

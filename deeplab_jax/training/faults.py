@@ -58,14 +58,10 @@ class StopSignal:
 class Diverged(UserError):
   """The loss or the gradient of `step` is not finite, or has exploded."""
 
-  def __init__(
-    self, what: str, step: int, kept: int | None, *, rolls_back: bool = False
-  ) -> None:
-    hint = '' if rolls_back else ', or config.train.on_nan=rollback'
-    also = '' if kept is None else f'. The checkpoint of step {kept} is kept'
+  def __init__(self, what: str, step: int, hint: str) -> None:
     super().__init__(
       f'{what} at step {step}; lower config.optimizer.learning_rate or set'
-      f' config.optimizer.clip_norm{hint}{also}'
+      f' config.optimizer.clip_norm{hint}'
     )
     self.what, self.step = what, step
 
@@ -75,13 +71,17 @@ class CheckedMetrics(AbstractContextManager):
 
   It warns of the first batch without a valid pixel, and at the end of the
   `with` block of their number. With `limit`, a loss above as many times the
-  median of the last 100 losses has exploded.
+  median of the last 100 losses has exploded. `kept` tells the step of the
+  checkpoint to go back to, if there is one.
   """
 
   def __init__(
-    self, warn: Callable[[str], None], limit: float = math.inf
+    self,
+    warn: Callable[[str], None],
+    kept: Callable[[], int | None],
+    limit: float = math.inf,
   ) -> None:
-    self._warn, self._limit = warn, limit
+    self._warn, self._kept, self._limit = warn, kept, limit
     self._losses: collections.deque[float] = collections.deque(maxlen=100)
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._empty_batches = 0
@@ -92,22 +92,21 @@ class CheckedMetrics(AbstractContextManager):
     self._pending.append((step, metrics))
 
   @watchdog.phase('device')
-  def fetch(self, kept: int | None) -> dict[str, float]:
+  def fetch(self) -> dict[str, float]:
     """Waits for the steps added since the last call; returns the last metrics.
 
-    Raises `Diverged`, which names the checkpoint of step `kept`, at the first
-    loss or gradient that is not finite.
+    Raises `Diverged` at the first loss or gradient that is not finite.
     """
-    values, back = {}, {'rolls_back': math.isfinite(self._limit)}
+    values: dict[str, float] = {}
     for step, metrics in self._pending:
       values = {k: float(v[0]) for k, v in jax.device_get(metrics).items()}
       for name, value in values.items():
         if not math.isfinite(value):
-          raise Diverged(f'{name} is {value}', step, kept, **back)
+          raise self._diverged(f'{name} is {value}', step)
       full = len(self._losses) == self._losses.maxlen
       usual = max(statistics.median(self._losses), 1) if full else math.inf
       if values['loss'] > self._limit * usual:
-        raise Diverged(f'loss rose to {values["loss"]:.4g}', step, kept, **back)
+        raise self._diverged(f'loss rose to {values["loss"]:.4g}', step)
       self._losses.append(values['loss'])
       if not values['valid_pixels']:
         self._empty_batches += 1
@@ -119,6 +118,13 @@ class CheckedMetrics(AbstractContextManager):
           )
     self._pending.clear()
     return values
+
+  def _diverged(self, what: str, step: int) -> Diverged:
+    back = math.isfinite(self._limit)
+    hint = '' if back else ', or config.train.on_nan=rollback'
+    if (kept := self._kept()) is not None:
+      hint += f'. The checkpoint of step {kept} is kept'
+    return Diverged(what, step, hint)
 
   def __exit__(self, *_: object) -> None:
     if self._empty_batches > 1:

@@ -1,37 +1,90 @@
 """Learning rate schedules and optimizers, from optax."""
 
-from collections.abc import Callable
+import collections
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import path_aware_map
+from flax.traverse_util import flatten_dict, path_aware_map
 
+from deeplab_jax.runtime.console import did_you_mean
 from deeplab_jax.runtime.errors import choose, require
 
-# To add an optimizer: a function of the momentum, which it may ignore, that
-# makes the core of the chain below.
+# To add an optimizer: a function that takes, by keyword, what it needs of
+# `momentum`, `weight_decay`, `mask` (of what decays) and `learning_rate`. Of
+# these it does the decay and the scaling itself if it takes them.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   'sgd': lambda momentum: optax.trace(momentum),
-  'adam': lambda momentum: optax.scale_by_adam(),
+  'adam': optax.scale_by_adam,
+  'adamw': optax.adamw,
 }
 
 
 def poly_schedule(
-  learning_rate: float, steps: int, *, power: float = 0.9, warmup_steps: int = 0
+  learning_rate: float, steps: int, power: float = 0.9
 ) -> optax.Schedule:
-  """Returns `learning_rate * (1 - step / steps) ** power`, after a warm-up.
+  """Returns `learning_rate * (1 - step / steps) ** power`.
 
-  Chen et al., "Rethinking Atrous Convolution" (2017), section 4. The warm-up
-  rises linearly from 0 and meets the curve after `warmup_steps` steps. A value
-  that makes no such schedule raises `ValueError`.
+  Chen et al., "Rethinking Atrous Convolution" (2017), section 4.
   """
-  require(learning_rate > 0, 'learning_rate must be above 0', learning_rate)
   require(power >= 0, 'power must be at least 0', power)
+  return optax.polynomial_schedule(learning_rate, 0, power, steps)
+
+
+def step_schedule(
+  learning_rate: float,
+  steps: int,
+  milestones: Sequence[float] = (0.5, 0.75),
+  milestone_factor: float = 0.1,
+) -> optax.Schedule:
+  """Multiplies the rate by a factor at each milestone, a share of the steps.
+
+  He et al., "Deep Residual Learning" (2016), section 4.2, has these defaults.
+  """
+  factor = milestone_factor
+  inside = [isinstance(x, float) and 0 < x < 1 for x in milestones]
+  require(all(inside), 'milestones must be shares in (0, 1)', milestones)
+  require(factor > 0, 'milestone_factor must be above 0', factor)
+  counts = collections.Counter(round(share * steps) for share in milestones)
+  factors = {step: factor**count for step, count in counts.items()}
+  return optax.piecewise_constant_schedule(learning_rate, factors)
+
+
+# To add a schedule: a function that takes, by keyword, what it needs of the
+# settings above, and returns a function from the step to the learning rate.
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+  'poly': poly_schedule,
+  # Loshchilov and Hutter, "SGDR" (2017), equation 5, without restarts.
+  'cosine': lambda learning_rate, steps: optax.cosine_decay_schedule(
+    learning_rate, steps
+  ),
+  'step': step_schedule,
+}
+
+
+def make_schedule(
+  name: str | Callable[..., optax.Schedule],
+  learning_rate: float,
+  steps: int,
+  *,
+  warmup_steps: int = 0,
+  **settings: Any,
+) -> optax.Schedule:
+  """Makes one of `SCHEDULES`, or what a function like its values returns.
+
+  During the first `warmup_steps` it is multiplied by `step / warmup_steps`.
+  Raises `ValueError` for an unknown name or an impossible value.
+  """
+  schedule = choose('schedule', name, SCHEDULES)
+  require(learning_rate > 0, 'learning_rate must be above 0', learning_rate)
   require(warmup_steps >= 0, 'warmup_steps must be at least 0', warmup_steps)
-  poly = optax.polynomial_schedule(learning_rate, 0, power, steps)
+  rate = _call(schedule, learning_rate=learning_rate, steps=steps, **settings)
   if not warmup_steps:
-    return poly
-  return lambda step: jnp.minimum(step / warmup_steps, 1) * poly(step)
+    return rate
+  return lambda step: jnp.minimum(step / warmup_steps, 1) * rate(step)
 
 
 def make_optimizer(
@@ -45,28 +98,61 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Makes an optax optimizer from one of `OPTIMIZERS`.
 
-  `name` may also be a function like its values. SGD has the `momentum`; Adam
-  uses 0.9 and 0.999. `weight_decay` is the factor of the L2 penalty on
-  convolution kernels, and `head_multiplier` multiplies the learning rate
+  `name` may also be a function like its values, or one of optax, as
+  `optax.lamb`. SGD has the `momentum`; Adam uses 0.9 and 0.999. `weight_decay`
+  is the factor of the L2 penalty on convolution kernels, unless the optimizer
+  takes it, as AdamW does (Loshchilov and Hutter, 2019: the kernels shrink by
+  it times the learning rate). `head_multiplier` multiplies the learning rate
   outside the backbone. Gradients of a larger global norm than `clip_norm` are
   scaled to it. Raises `ValueError` for an unknown name or an impossible value.
   """
-  core, rule = choose('optimizer', name, OPTIMIZERS), 'must be at least 0'
+  core, rate = choose('optimizer', name, OPTIMIZERS), learning_rate
+  rule = 'must be at least 0'
   require(0 <= momentum < 1, 'momentum must be in [0, 1)', momentum)
   require(weight_decay >= 0, f'weight_decay {rule}', weight_decay)
   require(head_multiplier >= 0, f'head_multiplier {rule}', head_multiplier)
   require((clip_norm or 1) > 0, 'clip_norm must be above 0', clip_norm)
+  takes, none = inspect.signature(core).parameters, optax.identity()
+  decay = {
+    'weight_decay': weight_decay,
+    'mask': lambda tree: path_aware_map(lambda p, _: p[-1] == 'kernel', tree),
+  }
   # The same parts for all numbers: a run may go on with others.
   return optax.chain(
-    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-    optax.add_decayed_weights(
-      weight_decay,
-      mask=lambda tree: path_aware_map(lambda p, _: p[-1] == 'kernel', tree),
-    ),
-    core(momentum=momentum),
+    optax.clip_by_global_norm(clip_norm) if clip_norm else none,
+    none if 'weight_decay' in takes else optax.add_decayed_weights(**decay),
+    _call(core, learning_rate=rate, momentum=momentum, **decay),
     optax.masked(
       optax.scale(head_multiplier),
       lambda tree: path_aware_map(lambda p, _: p[0] != 'backbone', tree),
     ),
-    optax.scale_by_learning_rate(learning_rate),
+    none if 'learning_rate' in takes else optax.scale_by_learning_rate(rate),
   )
+
+
+def _call(function: Callable[..., Any], **settings: Any) -> Any:
+  """Calls a function with those settings that it names and has not fixed."""
+  fixed = getattr(function, 'keywords', {})  # by functools.partial
+  takes = [x for x in inspect.signature(function).parameters if x not in fixed]
+  return function(**{key: settings[key] for key in takes if key in settings})
+
+
+def frozen_parameters(params: Any, patterns: Sequence[str]) -> Any:
+  """Marks, in a tree of bools, the parameters whose name fits a pattern.
+
+  A name is a path, as 'backbone/stem/kernel', and `*` stands for any part of
+  it, slashes too. Raises `ValueError` if a pattern fits none, or all are fit.
+  """
+  paths, found = flatten_dict(params), set[str]()
+  names = ['/'.join(path) for path in paths]
+  for pattern in map(str, patterns):
+    if not (fits := fnmatch.filter(names, pattern)):
+      modules = {
+        f'{"/".join(p[:n])}/*' for p in paths for n in range(1, len(p))
+      }
+      near = did_you_mean(pattern, sorted(modules) + names)
+      hint = f'; did you mean {near}?' if near else ''
+      raise ValueError(f'freeze={pattern} is the name of no parameter{hint}')
+    found.update(fits)
+  require(len(found) < len(names), 'freeze must leave some to train', patterns)
+  return path_aware_map(lambda p, _: '/'.join(map(str, p)) in found, params)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from deeplab_jax.runtime import distributed, files, host
 from deeplab_jax.runtime.errors import choose, first_line
-from deeplab_jax.runtime.files import append, json_text, replacing, write_json
 
 log = logging.getLogger(__name__)
 _Settings = dict[str, Any]
@@ -72,7 +71,7 @@ class _TensorBoard(Backend):
     checks = [struct.pack('<I', self._check(part)) for part in (size, data)]
     if files.is_remote(self._path):  # which would be written again each time
       self._path = self._path.with_suffix(f'.{time.time_ns()}')
-    append(self._path, size + checks[0] + data + checks[1])
+    files.append(self._path, size + checks[0] + data + checks[1])
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     found = (self._summary.scalar(k, float(v)) for k, v in values.items())
@@ -101,14 +100,15 @@ class _JsonLines(Backend):
     self._session = {'first_step': start + 1, 'start': time.time()}
     self._session |= host.describe()
     self._path, self._sessions = path, [*before, self._session]
-    write_json(path, self._sessions)
+    files.write_json(path, self._sessions)
     _drop_lines(self._lines, start)
-    append(self._lines, b'')
+    files.append(self._lines, b'')
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    append(self._lines, f'{json_text({"step": step, **values})}\n'.encode())
+    line = files.json_text({'step': step, **values}) + '\n'
+    files.append(self._lines, line.encode())
     self._session.update(last_step=step, stop=time.time())
-    write_json(self._path, self._sessions)
+    files.write_json(self._path, self._sessions)
 
 
 class _WeightsAndBiases(Backend):
@@ -182,7 +182,7 @@ class Panels(Backend):
     """Saves a picture uint8 [H, W, 3] as `step_STEP.png`."""
     folder = self._workdir / 'panels'
     folder.mkdir(exist_ok=True)
-    with replacing(folder / f'step_{step:08d}.png') as temporary:
+    with files.replacing(folder / f'step_{step:08d}.png') as temporary:
       Image.fromarray(image).save(temporary, 'png')
 
 
@@ -341,8 +341,7 @@ def _drop_lines(path: Path, start_step: int) -> None:
     if whole and int(whole[1]) <= start_step - ('"eval_' in line):
       kept += line + '\n'
   if kept != before:
-    with replacing(path) as temporary:
-      Path(temporary).write_text(kept, encoding='utf-8')
+    files.write(path, kept)
 
 
 def _earlier_run(path: Path, start: int) -> str | None:

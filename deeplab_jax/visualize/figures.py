@@ -217,5 +217,6 @@ def _tile(
     (0, image, Image.Resampling.LANCZOS),
     (size[0] + _GAP, colors, Image.Resampling.NEAREST),
   ):
-    tile.paste(Image.fromarray(picture).resize(size, how), (left, _CAPTION))
+    shown = Image.fromarray(labels.as_rgb(picture))
+    tile.paste(shown.resize(size, how), (left, _CAPTION))
   return np.asarray(tile)

@@ -284,8 +284,25 @@ def _checked_label(
   return label
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+  """Shows an image uint8 or uint16 [H, W, C] as uint8 RGB [H, W, 3].
+
+  It is gray with one channel or two, and the first three channels otherwise.
+  16 bits are stretched for each channel from the 2nd to the 98th percentile.
+  RGB of 8 bits stays as it is.
+  """
+  shown = image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+  if image.dtype == np.uint8:
+    return shown
+  low, high = np.percentile(shown, (2, 98), (0, 1))
+  scaled = (shown - low) * (255 / np.maximum(high - low, 1))
+  return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
 def _checked_image(image: np.ndarray, *labels: np.ndarray) -> np.ndarray:
   image = np.asarray(image)
+  if image.ndim == 3 and image.dtype in (np.uint8, np.uint16):
+    image = as_rgb(image)
   found = image.dtype.name, *image.shape
   fits = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
   require(fits, 'an image must be uint8 [H, W, 3]', found)

@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 
 from deeplab_jax.runtime import distributed
 from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
-from deeplab_jax.runtime.files import as_path, is_remote, replacing
+from deeplab_jax.runtime.files import as_path, is_remote, write
 
 log = logging.getLogger(__name__)
 
@@ -48,24 +48,28 @@ class Saved(NamedTuple):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What `model.apply` takes: `params` and `batch_stats`."""
+    """What `model.apply` takes: `params`, or averages of it, `batch_stats`."""
     tree = unflatten_dict(self.arrays, sep='/')
+    tree['params'] = tree.get('ema', tree['params'])
     return {key: tree[key] for key in ('params', 'batch_stats')}
 
   def fill(self, state: Any) -> Any:
     """Returns a state with the saved values, which it gives away.
 
-    A checkpoint of step 0 has weights alone: the optimizer stays as it is.
+    A checkpoint of step 0 has weights alone: the rest stays as it is. Averages
+    of the parameters are there if the checkpoint has them.
     """
-    if not self.step:
-      return state.replace(**self.variables)
-    names, treedef = list(_named(state)), jax.tree.structure(state)
-    if set(names) != set(self.arrays):
+    if any(name.startswith('ema/') for name in self.arrays):
+      state = state.replace(ema=state.params)
+    leaves, treedef = _named(state), jax.tree.structure(state)
+    if self.step and (other := leaves.keys() ^ self.arrays.keys()):
+      second = any('/auxiliary/' in name for name in other)
+      what = 'loss.auxiliary' if second else 'optimizer'
       raise UserError(
-        f'{self.path} is of another optimizer: it needs the config.optimizer it'
-        ' came from'
+        f'{self.path} is of another {what}: it needs the config.{what} it came'
+        ' from'
       )
-    values = [self.arrays.pop(name) for name in names]
+    values = [self.arrays.pop(name, leaf) for name, leaf in leaves.items()]
     return jax.tree.unflatten(treedef, values)
 
 
@@ -79,7 +83,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
   def __init__(
     self, workdir: str | Path, *, keep: int = 3, keep_every: int | None = None
   ) -> None:
-    """Opens the folder, or makes it; raises `UserError` if it cannot.
+    """Opens the folder, or makes it; raises `OSError` if it cannot.
 
     It keeps the latest `keep` checkpoints, the best one, and those of every
     step that `keep_every` divides.
@@ -103,12 +107,7 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
       ),
       multiprocessing_options=options,
     )
-    try:
-      self._directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(
-        f'{self._directory} cannot be used: {error.strerror}'
-      ) from error
+    self._directory.mkdir(parents=True, exist_ok=True)
 
   def __exit__(self, *_: object) -> None:
     try:
@@ -234,8 +233,8 @@ class Checkpoints(contextlib.AbstractContextManager['Checkpoints']):
     self.wait()
     self._metrics[step] = metrics
     if distributed.is_first_process():
-      with replacing(self._directory / str(step) / _METRICS) as temporary:
-        Path(temporary).write_text(json.dumps(_sealed(metrics)))
+      path = self._directory / str(step) / _METRICS
+      write(path, json.dumps(_sealed(metrics)))
 
   def save(
     self,

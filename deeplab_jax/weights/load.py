@@ -12,14 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from deeplab_jax.models.deeplab import PRESETS
+from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import (
-  as_path,
-  is_remote,
-  near_file,
-  reading_archive,
-)
 from deeplab_jax.weights import mapping
 from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
@@ -31,7 +27,9 @@ SOURCES = (
   ' of Keras, a .safetensors of timm, or a workdir or checkpoint of this'
   ' project'
 )
-_CLASS_LAYER = 'params/logits/'
+_CLASS_LAYER = '/logits/'
+_STEM = 'params/backbone/stem/kernel'
+_IMAGENET_STD = 57.7  # of values in 0..255, about the same for R, G and B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +58,15 @@ class Pretrained:
     return asked or self.presets[0]
 
   def merge_into(
-    self, variables: Mapping[str, Any], allow: Iterable[str] = ()
+    self,
+    variables: Mapping[str, Any],
+    allow: Iterable[str] = (),
+    scale: float = 1.0,
   ) -> tuple[dict[str, Any], MergeReport]:
     """Puts the weights in the place of a model's variables.
 
-    See `load_pretrained` for the arguments and what is returned and raised.
+    The stem is fitted to the images by `mapping.adapt_stem`. See
+    `load_pretrained` for the rest and what is returned and raised.
     """
     allow, leaves = tuple(allow), mapping.flatten(variables)
     ours, theirs = backbone_of(leaves), backbone_of(self.arrays)
@@ -73,7 +75,11 @@ class Pretrained:
         f'{self.source} looks like {theirs}, the network is'
         f' {ours or "another one"}; use backbone={theirs}'
       )
-    arrays, unused = self.arrays, dict(self.names.unused)
+    arrays, unused, adapted = self.arrays, dict(self.names.unused), ''
+    if _STEM in arrays and _STEM in leaves:
+      channels = leaves[_STEM].shape[2]
+      stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
+      arrays = {**arrays, _STEM: stem}
     initial = dict.fromkeys(allow, 'allowed by name')
     here, there = _num_classes(leaves), self.num_classes
     if not _has_head(arrays):
@@ -85,20 +91,35 @@ class Pretrained:
       why = f'class layer for {there} classes, the network has {here}'
       targets = self.names.targets
       unused |= {name: why for name in targets if _CLASS_LAYER in targets[name]}
+    extra = [p for p in arrays if '/auxiliary/' in p and p not in leaves]
+    arrays = {p: x for p, x in arrays.items() if p not in extra}
+    unused |= dict.fromkeys(extra, 'the network has no auxiliary head')
+    if not any('/auxiliary/' in p for p in arrays):
+      initial['*/auxiliary/*'] = 'the file has no auxiliary head'
     for pattern in allow:
       found = fnmatch.filter(self.names.unknown, pattern)
       unused |= dict.fromkeys(found, 'allowed by name')
     unknown = [name for name in self.names.unknown if name not in unused]
     try:
-      return mapping.merge_variables(
+      merged, report = mapping.merge_variables(
         variables, arrays, initial=initial, unused=unused, unknown=unknown
       )
+      return merged, dataclasses.replace(report, adapted=adapted)
     except UserError as error:
       raise UserError(f'{self.source}: {error}') from error
 
 
+def input_std(preset: str, *, measured: bool) -> float:
+  """The standard deviation of what a stem sees, about.
+
+  It is 1 if images are normalized by their measured mean and std; else that of
+  ImageNet under the preset.
+  """
+  return 1.0 if measured else _IMAGENET_STD / PRESETS[preset]['std'][0]
+
+
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
-  bias = leaves.get(f'{_CLASS_LAYER}bias')
+  bias = leaves.get(f'params{_CLASS_LAYER}bias')
   return None if bias is None else bias.shape[0]
 
 
@@ -146,10 +167,10 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   elif source.startswith('hf://'):
     path = hub_file(source.removeprefix('hf://'))
   else:
-    path = as_path(source)
+    path = disk.as_path(source)
   if own := own_checkpoint(path):
     return _open_own(source, *own)
-  if is_remote(path):
+  if disk.is_remote(path):
     raise UserError(
       f'init_from: {source} is no workdir; copy it to a local file'
     )
@@ -199,7 +220,7 @@ def unpacked(path: Path) -> Iterator[Path]:
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
-    with reading_archive(path), tarfile.open(path) as tar:
+    with disk.reading_archive(path), tarfile.open(path) as tar:
       regular = filter(tarfile.TarInfo.isfile, tar)
       try:
         tar.extractall(folder, regular, filter='data')
@@ -251,7 +272,7 @@ def kind_of(path: Path) -> str:
     raise UserError(f'{path} is a folder without checkpoints of this project')
   if not path.exists():
     raise UserError(
-      f'init_from: no file {path}{near_file(path)}; it may be {SOURCES}'
+      f'init_from: no file {path}{disk.near_file(path)}; it may be {SOURCES}'
     )
   head, end = _ends(path)
   if head.startswith(b'\x89HDF\r\n\x1a\n'):
@@ -304,5 +325,5 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
     if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
   names = NameMap({path: path for path in arrays})
-  presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
+  presets, dataset = (metadata['model']['preset'],), metadata['dataset']
   return Pretrained(source, names, arrays, presets, settings, dataset)

@@ -102,6 +102,7 @@ class MergeReport:
   loaded: tuple[str, ...]  # paths of the variables that were read
   initial: dict[str, str]  # why a variable stayed as initialized, by path
   unused: dict[str, str]  # why an array was not used, by name in the file
+  adapted: str = ''  # what was changed in the stem
 
   def __str__(self) -> str:
     lines = [f'loaded: {_arrays(self.loaded)}']
@@ -116,6 +117,7 @@ class MergeReport:
         f'{title}: {_arrays(names)} ({reason}): {show(names)}'
         for reason, names in groups.items()
       ] or [f'{title}: nothing']
+    lines += [f'adapted: {self.adapted}'] * bool(self.adapted)
     return '\n'.join(lines)
 
 
@@ -172,6 +174,28 @@ def merge_variables(
   _refuse('not finite', infinite)
   merged = traverse_util.unflatten_dict({**leaves, **values}, sep='/')
   return merged, MergeReport(tuple(values), kept, unused or {})
+
+
+def adapt_stem(
+  kernel: np.ndarray, channels: int, scale: float
+) -> tuple[np.ndarray, str]:
+  """Fits kernels [k, k, 3, F] of RGB to images of other channels.
+
+  For one channel they are summed, as if gray were seen as RGB. For others they
+  are repeated in turn, times 3 / channels, so that the outputs keep their size:
+  `adapt_input_conv` of timm (Wightman, "PyTorch Image Models", 2019). All are
+  multiplied by `scale`. Returns the kernels, and what was done; '' for nothing.
+  """
+  have = kernel.shape[2]
+  if (have, scale) == (channels, 1.0):
+    return kernel, ''
+  kernel = np.asarray(kernel, np.float32)
+  if have == 3 and channels == 1:
+    kernel = kernel.sum(2, keepdims=True)
+  elif have == 3:
+    kernel = kernel[:, :, np.arange(channels) % 3] * (3 / channels)
+  done = f'the stem, from {have} to {channels} channels, times {scale:.4g}'
+  return kernel * np.float32(scale), done
 
 
 def _refuse(what: str, culprits: list[str]) -> None:

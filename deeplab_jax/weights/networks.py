@@ -16,7 +16,7 @@ class Network(NamedTuple):
 
   step: int
   model: dict[str, Any]  # the arguments of `deeplab_v3` except `num_classes`
-  dataset: dict[str, Any]  # `DatasetInfo.to_json()`
+  dataset: dict[str, Any]  # `DatasetInfo.to_json()`, with the trained mean
   variables: dict[str, Any]  # what `model.apply` takes, numpy arrays
   trained_stride: int  # the output stride of training
   metrics: dict[str, Any] | None  # what the checkpoint reached, if evaluated
@@ -44,11 +44,17 @@ def open_network(
   with Checkpoints(workdir) as checkpoints:
     saved = checkpoints.open(name)
     metadata, metrics = saved.metadata, checkpoints.metrics(saved.step)
-    model = {**model, 'preset': model['preset'] or preset_of(metadata)}
+    preset = model['preset'] or metadata['model']['preset']
+    model = {**model, 'preset': preset}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
-  stride = metadata['model']['output_stride']
-  return Network(saved.step, model, dataset, saved.variables, stride, metrics)
+  there, stride = metadata['dataset'], metadata['model']['output_stride']
+  measured = {key: there.get(key, ()) for key in ('mean', 'std')}
+  dataset = {**dataset, **measured}
+  variables = saved.variables
+  for tree in variables.values():
+    tree.pop('auxiliary', None)  # of training alone
+  return Network(saved.step, model, dataset, variables, stride, metrics)
 
 
 def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
@@ -60,29 +66,21 @@ def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps({'model': model, 'dataset': dataset}))
 
 
-def preset_of(metadata: dict[str, Any]) -> str:
-  """Returns the preset of a checkpoint's network; old ones name none."""
-  return metadata['model'].get('preset') or 'paper'
-
-
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
   """Raises a `UserError` that names what differs between two `describe`."""
-  classes = saved['dataset']['classes']
-  void = saved['dataset'].get('ignore_label', 255)
-  if void < len(classes):
-    raise UserError(
-      f'the checkpoint in {workdir} was trained by an older version with void,'
-      f' {void}, as the class {classes[void]!r}; train again in another'
-      ' --workdir'
-    )
   there, here = saved['model'], asked['model']
-  pairs = [(key, there[key], here[key]) for key in (*SHAPING, 'num_classes')]
-  pairs.insert(0, ('preset', preset_of(saved), preset_of(asked)))
-  others = asked['dataset']['classes']
-  if len(classes) == len(others):
-    names = zip(map(repr, classes), map(repr, others), strict=True)
+  keys = 'preset', *SHAPING, 'num_classes'
+  pairs = [(key, there[key], here[key]) for key in keys]
+  old, new = (
+    (len(x['dataset'].get('mean', ())) or 'RGB', x['dataset'].get('bits', 8))
+    for x in (saved, asked)
+  )
+  pairs.append(('channels and bits', old, new))
+  if there['num_classes'] == here['num_classes']:
+    classes = (map(repr, x['dataset']['classes']) for x in (saved, asked))
+    names = zip(*classes, strict=True)
     pairs += [('class', old, new) for old, new in names if old != new][:1]
   differences = '; '.join(
     f'{k} {old} there, {new} asked for' for k, old, new in pairs if old != new

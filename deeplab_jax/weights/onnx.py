@@ -32,11 +32,13 @@ def onnx_model(
   *,
   size: Sequence[int] = (),
   probabilities: bool = False,
+  dtype: Any = np.uint8,
 ) -> Any:
   """Writes the network with normalization, upsampling and argmax.
 
-  Returns an `onnx.ModelProto`. Its input `images` is uint8 RGB [B, H, W, 3].
-  Its output `segmentation_map` is uint8 [B, H, W], the class of every pixel.
+  Returns an `onnx.ModelProto`. Its input `images` is uint8 RGB [B, H, W, 3], or
+  as stored. Its output `segmentation_map` is uint8 [B, H, W], the class of
+  every pixel.
 
   Args:
     model: a `DeepLabV3` of a `ResNetV2` and an `ASPP`.
@@ -44,6 +46,7 @@ def onnx_model(
       so; the computation is float32.
     size: (height, width) of the images; empty for any.
     probabilities: add the output `probabilities`, float32 [B, H, W, C].
+    dtype: of the images.
 
   Raises:
     ValueError: for a network of other modules.
@@ -61,7 +64,8 @@ def onnx_model(
   graph.op('Cast', classes, to=_UINT8, output='segmentation_map')
   shape = ['batch', *(size or ('height', 'width'))]
   value = helper.make_tensor_value_info
-  inputs = [value('images', _UINT8, [*shape, 3])]
+  kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+  inputs = [value('images', kind, [*shape, len(model.mean)])]
   outputs = [value('segmentation_map', _UINT8, shape)]
   if probabilities:
     x = graph.op('Softmax', logits, axis=1)
@@ -82,7 +86,7 @@ def _network(graph: '_Graph', model: DeepLabV3) -> str:
   op, stride = graph.op, model.backbone.output_stride
   x = op('Cast', op('Transpose', 'images', perm=[0, 3, 1, 2]), to=_FLOAT)
   for kind, values in (('Sub', model.mean), ('Div', model.std)):
-    x = op(kind, x, np.array(values, np.float32).reshape(3, 1, 1))
+    x = op(kind, x, np.array(values, np.float32).reshape(-1, 1, 1))
   size = shown = op('Gather', op('Shape', 'images'), np.array([1, 2]))
   if model.pads_freely:  # until the pixel of the last feature is included
     up, by = np.array([stride - 2]), np.array([stride])

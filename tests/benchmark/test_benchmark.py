@@ -148,6 +148,15 @@ def test_the_table_shows_what_was_measured(monkeypatch, capsys, tmp_path):
     assert text in table
 
 
+def test_parts_of_the_input_are_shown_by_speed_and_share():
+  parts = {'decode': 0.003, 'Cutout': 0.001}
+  lines = [*benchmark.format_measurement({'mode': 'input', 'parts': parts})]
+  assert [line.split() for line in lines[1:]] == [
+    ['decode', '333', 'images/s,', '75.0%', 'of', 'a', 'thread'],
+    ['Cutout', '1000', 'images/s,', '25.0%', 'of', 'a', 'thread'],
+  ]
+
+
 def test_every_mode_is_measured_unless_some_are_named(monkeypatch, capsys):
   modes = []
 

@@ -160,8 +160,14 @@ def test_input_and_evaluation_run_over_a_data_set(
     f'--config.data.prepared_dir={tmp_path}',
     '--config.eval.buckets=1',  # one program instead of three
   ]
-  result = measured('--mode=input', *data)
+  result = measured('--mode=input', '--config.data.noise=9', *data)
   assert result['images_per_second'] == pytest.approx(4 / result['seconds'])
+  assert list(result['parts']) == [
+    'decode',
+    'RandomScaleCropFlip',
+    'GaussianNoise',
+  ]
+  assert all(0 < seconds < 0.1 for seconds in result['parts'].values())
   result = measured('--mode=evaluation', *data)
   assert result['images'] == 3 and result['images_per_second'] > 0
   assert 'crop' not in result

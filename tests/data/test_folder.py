@@ -883,3 +883,85 @@ def test_lists_that_have_no_end_are_refused(
   spoil(voc_folder / name)
   message = _refused(voc_folder, prepared)
   assert name in message and (words in message or 'no such file' in message)
+
+
+def _large(root, height=150, width=230):
+  """Makes val_0 a large image of which only one corner has a label."""
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (height, width, 3), np.uint8)
+  label = np.full((height, width), 255, np.uint8)
+  label[:70, 100:], label[10, 100] = 1, 2
+  (root / 'JPEGImages' / 'val_0.jpg').unlink()
+  Image.fromarray(image).save(root / 'JPEGImages' / 'val_0.png')
+  Image.fromarray(label).save(root / 'SegmentationClass' / 'val_0.png')
+  return image, label
+
+
+@pytest.mark.parametrize('large', [2**24, 1])
+def test_large_images_are_cut_into_tiles(
+  voc_folder, prepared, monkeypatch, large
+):
+  monkeypatch.setattr(folder, '_LARGE', large)
+  image, label = _large(voc_folder)
+  whole = _load(voc_folder, prepared)
+  tiled = _load(voc_folder, prepared, tile=80)
+  assert list(tiled.source('train')) == list(whole.source('train'))
+  found = {r['name'].decode(): r for r in tiled.source('val')}
+  assert tiled.names('val') == list(found)
+  # 150 is cut in two and 230 in three; the tiles of void are left out
+  assert list(found) == ['val_0@0,1', 'val_0@0,2', 'val_1', 'val_2']
+  for name, left, right in (('val_0@0,1', 76, 153), ('val_0@0,2', 153, 230)):
+    tile = found[name]
+    assert tile['file_name'] == b'val_0.png'
+    assert (tile['height'], tile['width']) == (75, 77)
+    np.testing.assert_array_equal(
+      images.decode_image(tile['image']), image[:75, left:right]
+    )
+    np.testing.assert_array_equal(
+      images.decode_label(tile['label']), label[:75, left:right]
+    )
+  assert tiled.tally('val').class_pixels.sum() == sum(
+    whole.tally('val').class_pixels
+  )
+  assert tiled.tally('val').num_images == 4
+
+
+def test_an_image_of_a_tile_is_stored_as_it_is(voc_folder, prepared):
+  whole = _load(voc_folder, prepared)
+  tiled = _load(voc_folder, prepared, tile=70)
+  assert list(tiled.source('val')) == list(whole.source('val'))
+
+
+def test_an_unreadable_large_image_stops_or_is_skipped(
+  voc_folder, prepared, monkeypatch
+):
+  monkeypatch.setattr(folder, '_LARGE', 1)
+  _large(voc_folder)
+  path = voc_folder / 'JPEGImages' / 'val_0.png'
+  path.write_bytes(path.read_bytes()[:20_000])
+  assert str(path) in _refused(voc_folder, prepared, tile=80)
+  data = _load(voc_folder, prepared, tile=80, on_bad_image='skip')
+  assert data.tally('val').num_images == 2
+
+
+def test_tiles_of_void_alone_are_refused(voc_folder, prepared):
+  for path in (voc_folder / 'SegmentationClass').glob('val_*'):
+    Image.fromarray(np.full_like(Image.open(path), 255)).save(path)
+  assert 'no tile of val' in _refused(voc_folder, prepared, tile=32)
+
+
+def test_a_refusal_of_labels_ends_with_what_prepare_proposes(
+  voc_folder, prepared
+):
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label == 255, 0, label + 1)).save(path)
+  message = _refused(voc_folder, prepared)
+  assert 'label value 3' in message and 'neither one of the 3' in message
+  proposal = '0:void,1-3:0-2'
+  assert message.endswith(
+    f'; all labels are 0 to 3; counted from 1, so 0 is '
+    f'taken for void: --config.data.label_map={proposal}'
+  )
+  data = _load(voc_folder, prepared, label_map=proposal)
+  assert data.tally('train').class_pixels.all()

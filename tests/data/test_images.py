@@ -493,4 +493,11 @@ def test_an_image_may_not_take_half_of_the_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(image_files, '_MOST_PIXELS', 99)
   path = tmp_path / 'a.tif'
   Image.new('L', (10, 10)).save(path)
-  assert '10x10 is too large, at most 99 pixels' in _read_refused(path)
+  message = _read_refused(path)
+  assert '10x10 is too large, at most 99 pixels' in message
+  assert 'as config.data.tile=SIDE does for a data set' in message
+  # which lets it through, as long as memory holds it
+  assert images.open_picture(path, to_cut=True).pixels.shape == (10, 10, 3)
+  monkeypatch.setattr(image_files, '_MOST_TO_CUT', 99)
+  with pytest.raises(errors.UserError, match='at most 99 pixels'):
+    images.open_picture(path, to_cut=True)

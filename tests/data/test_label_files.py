@@ -146,9 +146,12 @@ def test_pgm_label_of_another_maximum_is_refused_as_pillow_scales_it(tmp_path):
   assert 'names is 2' in _refused(path)
 
 
-def test_opaque_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
+def test_constant_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
   label = np.dstack([np.arange(4), [255] * 4]).astype(np.uint8)
   path = tmp_path / 'a.png'
+  Image.fromarray(label, 'LA').save(path)
+  assert _read(path).tolist() == [[0, 1, 2, 3]]
+  label[..., 1] = 7  # constant, so it says nothing
   Image.fromarray(label, 'LA').save(path)
   assert _read(path).tolist() == [[0, 1, 2, 3]]
   label[0, 0, 1] = 0

@@ -64,7 +64,15 @@ def test_label_map_is_read():
   'text, word',
   [
     ('255', "'255'"),
-    ('256:1', "'256:1'"),
+    ('65536:1', "'65536:1'"),
+    ('1:256', "'1:256'"),
+    ('1-3:0-3', "'1-3:0-3'"),
+    ('3-1:void', "'3-1:void'"),
+    ('1:0-1', "'1:0-1'"),
+    ('#ff00:1', "'#ff00:1'"),
+    ('#FF0000:1,#ff0000:0', 'value #ff0000 stands twice'),
+    ('other:0,other:1', 'value other stands twice'),
+    ('1-3:0,2:1', 'value 2 stands twice'),
     ('-1:1', "'-1:1'"),
     ('1:box', "'1:box'"),
     ('9' * 9999 + ':1', "9999:1'"),
@@ -76,6 +84,72 @@ def test_wrong_label_map_is_named(text, word):
     labels.parse_label_map(text, 255)
   assert str(caught.value).startswith('config.data.label_map: ')
   assert word in str(caught.value)
+
+
+def test_label_map_of_ranges_and_colors_is_read():
+  found = labels.parse_label_map('0:void,1-3:0-2,9-10:1,300:2,Other:Void', 255)
+  assert found == {0: 255, 1: 0, 2: 1, 3: 2, 9: 1, 10: 1, 300: 2, 'other': 255}
+  found = labels.parse_label_map('#FF0001:1, #00ff00 : void', 7)
+  assert found == {(255, 0, 1): 1, (0, 255, 0): 7}
+
+
+def test_1_based_values_of_a_long_list_shift():
+  meaning = labels.Meaning(
+    [f'c{i}' for i in range(150)], 255, '0:void,1-150:0-149'
+  )
+  every = np.arange(151)[None]
+  assert classes_of(meaning, file(every)) == [[255, *range(150)]]
+  assert meaning.file_values() == tuple(range(1, 151))
+
+
+def test_label_map_reads_values_of_16_bits():
+  deep = label_files.LabelFile(
+    'a.png', np.array([[0, 1, 1000, 65535]], np.uint16), None, turned=False
+  )
+  meaning = labels.Meaning(('a', 'b'), label_map='1000:1,65535:void')
+  assert classes_of(meaning, deep) == [[0, 1, 1, 255]]
+  assert meaning.file_values() == (0, 1)
+  for text in ('', '1000:1'):
+    with pytest.raises(UserError, match=r'a\.png: label value (1000|65535)'):
+      labels.Meaning(('a', 'b'), label_map=text).label_values(deep)
+
+
+def test_colors_in_the_label_map_read_rgb_and_palettes_alike():
+  meaning = labels.Meaning(
+    ('a', 'b'), label_map='#0000ff:1,#ff0000:0,#00ff00:void'
+  )
+  rgb = file([[[255, 0, 0], [0, 0, 255], [0, 255, 0]]])
+  assert classes_of(meaning, rgb) == [[0, 1, 255]]
+  palette = [[0, 0, 255], [0, 255, 0], [255, 0, 0]]
+  label = file([[2, 0, 1, 255]], palette)
+  assert classes_of(meaning, label) == [[0, 1, 255, 255]]
+  assert meaning.used_colors(label) == []
+  assert meaning.colors.tolist() == [[255, 0, 0], [0, 0, 255]]
+  assert classes_of(meaning, file([[0, 1]])) == [[0, 1]]  # gray, by value
+  with pytest.raises(
+    UserError, match=r'none of those in config\.data\.label_map'
+  ):
+    meaning.label_values(file([[[1, 0, 0]]]))
+
+
+def test_the_label_map_goes_before_the_colors_in_classes_txt():
+  meaning = labels.Meaning(COLORED, 255, '#c80000:0,#050505:void')
+  rgb = file([[[200, 0, 0], [5, 5, 5], [0, 200, 0]]])
+  assert meaning.label_values(rgb).tolist() == [[0, 255, 3]]
+
+
+def test_other_stands_for_all_that_is_not_named():
+  gray = labels.Meaning(('a', 'b'), label_map='0:0,255:1,other:void')
+  assert classes_of(gray, file([[0, 1, 128, 255]])) == [[0, 255, 255, 1]]
+  colors = labels.Meaning(
+    ('a', 'b'), label_map='#000000:0,#ff0000:1,other:void'
+  )
+  rgb = file([[[0, 0, 0], [255, 0, 0], [127, 0, 0]]])
+  assert classes_of(colors, rgb) == [[0, 1, 255]]
+  listed = labels.Meaning(COLORED, label_map='other:0')
+  assert listed.label_values(file([[[1, 2, 3], [0, 200, 0]]])).tolist() == [
+    [0, 3]
+  ]
 
 
 def test_label_map_to_no_class_is_refused():
@@ -170,7 +244,10 @@ def test_color_of_no_class_is_named_with_its_pixels():
 def test_colors_without_colors_of_classes_are_refused_with_the_remedy():
   meaning = labels.Meaning(('a',))
   with pytest.raises(UserError, match=r'mode is RGB.*classes\.txt'):
-    meaning.label_values(file([[[0, 0, 0]]]))
+    meaning.label_values(file([[[0, 0, 9]]]))
+  assert meaning.label_values(file([[[0, 0, 0], [3, 3, 3]]])).tolist() == [
+    [0, 3]
+  ]
 
 
 def test_palettes_may_differ_where_they_are_not_used_or_void():
@@ -218,15 +295,9 @@ def test_each_class_has_a_value_of_its_own_in_predictions(label_map, expected):
 def test_a_label_map_beside_colors_is_for_gray_labels():
   listed = ['a 0 0 0', 'b 255 0 0']
   meaning = labels.Meaning(listed, label_map='255:1')
-  label = types.SimpleNamespace(
-    path='x.png',
-    pixels=np.uint8([[0, 255]]),
-    palette=None,
-    indices=lambda: label.pixels,
-  )
-  assert meaning.label_values(label).tolist() == [[0, 1]]
-  label.palette = np.zeros((256, 3), np.uint8)
-  with pytest.raises(UserError, match=r'x\.png: .*label_map maps values, but'):
+  assert meaning.label_values(file([[0, 255]])).tolist() == [[0, 1]]
+  label = file([[0, 255]], np.zeros((256, 3)))
+  with pytest.raises(UserError, match=r'a\.png: .*label_map maps values, but'):
     meaning.label_values(label)
 
 
@@ -258,8 +329,5 @@ def test_a_line_of_voids_color_is_no_class(name):
 
 def test_unknown_classes_leave_values_as_they_are():
   meaning = labels.Meaning((), 0, '9:1')
-  label = types.SimpleNamespace(
-    path='a', pixels=None, palette=None, indices=lambda: np.uint8([[0, 9, 7]])
-  )
-  assert meaning.label_values(label).tolist() == [[0, 1, 7]]
+  assert meaning.label_values(file([[0, 9, 7]])).tolist() == [[0, 1, 7]]
   assert meaning.classes == ()

@@ -1,10 +1,12 @@
 """Loaders by name or passed as functions, and what they are given."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from deeplab_jax.data import datasets, images, load, records
 from deeplab_jax.runtime.errors import UserError
@@ -77,6 +79,58 @@ def test_a_data_set_of_ones_own_needs_no_entry(tmp_path):
   )
 
 
+def _shown_in(source):
+  labels = [images.decode_label(record['label']) for record in source]
+  return [sorted({*label.flat} - {255}) for label in labels]
+
+
+def test_a_prepared_set_knows_the_classes_of_each_label(
+  voc_folder, tmp_path, monkeypatch
+):
+  options = {'directory': str(voc_folder), 'prepared_dir': str(tmp_path / 'p')}
+  path = voc_folder / 'SegmentationClass' / 'train_2.png'
+  with Image.open(path) as label:
+    label.paste(1, (0, 0, *label.size))
+    label.save(path)
+  data = load.load_dataset('folder', **options)
+  expected = _shown_in(data.source('train'))
+  monkeypatch.delattr(load, 'decode_label')  # nothing is counted
+  assert data.classes_shown('train') == expected
+  assert expected.count([1]) == 1 and expected.count([0, 1, 2]) == 5
+
+
+def test_classes_of_a_set_of_an_older_version_are_counted_once(
+  voc_folder, tmp_path, monkeypatch
+):
+  options = {'directory': str(voc_folder), 'prepared_dir': str(tmp_path / 'p')}
+  load.load_dataset('folder', **options)
+  for path in (tmp_path / 'p').rglob('metadata.json'):
+    metadata = json.loads(path.read_text())
+    del metadata['classes']
+    path.write_text(json.dumps(metadata))
+    (path.parent / 'state.json').unlink()
+  before = {*(tmp_path / 'p').rglob('*')}
+  data = load.load_dataset('folder', **options)
+  expected = _shown_in(data.source('train'))
+  assert data.classes_shown('train') == expected
+  (kept,) = {*(tmp_path / 'p').rglob('*')} - before
+  assert kept.name == 'classes_train.json'
+  again = load.load_dataset('folder', **options)  # it is still whole
+  monkeypatch.delattr(load, 'decode_label')
+  assert again.classes_shown('train') == expected
+  monkeypatch.undo()
+  kept.write_text('[[0')  # damaged
+  assert again.classes_shown('train') == expected
+  monkeypatch.setattr(load, 'write_json', _refuse)  # a folder of others
+  kept.unlink()
+  assert again.classes_shown('train') == expected
+  assert not kept.exists()
+
+
+def _refuse(*_):
+  raise PermissionError
+
+
 def test_a_data_set_of_ones_own_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(load.LOADERS, 'stripes', load_stripes)
   data = load.load_dataset(
@@ -144,6 +198,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones(name, known):
   [
     ({'directory': '/data'}, 'config.data.dir=/data is for'),
     ({'label_map': '0:1'}, 'config.data.label_map=0:1 is for'),
+    ({'tile': 64}, 'config.data.tile=64 is for'),
     ({'ignore_label': 256}, 'config.data.ignore_label=256 is not in 0..255'),
     ({'on_bad_image': 'drop'}, "on_bad_image must be 'stop' or 'skip'"),
   ],

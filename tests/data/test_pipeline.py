@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import logging
 import multiprocessing
@@ -23,13 +24,21 @@ _CHAIN = (
 def _records(count, size=(8, 8)):
   """Records whose pixels all show their number."""
   return [
-    {
-      'image': images.encode_image(np.full((*size, 3), index, np.uint8)),
-      'label': images.encode_label(np.full(size, index % 5, np.uint8)),
-      'name': f'record_{index}'.encode(),
-    }
+    _record(
+      np.full((*size, 3), index, np.uint8),
+      np.full(size, index % 5, np.uint8),
+      f'record_{index}',
+    )
     for index in range(count)
   ]
+
+
+def _record(image, label, name='noise'):
+  return {
+    'image': images.encode_image(image),
+    'label': images.encode_label(label),
+    'name': name.encode(),
+  }
 
 
 @pytest.fixture
@@ -65,11 +74,13 @@ def _numbers(batches):
 
 def test_batches_have_the_shape_of_the_crop(source):
   (batch,) = _take(1, source)
-  assert set(batch) == {'image', 'label'}
+  assert set(batch) == {'image', 'label', 'place'}
   assert batch['image'].shape == (4, 32, 24, 3)
   assert batch['label'].shape == (4, 32, 24)
   assert batch['image'].dtype == batch['label'].dtype == np.uint8
   assert set(np.unique(batch['label'])) <= {0, 1, 2, 255}
+  assert batch['place'].dtype == np.int32
+  assert batch['place'].tolist() == [0, 1, 2, 3]
 
 
 def test_stream_is_the_same_for_any_number_of_threads(source):
@@ -136,13 +147,87 @@ def test_chance_of_a_row_never_changes():
 
 def test_one_record_looks_different_every_time():
   noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-  record = {
-    'image': images.encode_image(noise),
-    'label': images.encode_label(np.zeros((40, 40), np.uint8)),
-    'name': b'noise',
-  }
+  record = _record(noise, np.zeros((40, 40), np.uint8))
   batch = _take(1, [record], _CHAIN, batch_size=8)[0]['image']
   assert len(np.unique(batch.reshape(8, -1), axis=0)) == 8
+
+
+def test_stream_of_older_versions_never_changes():
+  # Labels and unscaled images: these are the same on every machine.
+  rng, records = np.random.default_rng(0), []
+  for _ in range(6):
+    size = tuple(rng.integers(20, 50, 2))
+    image = rng.integers(0, 256, (*size, 3), np.uint8)
+    label = rng.integers(0, 5, size, np.uint8)
+    records.append(_record(image, label))
+  digest = hashlib.sha256()
+  for scale in ((0.5, 2.0), (1.0, 1.0)):
+    chain = (transforms.RandomScaleCropFlip((32, 24), scale),)
+    for batch in _take(6, records, chain, start_step=2):
+      digest.update(batch['label'].tobytes())
+      if scale[0] == 1:
+        digest.update(batch['image'].tobytes())
+  assert digest.hexdigest().startswith('69f2252fda42e8292e374c76cb315fbe')
+
+
+# Of 20 records all show class 0, five also class 1, and one class 4.
+_SHOWN = [[0, 1] if i < 5 else [0, 4] if i == 7 else [0] for i in range(20)]
+_BY_CLASS = {'class_sampling': 0.6, 'shown': _SHOWN}
+
+
+def test_records_come_by_class_as_often_as_computed():
+  draws = np.ravel(
+    _numbers(_take(100, _records(20), (), batch_size=40, **_BY_CLASS))
+  )
+  frequency = np.bincount(draws, minlength=20) / draws.size
+  # 0.4 as ever, and 0.2 for each of three classes.
+  expected = np.full(20, (0.4 + 0.2) / 20)
+  expected[:5] += 0.2 / 5
+  expected[7] += 0.2
+  deviation = np.sqrt(expected * (1 - expected) / draws.size)
+  assert (np.abs(frequency - expected) < 4 * deviation).all()
+
+
+def test_rows_that_are_not_drawn_by_class_keep_their_record():
+  plain = np.ravel(_numbers(_take(20, _records(20), ())))
+  drawn = np.ravel(_numbers(_take(20, _records(20), (), **_BY_CLASS)))
+  same = np.random.default_rng
+  kept = [same((1, 2, row)).random() >= 0.6 for row in range(80)]
+  np.testing.assert_array_equal(drawn[kept], plain[kept])
+  assert 0.2 < np.mean(kept) < 0.6 and (drawn != plain).any()
+
+
+def test_stream_by_class_is_the_same_for_any_threads_hosts_and_start():
+  records = _records(20, (40, 40))
+  whole = _take(9, records, **_BY_CLASS)
+  _same(_take(9, records, threads=4, **_BY_CLASS), whole)
+  _same(_take(4, records, start_step=5, **_BY_CLASS), whole[5:])
+  hosts = [
+    _take(9, records, host=host, hosts=2, **_BY_CLASS) for host in range(2)
+  ]
+  for step, batch in enumerate(whole):
+    for host in range(2):
+      np.testing.assert_array_equal(
+        hosts[host][step]['image'], batch['image'][host::2]
+      )
+
+
+@pytest.mark.xdist_group('alone')
+def test_stream_with_all_transforms_is_the_same_from_a_worker(source):
+  def own(image, label, rng):  # of a recipe: workers cannot import it
+    return image ^ np.uint8(rng.integers(255)), label
+
+  chain = (
+    transforms.RandomScaleCropFlip((32, 24), rotate=20, max_share=0.5),
+    transforms.GaussianBlur(2.0),
+    transforms.GaussianNoise(9.0),
+    transforms.Cutout(0.4),
+    transforms.OfRecipe(own, 3),
+  )
+  by_class = {'class_sampling': 0.5, 'shown': [[0]] * 5 + [[1]]}
+  expected = _take(4, source, chain, **by_class)
+  _same(_take(4, source, chain, workers=1, **by_class), expected)
+  _same(_take(2, source, chain, start_step=2, **by_class), expected[2:])
 
 
 def test_batch_may_be_larger_than_the_data_set():
@@ -249,6 +334,8 @@ def test_numbers_that_cannot_work_are_shown():
     _take(1, [])
   with pytest.raises(ValueError, match=r'at least 0, got \(-1, 0\)'):
     _take(1, _records(3), threads=-1)
+  with pytest.raises(ValueError, match='class_sampling needs `shown`'):
+    _take(1, _records(3), class_sampling=0.5)
   with pytest.raises(ValueError, match=r'at least 0, got \(2, -3\)'):
     _take(1, _records(3), workers=-3)
 

@@ -59,7 +59,7 @@ def test_all_problems_are_found_at_once(voc_folder):
   path = label_path(voc_folder, 'train_3')
   path.write_bytes(path.read_bytes()[:100])
   Image.new('L', (9, 7)).save(label_path(voc_folder, 'train_4'))
-  Image.new('RGB', (9, 7)).save(label_path(voc_folder, 'train_5'))
+  Image.new('RGB', (9, 7), 'red').save(label_path(voc_folder, 'train_5'))
 
   def stray(label):
     label[20, 20:23] = 7
@@ -387,3 +387,16 @@ def test_missing_part_of_the_folder_is_refused(voc_folder, part):
   path.rename(path.with_name('elsewhere'))
   with pytest.raises(errors.UserError, match=f'^{path}'):
     survey.survey_folder(voc_folder, SPLITS)
+
+
+def test_void_in_the_place_of_a_class_is_hinted_at():
+  hint = '(if 255 marks a class, set --config.data.label_map=255:1)'
+  third = {'train': tally(9, 0, 5, void=7), 'val': tally(9, 0, 5, void=7)}
+  (found,) = survey.label_findings(info('a', 'b', 'c'), third, 'train')
+  assert found.examples == (f'b in train {hint}', f'b in val {hint}')
+  other = {'train': tally(9, 5), 'val': tally(9, 0, void=12)}
+  (found,) = survey.label_findings(info('a', 'b'), other, 'train')
+  assert found.examples == (f'b in val {hint}',) and not found.fatal
+  other['train'] = tally(9, 5, void=1)  # there it means void
+  (found,) = survey.label_findings(info('a', 'b'), other, 'train')
+  assert found.examples == ('b in val',)

@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,8 +85,20 @@ def test_metrics_equal_scikit_learn(maps):
   assert [
     result['per_class_accuracy'][CLASSES[c]] for c in np.unique(labels)
   ] == near(recall)
+  found = np.unique(predictions)
+  precision = sklearn.metrics.precision_score(
+    labels, predictions, labels=found, average=None
+  )
+  f1 = sklearn.metrics.f1_score(
+    labels, predictions, labels=occurring, average=None
+  )
+  of_class = result['per_class_precision'], result['per_class_f1']
+  assert [of_class[0][CLASSES[c]] for c in found] == near(precision)
+  assert [of_class[1][CLASSES[c]] for c in occurring] == near(f1)
   assert result['miou'] == near(iou.mean())
   assert result['mean_accuracy'] == near(recall.mean())
+  assert result['mean_precision'] == near(precision.mean())
+  assert result['mean_f1'] == near(f1.mean())
   assert result['pixel_accuracy'] == near(
     sklearn.metrics.accuracy_score(labels, predictions)
   )
@@ -106,14 +119,23 @@ def test_metrics_equal_sums_over_pixels(maps):
   labels, predictions = counted(maps)
   result = metrics.compute_metrics(confusion_of(*maps), CLASSES)
   ious, accuracies, weighted = {}, {}, 0.0
+  precisions, dice = {}, {}
   for index, name in enumerate(CLASSES):
     truth, found = labels == index, predictions == index
     both, either = (truth & found).sum(), (truth | found).sum()
     ious[name] = both / either if either else None
     accuracies[name] = both / truth.sum() if truth.any() else None
+    precisions[name] = both / found.sum() if found.any() else None
+    total = truth.sum() + found.sum()
+    dice[name] = 2 * both / total if total else None
     weighted += truth.mean() * (ious[name] or 0)
   near = functools.partial(pytest.approx, rel=0, abs=1e-9)
-  for key, expected in (('iou', ious), ('accuracy', accuracies)):
+  for key, expected in (
+    ('iou', ious),
+    ('accuracy', accuracies),
+    ('precision', precisions),
+    ('f1', dice),
+  ):
     found = result[f'per_class_{key}']
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -133,10 +155,14 @@ def test_metrics_of_a_case_made_by_hand():
   assert list(result) == [
     'miou',
     'pixel_accuracy',
-    'mean_accuracy',
     'frequency_weighted_iou',
+    'mean_accuracy',
+    'mean_precision',
+    'mean_f1',
     'per_class_iou',
     'per_class_accuracy',
+    'per_class_precision',
+    'per_class_f1',
   ]
   assert result['per_class_iou'] == {'a': 2 / 3, 'b': 3 / 5, 'c': 0, 'd': None}
   assert result['per_class_accuracy'] == {
@@ -145,6 +171,10 @@ def test_metrics_of_a_case_made_by_hand():
     'c': None,
     'd': None,
   }
+  assert result['per_class_precision'] == {'a': 1, 'b': 0.75, 'c': 0, 'd': None}
+  assert result['per_class_f1'] == {'a': 0.8, 'b': 0.75, 'c': 0, 'd': None}
+  assert result['mean_precision'] == pytest.approx(1.75 / 3)
+  assert result['mean_f1'] == pytest.approx(1.55 / 3)
   assert result['miou'] == pytest.approx((2 / 3 + 3 / 5) / 3)
   assert result['pixel_accuracy'] == 5 / 7
   assert result['mean_accuracy'] == pytest.approx((2 / 3 + 3 / 4) / 2)
@@ -265,10 +295,14 @@ def test_metrics_of_no_pixels_are_none_and_valid_json():
   assert result == {
     'miou': None,
     'pixel_accuracy': None,
-    'mean_accuracy': None,
     'frequency_weighted_iou': None,
+    'mean_accuracy': None,
+    'mean_precision': None,
+    'mean_f1': None,
     'per_class_iou': nothing,
     'per_class_accuracy': nothing,
+    'per_class_precision': nothing,
+    'per_class_f1': nothing,
   }
   assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -309,12 +343,15 @@ def test_table_shows_every_class_aligned_with_a_dash_for_the_absent():
   names = ('sky', 'a class with a rather long name', 'c', 'd')
   table = metrics.format_table(metrics.compute_metrics(confusion, names))
   lines = table.splitlines()
-  rows = [line.rsplit(maxsplit=2) for line in lines[2:6]]
+  titles = lines[0].split()
+  assert titles[0::2] == ['class', '%', '%', '%', '%']
+  assert titles[1::2] == ['IoU', 'accuracy', 'precision', 'F1']
+  rows = [line.rsplit(maxsplit=4) for line in lines[2:6]]
   assert rows == [
-    ['sky', '66.67', '66.67'],
-    ['a class with a rather long name', '60.00', '75.00'],
-    ['c', '0.00', '-'],
-    ['d', '-', '-'],
+    ['sky', '66.67', '66.67', '100.00', '80.00'],
+    ['a class with a rather long name', '60.00', '75.00', '75.00', '75.00'],
+    ['c', '0.00', '-', '0.00', '0.00'],
+    ['d', '-', '-', '-', '-'],
   ]
   assert len({len(line) for line in lines[:7]}) == 1
   summary = dict(line.rsplit(maxsplit=1) for line in lines[7:])
@@ -323,12 +360,35 @@ def test_table_shows_every_class_aligned_with_a_dash_for_the_absent():
     'pixel accuracy': '71.43',
     'mean accuracy': '70.83',
     'frequency weighted IoU': '62.86',
+    'mean precision': '58.33',
+    'mean F1': '51.67',
   }
   assert len({len(line) for line in lines[7:]}) == 1
 
 
 def test_examples_in_the_docstrings_hold():
   assert doctest.testmod(metrics) == (0, 2)
+
+
+def test_table_of_an_older_evaluation_has_the_columns_that_it_knew():
+  confusion = np.array([[3, 1], [0, 4]])
+  whole = metrics.compute_metrics(confusion, ('a', 'b'))
+  newer = 'precision', 'f1'
+  older = {k: v for k, v in whole.items() if not k.endswith(newer)}
+  lines = metrics.format_table(older).splitlines()
+  assert lines[0].split() == ['class', 'IoU', '%', 'accuracy', '%']
+  assert lines[-1].startswith('frequency weighted IoU')
+
+
+def test_table_ends_with_the_intervals_that_there_are():
+  whole = metrics.compute_metrics(np.array([[3, 1], [0, 4]]), ('a', 'b'))
+  ends = {'miou': [0.5, 0.75], 'pixel_accuracy': [0.8, 0.9], 'mean_f1': [0, 1]}
+  lines = metrics.format_table({**whole, 'interval_95': ends}).splitlines()
+  assert lines[-1] == (
+    '95 % intervals: mIoU 50.00 to 75.00, pixel accuracy 80.00 to 90.00'
+  )
+  bare = metrics.format_table({**whole, 'interval_95': {}})
+  assert bare == metrics.format_table(whole)
 
 
 @pytest.mark.parametrize('shape', [(3, 3), (2, 3, 4)])
@@ -368,3 +428,91 @@ def test_metrics_of_any_pixels_are_those_of_loops(pairs):
   assert result['mean_accuracy'] == near(sum(accuracies) / len(accuracies))
   assert result['pixel_accuracy'] == near(right / len(counted))
   assert result['frequency_weighted_iou'] == near(weighted)
+
+
+def boundary_by_erosion(label, prediction, classes):
+  """As Cheng et al. do it: a mask without what is left of it by d erosions."""
+  reach = max(1, round(0.02 * np.hypot(*label.shape)))
+  void = label == IGNORE
+  regions = []
+  for classes_of in (label, prediction):
+    masks = [(classes_of == c) & ~void for c in range(classes)]
+    inner = [
+      scipy.ndimage.binary_erosion(
+        mask | void, np.ones((3, 3)), iterations=reach, border_value=0
+      )
+      for mask in masks
+    ]
+    regions.append([m & ~i for m, i in zip(masks, inner, strict=True)])
+  return [
+    [(g & p).sum() for g, p in zip(*regions, strict=True)],
+    [(g | p).sum() for g, p in zip(*regions, strict=True)],
+  ]
+
+
+def blobs(shape, classes, void, seed):
+  """Label and prediction with regions of many pixels, and void at edges."""
+  rng = np.random.default_rng(seed)
+  noise = scipy.ndimage.gaussian_filter(
+    rng.random((classes, *shape)), (0, 6, 6)
+  )
+  prediction = np.argmax(noise + rng.random((classes, 1, 1)) / 99, 0)
+  label = np.roll(np.argmax(noise, 0), (2, -1), (0, 1))
+  label[rng.random(shape) < void] = IGNORE
+  label[9:12] = IGNORE if void else label[9:12]
+  return label.astype(np.uint8), prediction.astype(np.uint8)
+
+
+@pytest.fixture(scope='module')
+def count_boundaries():
+  """Counts of images that are padded to 100x140, all at once."""
+
+  @jax.jit
+  @jax.vmap
+  def count(label, prediction, size):
+    return metrics.boundary_counts(label, prediction, size, 4, IGNORE)
+
+  def run(pairs):
+    labels = np.full((len(pairs), 100, 140), IGNORE, np.uint8)
+    predictions, sizes = np.zeros_like(labels), []
+    for i, (label, prediction) in enumerate(pairs):
+      place = i, slice(label.shape[0]), slice(label.shape[1])
+      labels[place], predictions[place] = label, prediction
+      sizes.append(label.shape)
+    return np.asarray(count(labels, predictions, np.array(sizes, np.int32)))
+
+  return run
+
+
+def test_boundary_regions_are_those_of_erosions(count_boundaries):
+  # 45x60 has a distance of 1.5 pixels, rounded to 2 as in the paper's code.
+  shapes = [(100, 140), (45, 60), (3, 4), (1, 1), (70, 9), (100, 140)]
+  pairs = [blobs(shape, 4, 0.02 * (i % 2), i) for i, shape in enumerate(shapes)]
+  expected = np.array([boundary_by_erosion(*pair, 4) for pair in pairs])
+  np.testing.assert_array_equal(count_boundaries(pairs), expected)
+  assert (expected[0, 0] < expected[0, 1]).all()
+  result = metrics.compute_metrics(
+    np.eye(4, dtype=int), 'abcd', expected.sum(0)
+  )
+  iou = expected.sum(0)[0] / expected.sum(0)[1]
+  found = list(result['per_class_boundary_iou'].values())
+  assert found == pytest.approx(iou, rel=0, abs=1e-12)
+  assert result['mean_boundary_iou'] == pytest.approx(iou.mean())
+  assert 'boundary %' in metrics.format_table(result).splitlines()[0]
+
+
+def test_what_is_predicted_at_void_moves_no_boundary(count_boundaries):
+  label, _ = blobs((100, 140), 4, 0.05, 7)
+  void = label == IGNORE
+  right = np.where(void, 3, label).astype(np.uint8)
+  other = np.where(void, 0, label).astype(np.uint8)
+  all_void = np.full_like(label, IGNORE)
+  counts = count_boundaries([(label, right), (label, other), (all_void, other)])
+  assert counts[0, 0].tolist() == counts[0, 1].tolist() == counts[1, 1].tolist()
+  assert counts[0].all() and not counts[2].any()
+
+
+def test_the_boundary_of_a_class_that_fills_the_image_is_its_frame():
+  maps = np.zeros((20, 30), np.uint8)
+  counts = metrics.boundary_counts(maps, maps, np.array([20, 30]), 1, IGNORE)
+  assert counts.tolist() == [[96], [96]]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
 import deeplab_jax
 from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3, ops
@@ -20,6 +21,7 @@ from deeplab_jax.models.resnet import (
   PreActBasicUnit,
   PreActBottleneckUnit,
 )
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.mapping import flatten
 
 pytestmark = pytest.mark.compiles
@@ -480,3 +482,85 @@ def test_any_module_that_keeps_the_contract_is_a_backbone():
 def test_a_module_that_breaks_the_contract_is_told_how(module, words):
   with pytest.raises(ValueError, match=words):
     check_backbone(module)
+
+
+SMALL = {'backbone': 'resnet18', 'num_classes': 3, 'width': 0.125}
+SMALL |= {'output_stride': 32, 'aspp_features': 4}
+
+
+@pytest.mark.parametrize('preset', ['paper', 'timm', 'seed'])
+def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
+  preset,
+):
+  plain = deeplab_v3(**SMALL, preset=preset)
+  model = deeplab_v3(**SMALL, preset=preset, auxiliary=True)
+  images = np.random.default_rng(0).uniform(0, 255, (2, 65, 97, 3))
+  images = images.astype(np.float32)
+  key = jax.random.key(0)
+  init = jax.jit(lambda m: m.init(key, images, train=False), static_argnums=0)
+  variables = init(model)
+  assert list(variables) == ['params', 'batch_stats']
+  main, heads = {}, {}
+  for path, x in flatten(variables).items():
+    (heads if '/auxiliary/' in path else main)[path] = x
+  assert {path: x.shape for path, x in heads.items()} == {
+    'params/auxiliary/conv/conv/kernel': (3, 3, 32, 8),
+    **{f'params/auxiliary/conv/norm/{n}': (8,) for n in ('scale', 'bias')},
+    'params/auxiliary/logits/kernel': (1, 1, 8, 3),
+    'params/auxiliary/logits/bias': (3,),
+    **{f'batch_stats/auxiliary/conv/norm/{n}': (8,) for n in ('mean', 'var')},
+  }
+  alone = flatten(init(plain))
+  assert main.keys() == alone.keys()
+  for path, x in alone.items():
+    np.testing.assert_array_equal(main[path], x, path)
+
+  # Without its variables it cannot be computed, and is not.
+  without = unflatten_dict(main, sep='/')
+  apply = functools.partial(model.apply, train=False)
+  logits = jax.jit(apply)(without, images)
+  both, state = jax.jit(
+    functools.partial(apply, mutable=['intermediates', 'batch_stats'])
+  )(variables, images)
+  np.testing.assert_array_equal(both, logits)
+  (second,) = state['intermediates']['auxiliary_logits']
+  assert second.shape == logits.shape and second.dtype == jnp.float32
+
+  # The stride of block 3 is 16 with timm, else 32; its maps are read there.
+  maps = plain.backbone.apply(
+    {k: v['backbone'] for k, v in without.items()},
+    _normalized(plain, images),
+    train=False,
+  )
+  weights, stats = (variables[k]['auxiliary'] for k in variables)
+  x = numpy_branch(np.asarray(maps['block3']), weights['conv'], stats['conv'])
+  x = x @ weights['logits']['kernel'][0, 0] + weights['logits']['bias']
+  if preset == 'seed':
+    np.testing.assert_allclose(second[:, 0, 0], x[:, 0, 0], atol=1e-4)
+  else:
+    stride = 16 if preset == 'timm' else 32
+    read = second[:, ::stride, ::stride]
+    assert read.shape == x.shape
+    np.testing.assert_allclose(read, x, atol=1e-4)
+
+
+def _normalized(model, images):
+  return (images - np.asarray(model.mean)) / np.asarray(model.std)
+
+
+def test_a_backbone_without_block_3_is_told_so():
+  class Plain(nn.Module):
+    output_stride: int = 2
+
+    @nn.compact
+    def __call__(self, x, *, train):
+      return {'postnorm': nn.Conv(4, (3, 3), 2, padding=1, name='conv')(x)}
+
+  model = deeplab_v3(Plain(), auxiliary=True, aspp_features=4)
+  words = "needs the backbone's map 'block3', and it gives postnorm"
+  with pytest.raises(UserError, match=words):
+    jax.eval_shape(
+      functools.partial(model.init, train=False),
+      jax.random.key(0),
+      jnp.zeros((1, 33, 33, 3)),
+    )

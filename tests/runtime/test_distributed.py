@@ -15,6 +15,7 @@ import pytest
 from miniature import as_options, make_config
 
 from deeplab_jax.runtime import distributed
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import held
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.weights.checkpoints import Checkpoints
@@ -39,6 +40,20 @@ def test_put_gives_each_device_its_share():
   for share in image.addressable_shards:
     row = jax.local_devices().index(share.device)
     np.testing.assert_array_equal(share.data[0], batch['image'][2 * row :][:2])
+
+
+def test_of_all_values_that_differ_the_first_is_named(monkeypatch):
+  calls = []
+
+  def gather(numbers):  # of two processes; the other one has another b and c
+    calls.append(numbers)
+    return np.array([numbers, numbers + np.array([0, 1, 1], np.int32)])
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', gather)
+  with pytest.raises(UserError, match=r'^b must be the same .*; here 2$'):
+    distributed.check_same({'a': 1, 'b': 2, 'c': 'x'})
+  assert len(calls) == 1
 
 
 def free_port():
@@ -174,16 +189,19 @@ def test_a_run_goes_on_with_another_number_of_processes_and_devices(
   np.testing.assert_allclose(last, last[1], rtol=1e-3)
   np.testing.assert_allclose(last[2], last[1], rtol=1e-5)
   # One checkpoint, evaluated by both and by one, on four devices and on one.
-  table = tmp_path / '2x2' / 'eval' / 'val_whole_step3_confusion.csv'
-  found, step = [], '--config.eval.step=3'
+  start = tmp_path / '2x2' / 'eval'
+  tables = [start / f'val_whole_step3_{x}.csv' for x in ('confusion', 'images')]
+  options = '--mode=eval', '--config.eval.step=3', '--config.eval.boundary_iou'
+  found = []
   for evaluate in (
-    lambda: both('--mode=eval', step, workdir='2x2'),
-    lambda: one(4, '2x2', '--mode=eval', step),
-    lambda: one(1, '2x2', '--mode=eval', step),
+    lambda: both(*options, workdir='2x2'),
+    lambda: one(4, '2x2', *options),
+    lambda: one(1, '2x2', *options),
   ):
     evaluate()
-    found.append(table.read_bytes())
-    table.unlink()
+    found.append([table.read_bytes() for table in tables])
+    for table in tables:
+      table.unlink()
   assert found[0] == found[1] == found[2]
 
 

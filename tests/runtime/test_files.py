@@ -284,3 +284,15 @@ def test_who_holds_a_folder_removes_what_a_killed_process_left(tmp_path):
   with files.held(tmp_path):
     assert [path.exists() for path in left] == [False] * 2
     assert all(path.exists() for path in kept)
+
+
+def test_a_lock_that_is_waited_for_is_no_link_either(tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('precious')
+  (tmp_path / '.data.lock').symlink_to(victim)
+  with (
+    pytest.raises(OSError, match=r'data\.lock'),
+    files.locked(tmp_path / '.data.lock'),
+  ):
+    pass
+  assert victim.read_text() == 'precious'

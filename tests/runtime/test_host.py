@@ -166,21 +166,6 @@ def test_alarms_are_hidden_unless_the_environment_shows_them(
   assert found == levels
 
 
-def test_limits_are_those_of_this_machine(monkeypatch):
-  limits = host.limits()
-  text = Path('/proc/meminfo').read_text()
-  kilobytes = int(text.split('MemTotal:')[1].split()[0])
-  assert limits['memory'] == 1024 * kilobytes
-  assert 100 < limits['threads'] < 2**31 and limits['hosts'] == 1
-
-  def unknown(name):
-    raise ValueError('unrecognized configuration name')
-
-  monkeypatch.setattr(host.os, 'sysconf', unknown)
-  monkeypatch.setattr(host, '_MAPPINGS', Path('/nope'))
-  assert host.limits() == {'memory': None, 'threads': None, 'hosts': 1}
-
-
 REMATERIALIZED = """
 import functools
 from deeplab_jax.runtime import host

@@ -85,6 +85,31 @@ def test_one_that_is_done_is_not_missed_and_one_that_failed_ends_all(
   assert watch.end[1].startswith('process 2 of 3 on host2 ended with an error')
 
 
+def test_who_is_done_and_waits_for_the_others_ends_when_they_are_gone(
+  watch, clock, monkeypatch
+):
+  class Left(BaseException):
+    pass
+
+  def leave():
+    raise Left
+
+  def second(_):  # in which process 1 alone beats
+    clock[0] += 1
+    watch.answered = clock[0]
+    watch.beats[1][3] += 1
+
+  monkeypatch.setattr(watchdog.time, 'sleep', second)
+  watch.client, watch.active, watch.phase = object(), False, 'done'
+  watch.beats[0][1], watch.leave = 'done', leave
+  with pytest.raises(Left):
+    watch.judge()
+  assert (
+    watch.end[0] == 75 and 'process 2 of 3 on host2 is gone' in watch.end[1]
+  )
+  assert clock[0] < 1000 + 40
+
+
 def usual_steps(watch, clock):
   for _ in range(10):
     for phase, seconds in (('input', 0.1), ('step', 1)):

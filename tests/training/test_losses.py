@@ -1,6 +1,7 @@
 """Losses and weights against NumPy and optax."""
 
 import doctest
+import functools
 import re
 
 import jax
@@ -11,11 +12,16 @@ import pytest
 
 from deeplab_jax.training import losses as module
 from deeplab_jax.training.losses import (
+  LOSSES,
+  dice,
+  focal,
   hardest_pixels,
+  lovasz_softmax,
   median_frequency_weights,
   pixel_weights,
   softmax_cross_entropy,
 )
+from deeplab_jax.training.objective import batch_loss
 
 pytestmark = pytest.mark.compiles
 
@@ -53,7 +59,7 @@ def test_gradient_equals_optax_and_is_zero_at_void():
 
 
 def test_examples_in_the_docstrings_hold():
-  assert doctest.testmod(module) == (0, 1)
+  assert doctest.testmod(module) == (0, 5)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -220,3 +226,179 @@ def test_median_of_an_even_number_of_classes_lies_between_the_middle_two():
 def test_a_set_without_labelled_pixels_has_no_weights():
   none = np.zeros(3, np.int64)
   np.testing.assert_array_equal(median_frequency_weights(none, none), 0)
+
+
+def drawn(shape, classes, seed=0, scale=2.0):
+  """Logits, and labels of all classes but the last, with void."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, max(classes - 1, 1), shape).astype(np.uint8)
+  labels[rng.random(shape) < 0.2] = 255
+  return rng.normal(0, scale, (*shape, classes)).astype(np.float32), labels
+
+
+def softmax(logits):
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  return p / p.sum(-1, keepdims=True)
+
+
+def plain_focal(logits, labels, gamma=2.0):
+  """The mean over the valid pixels, for one value."""
+  valid = labels != 255
+  index = np.where(valid, labels, 0)[..., None].astype(int)
+  p = np.take_along_axis(softmax(logits), index, -1)[..., 0]
+  return (-((1 - p) ** gamma) * np.log(p))[valid].mean()
+
+
+def plain_cross_entropy(logits, labels):
+  return plain_focal(logits, labels, gamma=0.0)
+
+
+def plain_dice(logits, labels):
+  """Milletari's coefficient with plain sums, class by class."""
+  p, valid, losses = softmax(logits), labels != 255, []
+  for c in np.unique(labels[valid]):
+    own, target = p[valid][:, c], labels[valid] == c
+    losses.append(1 - 2 * own[target].sum() / (own.sum() + target.sum()))
+  return np.mean(losses)
+
+
+def plain_lovasz(logits, labels):
+  """Berman's definition: the Jaccard loss of each set of wrong pixels."""
+  images = []
+  for p, label in zip(softmax(logits), labels, strict=True):
+    p, label, losses = p[label != 255], label[label != 255], []
+    for c in np.unique(label):
+      truth = label == c
+      errors = np.where(truth, 1 - p[:, c], p[:, c])
+      wrong, before, loss = np.zeros(len(label), bool), 0.0, 0.0
+      for i in np.argsort(-errors, kind='stable'):
+        wrong[i] = True
+        predicted = truth ^ wrong
+        jaccard = 1 - (truth & predicted).sum() / (truth | predicted).sum()
+        loss, before = loss + errors[i] * (jaccard - before), jaccard
+      losses.append(loss)
+    images += [np.mean(losses)] if losses else []
+  return np.mean(images)
+
+
+PLAIN = {
+  'cross_entropy': plain_cross_entropy,
+  'focal': plain_focal,
+  'dice': plain_dice,
+  'lovasz_softmax': plain_lovasz,
+}
+
+
+SOFT = {**LOSSES, 'half': functools.partial(focal, gamma=0.5)}
+
+
+@jax.jit
+def values_and_slopes(logits, labels):
+  """Of every loss over a batch, as a step takes it: value, gradient."""
+
+  def value(logits, loss):
+    return batch_loss(logits, labels, terms=(loss,))[0]['loss']
+
+  return {
+    name: jax.value_and_grad(value)(logits, loss) for name, loss in SOFT.items()
+  }
+
+
+@pytest.mark.parametrize('classes', [1, 3])
+def test_every_loss_equals_its_numpy_oracle(classes):
+  assert PLAIN.keys() == LOSSES.keys()
+  logits, labels = drawn((2, 3, 5), classes, seed=classes)
+  labels[1, :1] = 255
+  found = values_and_slopes(logits, labels)
+  for name, plain in PLAIN.items():
+    value, expected = found[name][0], plain(np.float64(logits), labels)
+    assert value.dtype == jnp.float32 and value.shape == ()
+    np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=name)
+
+
+def test_gradients_equal_finite_differences_and_are_zero_at_void():
+  logits, labels = drawn((2, 3, 5), 3, seed=1)
+  labels[1, 0] = 255
+  found, step = values_and_slopes(logits, labels), 1e-5
+  for name, plain in PLAIN.items():
+    expected = np.zeros(logits.shape)
+    for index in np.ndindex(logits.shape):
+      moved = np.zeros(logits.shape)
+      moved[index] = step
+      above, below = (plain(logits + s * moved, labels) for s in (1, -1))
+      expected[index] = (above - below) / (2 * step)
+    slope = found[name][1]
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(
+      slope, expected, atol=1e-3 * largest, err_msg=name
+    )
+    np.testing.assert_array_equal(slope[labels == 255], 0)
+
+
+@pytest.mark.parametrize('case', ['void', 'one class', 'huge', 'bfloat16'])
+def test_extreme_batches_give_finite_values_and_gradients(case):
+  logits, labels = drawn((2, 3, 5), 1 if case == 'one class' else 3)
+  if case == 'void':
+    labels[:] = 255
+  if case == 'huge':
+    logits *= 1e4
+  logits = jnp.asarray(logits, jnp.bfloat16 if case == 'bfloat16' else None)
+  for value, slope in values_and_slopes(logits, labels).values():
+    assert value.dtype == jnp.float32 and slope.dtype == logits.dtype
+    assert np.isfinite(value) and np.isfinite(slope.astype(np.float32)).all()
+    if case in ('void', 'one class'):
+      np.testing.assert_allclose(value, 0, atol=1e-6)
+      np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_lovasz_of_three_pixels_counted_by_hand():
+  # Class 1 at 0.8, 0.3, 0.6 is right at the first pixel alone. Its errors are
+  # 0.6, 0.3, 0.2 and the Jaccard losses 1/2, 2/3, 1. Those of class 0 are 0.6,
+  # 0.3, 0.2 and 1/2, 1, 1. The second image is void and does not count.
+  p = np.array([[[0.8, 0.3, 0.6]], [[0.1, 0.2, 0.9]]])
+  logits = np.log(np.stack([1 - p, p], -1)).astype(np.float32)
+  labels = np.array([[[1, 0, 0]], [[255, 255, 255]]])
+  one = 0.6 / 2 + 0.3 / 6 + 0.2 / 3
+  zero = 0.6 / 2 + 0.3 / 2
+  found = jax.jit(lovasz_softmax)(logits, labels)
+  np.testing.assert_allclose(found, (one + zero) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['dice', 'lovasz_softmax'])
+def test_hard_predictions_give_dice_and_iou_of_the_masks(name):
+  labels = np.array([[[0, 0, 1, 1, 1, 255]]])
+  predicted = np.array([[[0, 1, 1, 1, 0, 1]]])
+  dice = [2 / 4, 4 / 6]
+  iou = [1 / 3, 2 / 4]
+  expected = 1 - np.mean(dice if name == 'dice' else iou)
+  logits = 200 * np.eye(3, dtype=np.float32)[predicted]
+  found = jax.jit(LOSSES[name])(logits, labels)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.5, 5.0])
+def test_focal_is_smoothed_cross_entropy_times_a_factor(gamma):
+  logits, labels = drawn((2, 3, 5), 4)
+  loss = functools.partial(focal, gamma=gamma, label_smoothing=0.1)
+  found = jax.jit(loss)(logits, labels)
+  p = softmax(np.float64(logits))
+  target = 0.9 * np.eye(256)[labels][..., :4] + 0.1 / 4
+  own = np.where(labels == 255, 0, (np.eye(256)[labels][..., :4] * p).sum(-1))
+  expected = -((1 - own) ** gamma) * (target * np.log(p)).sum(-1)
+  expected[labels == 255] = 0
+  np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize('gamma', [-1.0, float('nan')])
+def test_gamma_below_zero_is_refused(gamma):
+  with pytest.raises(ValueError, match='gamma must be from 0, got'):
+    focal(jnp.zeros((2, 4)), jnp.zeros(2, int), gamma=gamma)
+
+
+def test_sums_over_a_large_batch_stay_exact():
+  rng = np.random.default_rng(3)
+  logits = rng.normal(0, 3, (8, 129, 129, 3)).astype(np.float32)
+  labels = rng.integers(0, 3, (8, 129, 129)).astype(np.uint8)
+  found = jax.jit(dice)(logits, labels)
+  expected = plain_dice(np.float64(logits), labels)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -210,7 +210,7 @@ def test_a_loss_from_outside_is_one_function(start, training_logits):
     return (1 - jnp.exp(-each)) ** 2 * each
 
   batch = global_batch()
-  step = steps.pmap_train_step(**start.settings, loss=focal)
+  step = steps.pmap_train_step(**start.settings, terms=(focal,))
   _, metrics = start.four(step, batch)
   logits = np.asarray(training_logits(batch['image']), np.float64)
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from deeplab_jax.runtime import files
 from deeplab_jax.training import writers
 
 
@@ -437,7 +438,7 @@ def test_importing_the_module_imports_no_backend():
 
 def test_write_json_makes_numpy_and_nan_valid_json(tmp_path):
   path = tmp_path / 'eval.json'
-  writers.write_json(
+  files.write_json(
     path,
     {
       'miou': np.float32(0.5),
@@ -459,16 +460,16 @@ def test_write_json_makes_numpy_and_nan_valid_json(tmp_path):
 
 def test_write_json_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
   path = tmp_path / 'eval.json'
-  writers.write_json(path, {'miou': 1})
+  files.write_json(path, {'miou': 1})
   with pytest.raises(AttributeError):
-    writers.write_json(path, {'miou': object()})
+    files.write_json(path, {'miou': object()})
 
   def fail(*_):
     raise OSError('disk full')
 
   monkeypatch.setattr(os, 'replace', fail)
   with pytest.raises(OSError, match='disk full'):
-    writers.write_json(path, {'miou': 2})
+    files.write_json(path, {'miou': 2})
   assert json.loads(path.read_text()) == {'miou': 1}
   assert os.listdir(tmp_path) == ['eval.json']
 
@@ -600,5 +601,5 @@ def test_processes_but_the_first_show_nothing(monkeypatch):
 def test_a_file_that_cannot_be_written_is_named_itself(tmp_path):
   path = tmp_path / 'missing' / 'a.json'
   with pytest.raises(FileNotFoundError) as error:
-    writers.write_json(path, {})
+    files.write_json(path, {})
   assert error.value.filename == str(path)

@@ -359,3 +359,18 @@ def test_any_indexed_png_comes_back_with_its_colors(
     colors = np.array(picture.getpalette()).reshape(-1, 3)
   np.testing.assert_array_equal(colors[:classes], palette)
   np.testing.assert_array_equal(open_label('x', data).pixels, label)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 6])
+def test_images_as_stored_are_shown_as_gray_or_by_three_bands(channels):
+  deep = np.zeros((10, 100, channels), np.uint16)
+  deep[:] = np.arange(1000).reshape(10, 100, 1) * (1 + np.arange(channels))
+  shown = visualize.as_rgb(deep)
+  assert shown.shape == (10, 100, 3) and shown.dtype == np.uint8
+  low, high = np.percentile(np.arange(1000), (2, 98))
+  expected = np.clip((np.arange(1000) - low) * 255 / (high - low), 0, 255)
+  for i in range(3):  # a stretched band forgets its factor
+    assert np.abs(shown[..., i].ravel() - expected).max() <= 0.5 + 1e-6
+  shallow = (deep // 100).astype(np.uint8)
+  bands = [0, 1, 2] if channels > 2 else [0, 0, 0]
+  np.testing.assert_array_equal(visualize.as_rgb(shallow), shallow[..., bands])

@@ -182,8 +182,15 @@ def test_classes_have_colors_bars_and_pixels(drawn):
   ghost = cells.index('ghost')
   assert cells[ghost : ghost + 5] == ['ghost', '–', '–', '0', '0.0']
   assert [box['style'] for box in page.all('i')] == ['background: #0000ff'] * 3
-  without = drawn(data_of())
+  data = data_of()
+  (evaluation,) = data['evaluations']
+  evaluation['per_class_f1'] = evaluation['per_class_iou']
+  evaluation['interval_95'] = {'miou': [0.4321, 0.48]}
+  without = drawn(data)
+  tiles = dict(zip(without.said('dt'), without.said('dd'), strict=True))
+  assert tiles['mIoU, 95 % interval'] == '43.2–48.0'
   heads = without.said('th')
+  assert 'F1 %' in heads and 'Precision %' not in heads
   assert 'IoU %' in heads and 'Pixels' not in heads and not without.all('i')
   assert 'No val_whole_confusion.csv: --mode=eval writes it.' in without.said(
     'p'

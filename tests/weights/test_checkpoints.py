@@ -298,7 +298,7 @@ def test_no_flipped_bit_is_read_without_a_word(tmp_path, caplog):
 
 def test_file_in_the_place_of_the_folder_is_named(tmp_path):
   (tmp_path / 'checkpoints').write_text('')
-  with pytest.raises(UserError, match='checkpoints'):
+  with pytest.raises(FileExistsError, match='checkpoints'):
     Checkpoints(tmp_path)
 
 

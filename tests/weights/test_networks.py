@@ -8,6 +8,7 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.networks import check_same_architecture, describe
 
 MODEL = {
+  'preset': 'paper',
   'backbone': 'resnet18',
   'width': 0.5,
   'output_stride': 16,
@@ -41,13 +42,3 @@ def test_settings_that_shape_no_variable_may_differ():
   asked = {**MODEL, 'output_stride': 8, 'aspp_rates': (6, 12, 18)}
   saved = json.loads(json.dumps(describe(MODEL, DATASET)))
   check_same_architecture(saved, describe(asked, DATASET), 'w')
-
-
-@pytest.mark.parametrize('asked', [['a', 'b'], ['a']])
-def test_run_that_trained_void_as_a_class_must_be_trained_again(asked):
-  saved = describe(MODEL, {'classes': ['a', 'b'], 'ignore_label': 1})
-  other = describe(MODEL, {'classes': asked, 'ignore_label': 255})
-  with pytest.raises(
-    UserError, match=r"void, 1, as the class 'b'; train again"
-  ):
-    check_same_architecture(saved, other, 'w')
