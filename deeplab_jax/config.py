@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
   model.rematerialization = placeholder(str)
 
   data = config.data = ConfigDict()
-  # Or `folder`, `voc2012_segmentation`, the same with `/trainaug` or `/list`.
+  # Or `voc2012_segmentation`, with `/trainaug` or `/list` too, or a layout:
+  # `folder`, `images_masks`, `coco`, `cityscapes`, `ade20k`, `tfds/NAME`.
   data.name = _open('shapes')
   data.dir = placeholder(str)  # folder of the source
   data.prepared_dir = placeholder(str)  # unset: ~/tensorflow_datasets
@@ -79,7 +80,11 @@ def get_config() -> ConfigDict:
   data.tile = placeholder(int)  # side of the tiles that larger images become
   options = data.options = ConfigDict()  # of one data set
   options.list = placeholder(str)  # of `.../list`: a file of ids to train on
-  options.holdout = placeholder(float)  # share of these held out; unset: 0.1
+  # Share held out of these (unset: 0.1), or of a set without splits (0.2).
+  options.holdout = placeholder(float)
+  options.images = placeholder(str)  # folder or glob of images; TFDS's feature
+  options.masks = placeholder(str)  # the same of masks
+  options.json = placeholder(str)  # of `coco`: glob of the instances
 
   train = config.train = ConfigDict()
   train.steps = 300  # steps to train

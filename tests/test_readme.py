@@ -328,8 +328,12 @@ def test_examples_of_extending_run(tmp_path):
   loss, optimizer = LOSSES.pop('poly'), OPTIMIZERS.pop('lion')
   region = LOSSES.pop('tversky')
   protocol, loader = PROTOCOLS.pop('half_size'), LOADERS.pop('halves')
-  table = writers.BACKENDS.pop('table')
+  table, layout = writers.BACKENDS.pop('table'), LOADERS.pop('side_by_side')
 
+  (tmp_path / 'train').mkdir()
+  (tmp_path / 'train' / '7.jpg').touch()
+  mask = layout(tmp_path, 'train', ending='.tif').found['7'].label
+  assert mask == tmp_path / 'train' / '7.tif'
   # At equal logits a pixel has the probability 1 / C.
   each = loss(jnp.zeros((2, 4)), jnp.array([1, 255]))
   np.testing.assert_allclose(each, [math.log(4) + 0.75, 0], rtol=1e-6)

@@ -150,22 +150,18 @@ def _affixes(images: _Files, masks: _Files, place: object) -> _Affixes:
   return best
 
 
-def _mask_of(key: str, affixes: _Affixes) -> str | None:
-  """Returns the id of the mask of an image."""
+def _mask_of(key: str, affixes: _Affixes) -> str:
+  """Returns the id of the mask of an image; its own if the name differs."""
   start, end, mask_start, mask_end = affixes
   folder, slash, name = key.rpartition('/')
   bare = name[len(start) : len(name) - len(end)]
   if name != f'{start}{bare}{end}':
-    return None
+    return key
   return f'{folder}{slash}{mask_start}{bare}{mask_end}'
 
 
 def _pair(
-  listed: str,
-  origin: object,
-  images: _Files,
-  masks: _Files,
-  affixes: _Affixes,
+  listed: str, origin: object, images: _Files, masks: _Files, affixes: _Affixes
 ) -> Item | UserError:
   """Returns the two files of an id, or why there are not exactly two."""
   try:
@@ -173,15 +169,12 @@ def _pair(
     bare, suffix = os.path.splitext(name)
     if name not in images and suffix.lower() in IMAGE_SUFFIXES:
       name = bare
-    if not (image := images.get(name)):
-      hint = near(name, images)
-      raise UserError(
-        f'{origin}: there is no image {name!r}{hint}; add it or take it off'
-      )
-    mask = masks.get(key := _mask_of(name, affixes) or name)
-    if not mask:
-      raise UserError(f'{image[0]}: there is no mask {key!r}; add it')
-    return Item(name, *(folder_files.only(name, x) for x in (image, mask)))
+    if name not in images:
+      raise UserError(f'{origin}: there is no image {name!r}; add it')
+    image = folder_files.only(name, images[name])
+    if (key := _mask_of(name, affixes)) not in masks:
+      raise UserError(f'{image}: there is no mask {key!r}; add it')
+    return Item(name, image, folder_files.only(name, masks[key]))
   except UserError as error:
     return error
 
@@ -191,13 +184,13 @@ def ade20k(root: pathlib.Path, split: str) -> Listing:
 
   Zhou et al., "Scene Parsing through ADE20K Dataset" (CVPR 2017).
   """
-  folder_files.require_folders(root, 'images', 'annotations', also='splits')
+  folder_files.require_folders(
+    root, 'images', 'annotations', also='a folder of each split'
+  )
   split = {'train': 'training', 'val': 'validation'}.get(split, split)
   listing = images_masks(root, split, masks='annotations')
-  names, path = (
-    [f'class {i}' for i in range(1, 151)],
-    root / 'objectInfo150.txt',
-  )
+  names = [f'class {i}' for i in range(1, 151)]
+  path = root / 'objectInfo150.txt'
   if path.is_file():  # index, share, two counts, names
     lines = folder_files.read_lines(path, 2**20)[1:]
     names = [line.split('\t')[-1].partition(',')[0] for line in lines]
@@ -213,7 +206,9 @@ def cityscapes(root: pathlib.Path, split: str) -> Listing:
   Cordts et al., "The Cityscapes Dataset" (CVPR 2016). The table is that of
   `labels.py` in its scripts.
   """
-  folder_files.require_folders(root, 'leftImg8bit', 'gtFine', also='splits')
+  folder_files.require_folders(
+    root, 'leftImg8bit', 'gtFine', also='a folder of each split'
+  )
   made = any(root.glob('gtFine/*/*/*_gtFine_labelTrainIds.png'))
   kind = 'labelTrainIds' if made else 'labelIds'
   listing = images_masks(

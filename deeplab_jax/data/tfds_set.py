@@ -15,11 +15,16 @@ from deeplab_jax.runtime.errors import UserError, first_line
 
 
 def tfds_set(
-  name: str, root: pathlib.Path, split: str, *, image: str = '', mask: str = ''
+  name: str,
+  root: pathlib.Path,
+  split: str,
+  *,
+  images: str = '',
+  masks: str = '',
 ) -> Listing:
   """The set `name` in TFDS's folder `root`.
 
-  A split may be a part, as 'train[:80%]'. `image` and `mask` are features, by
+  A split may be a part, as 'train[:80%]'. `images` and `masks` are features, by
   default the only images of three channels and of one.
   """
   find = tfds.core.read_only_builder.builder_from_files
@@ -32,8 +37,8 @@ def tfds_set(
       f'--data_dir={root} {name}'
     ) from error
   home, features = pathlib.Path(builder.data_path), builder.info.features
-  image = _feature('image', image, features, 3, ())
-  mask = _feature('mask', mask, features, 1, ('segmentation_mask', 'label'))
+  image = _feature('images', images, features, 3, ())
+  mask = _feature('masks', masks, features, 1, ('segmentation_mask', 'label'))
   splits, raw = builder.info.splits, tfds.decode.DeserializeMethod.RAW_BYTES
   try:
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
@@ -83,7 +88,7 @@ def _feature(
   if len(found) != 1 or found[0] not in images:
     raise UserError(
       f'config.data.options.{what}: name the feature that it is; images are '
-      f'{", ".join(images) or "none"}'
+      f'{", ".join(sorted(images)) or "none"}'
     )
   return found[0]
 

@@ -77,11 +77,11 @@ def test_names_of_a_labeled_image_are_the_classes(tmp_path):
     ({'splits': ['val']}, ["no split 'val'", 'known splits: train, test']),
     ({'splits': ['train[:0]']}, ["no split 'train[:0]'", 'train, test']),
     (
-      {'options': {'mask': 'label'}},
-      ['options.mask', 'segmentation_mask, image'],
+      {'options': {'masks': 'label'}},
+      ['options.masks', 'image, segmentation_mask'],
     ),
-    ({'options': {'image': 'x'}}, ['config.data.options.image']),
-    ({'options': {'images': 'x'}}, ['options.images', 'known: image, mask']),
+    ({'options': {'images': 'x'}}, ['config.data.options.images']),
+    ({'options': {'image': 'x'}}, ['options.image:', 'known: images, masks']),
     ({'root': ''}, ['config.data.dir is empty']),
   ],
 )
