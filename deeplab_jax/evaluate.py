@@ -108,7 +108,7 @@ def _save_metrics(
   path: Path, scores: Scores, result: dict[str, Any], settings: ConfigDict
 ) -> list[str]:
   """Writes PATH.json, tables and pictures; returns the report about them."""
-  name, info = scores.evaluator.name, scores.evaluator.info
+  info = scores.evaluator.info
   path.parent.mkdir(exist_ok=True)
   write_json(f'{path}.json', result)
   table = csv.writer(text := io.StringIO(newline=''))
@@ -116,19 +116,21 @@ def _save_metrics(
   for row in zip(info.classes, info.palette, scores.confusion, strict=True):
     table.writerow([row[0], f'#{bytes(row[1]).hex()}', *row[2].tolist()])
   write(f'{path}_confusion.csv', text.getvalue())
-  image_table.write(f'{path}_images.csv', scores.table())
+  names = list(map(scores.evaluator.name, range(len(scores.counts))))
+  rows = image_table.ImageTable(names, info.classes, scores.counts)
+  image_table.write(f'{path}_images.csv', rows)
   lines = [f'metrics and pictures: {path}*']
   pictures = {
     '': scores.picture(list(scores.packed)[: settings.panels]),
     '_confusion': confusion_picture(scores.confusion, info.classes),
   }
-  mious = scores.mious()
-  for kind, chosen in extremes(mious, settings.worst_and_best).items():
+  best = extremes(scores.mious, settings.worst_and_best)
+  for kind, chosen in best.items():
     as_path(f'{path}_{kind}.png').unlink(missing_ok=True)  # of an earlier one
     if chosen:
       pictures[f'_{kind}'] = scores.picture(chosen)
-      names = [f'{name(i)} {100 * mious[i]:.1f}' for i in chosen]
-      lines.append(f'{kind} images by mIoU: {", ".join(names)}')
+      shown = [f'{names[i]} {100 * scores.mious[i]:.1f}' for i in chosen]
+      lines.append(f'{kind} images by mIoU: {", ".join(shown)}')
   for ending, picture in pictures.items():
     if picture is not None:
       visualize.save_png(f'{path}{ending}.png', picture)

@@ -30,7 +30,7 @@ _RUN: dict[str, Callable[..., Any]] = {
   'eval': evaluate,
   'predict': predict,
   'report': lambda _, workdir: report(workdir),
-  'compare': lambda _, workdir, inputs: compare(workdir, inputs),
+  'compare': lambda _, __, inputs: compare(inputs),
   'export': export,
 }
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')

@@ -214,15 +214,13 @@ def test_a_workdir_without_a_run_has_no_report(refused, tmp_path):
 
 
 def test_the_mode_compare_takes_two_workdirs_and_needs_none(
-  trained, tmp_path, command, refused
+  trained, command, refused
 ):
   pair = trained.workdir, trained.workdir
   status, output, errors = command('--mode=compare', *pair)
   assert (status, errors) == (0, '')
+  assert '3 images' in output
   assert 'The difference is not significant' in output
-  assert command('--mode=compare', f'--workdir={tmp_path}/w', *pair)[0] == 0
-  saved = json.loads((tmp_path / 'w' / 'compare.json').read_text())
-  assert saved['images'] == 3 and saved['miou']['p'] == 1
   assert 'takes two workdirs' in refused('--mode=compare', pair[0])
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from deeplab_jax.data.buckets import FILLER, plan_batches
 from deeplab_jax.data.pipeline import load_example, make_eval_iterator
 from deeplab_jax.data.transforms import Transform
-from deeplab_jax.evaluation import image_table, metrics, resampling
+from deeplab_jax.evaluation import metrics, resampling
 from deeplab_jax.evaluation.protocols import Protocol
 from deeplab_jax.runtime import distributed, watchdog
 from deeplab_jax.runtime.distributed import AXIS_NAME
@@ -109,8 +109,8 @@ class Scores(NamedTuple):
   evaluator: 'Evaluator'
   metrics: dict[str, Any]  # JSON values, with the protocol and the `images`
   confusion: np.ndarray  # int64 [C, C], rows truth, columns prediction
-  of_images: dict[int, dict[str, float]]  # `image_metrics` of each record
   counts: np.ndarray  # int64 [N, K, C], `metrics.COUNTS` of each record
+  mious: dict[int, float]  # of each record; NaN for one of void alone
   packed: dict[int, tuple[tuple[int, int], bytes]]  # shape, zlib's bytes
 
   def prediction(self, index: int) -> np.ndarray:
@@ -132,18 +132,8 @@ class Scores(NamedTuple):
       info.ignore_label,
       classes=info.classes,
       names=list(map(self.evaluator.name, indices)),
-      mious=[self.mious()[i] for i in indices],
+      mious=[self.mious[i] for i in indices],
     )
-
-  def table(self) -> image_table.ImageTable:
-    """Every record with what was counted in it."""
-    names = list(map(self.evaluator.name, self.of_images))
-    mious, classes = list(self.mious().values()), self.evaluator.info.classes
-    return image_table.ImageTable(names, classes, self.counts, mious)
-
-  def mious(self) -> dict[int, float]:
-    """The mIoU of each record; NaN for one without a counted pixel."""
-    return {i: m['per_image_miou'] for i, m in self.of_images.items()}
 
 
 class Evaluator:
@@ -224,7 +214,6 @@ class Evaluator:
       threads=self._threads,
     )
     confusion = np.zeros((self.info.num_classes,) * 2, np.int64)
-    of_images: dict[int, dict[str, float]] = {}
     mious: dict[int, float] = {}
     counts: dict[int, np.ndarray] = {}
     packed: dict[int, tuple[tuple[int, int], bytes]] = {}
@@ -232,16 +221,14 @@ class Evaluator:
     def count(results: Any) -> None:
       results = jax.device_get(results)
       confusion[:] += results['confusion'].sum(0, np.int64)
-      values = metrics.image_metrics(results['confusion'])
       found = metrics.class_counts(results['confusion'])
       if 'boundary' in results:
         found = np.concatenate([found, results['boundary']], 1)
+      of_images = metrics.image_metrics(found)['per_image_miou']
       rows = {i: row for row, i in enumerate(results['index'].tolist())}
       rows.pop(FILLER, None)
       for index, row in rows.items():
-        of_images[index] = {k: float(v[row]) for k, v in values.items()}
-        mious[index] = of_images[index]['per_image_miou']
-        counts[index] = found[row]
+        counts[index], mious[index] = found[row], of_images[row]
       chosen = metrics.extremes(mious, worst_and_best)
       shown = {*chosen['worst'], *chosen['best']}
       for index in rows:
@@ -263,18 +250,17 @@ class Evaluator:
         between()
       count(pending)
     # In the order of the records, whatever the batches were.
-    of_images = dict(sorted(of_images.items()))
     packed = dict(sorted(packed.items()))
-    table = np.stack([counts[index] for index in of_images])
+    table = np.stack([counts[index] for index in sorted(counts)])
     classes, boundary = self.info.classes, table.sum(0)[3:]
     found = {
       **metrics.compute_metrics(confusion, classes, boundary),
-      **metrics.average(list(of_images.values())),
+      **{k: metrics.mean(v) for k, v in metrics.image_metrics(table).items()},
       'interval_95': resampling.intervals(table),
       **self.description,
-      'images': len(of_images),
+      'images': len(table),
     }
-    return Scores(self, found, confusion, of_images, table, packed)
+    return Scores(self, found, confusion, table, mious, packed)
 
   def name(self, index: int) -> str:
     """The name of a record."""

@@ -190,24 +190,20 @@ def compute_metrics(
   require(len(set(classes)) == count, 'class names must differ', classes)
   values = rates(np.stack([*class_counts(confusion), *boundary]))
   return {
-    key: dict(zip(classes, map(_mean, x), strict=True)) if x.ndim else _mean(x)
+    key: dict(zip(classes, map(mean, x), strict=True)) if x.ndim else mean(x)
     for key, x in values.items()
   }
 
 
-def image_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
+def image_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
   """Computes the four metrics of each image by itself, float64 [N].
 
   As sthalles/deeplab_v3 and martinkersner/py_img_seg_eval, whose published
   numbers are means over images: accuracy is averaged over the classes in the
   image's label, and the sum of the IoUs is divided by the number of these. An
-  image without a counted pixel has NaN. Raises `ValueError` if the matrices
-  (rows truth) are not [N, C, C].
+  image without a counted pixel has NaN. Takes counts [N, K, C] of `COUNTS`.
   """
-  shape = np.shape(confusions)
-  fits = len(shape) == 3 and shape[1] == shape[2]
-  require(fits, 'confusions must be [N, C, C]', list(shape))
-  hits, wrong, missed = class_counts(confusions).swapaxes(0, 1)
+  hits, wrong, missed, *_ = counts.swapaxes(0, 1)
   truth = hits + missed
   iou = hits / np.maximum(truth + wrong, 1)
   accuracy = hits / np.maximum(truth, 1)
@@ -219,12 +215,6 @@ def image_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
       'per_image_mean_accuracy': accuracy.sum(axis=1) / classes,
       'per_image_frequency_weighted_iou': (truth * iou).sum(axis=1) / pixels,
     }
-
-
-def average(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
-  """Averages `image_metrics` of images, without NaN; None where no value is."""
-  keys = [f'per_image_{key}' for key in NAMES]
-  return {key: _mean([row[key] for row in rows]) for key in keys}
 
 
 def extremes(mious: dict[int, float], count: int) -> dict[str, list[int]]:
@@ -250,7 +240,7 @@ def format_table(metrics: dict[str, Any]) -> str:
   def row(name: str, *values: float | None) -> str:
     cells = zip(values, columns.values(), strict=False)
     return '  '.join(
-      [f'{name:<{width}}', *(f'{percent(v):>{len(t)}}' for v, t in cells)]
+      [f'{name:<{width}}', *(f'{_percent(v):>{len(t)}}' for v, t in cells)]
     )
 
   head = '  '.join([f'{"class":<{width}}', *columns.values()])
@@ -263,7 +253,7 @@ def format_table(metrics: dict[str, Any]) -> str:
     lines += [row(n, metrics[f'per_image_{k}']) for k, n in NAMES.items()]
   intervals = metrics.get('interval_95', {})
   if shown := [
-    f'{MEANS[key]} {percent(ends[0])} to {percent(ends[1])}'
+    f'{MEANS[key]} {_percent(ends[0])} to {_percent(ends[1])}'
     for key in ('miou', 'pixel_accuracy')
     if (ends := intervals.get(key))
   ]:
@@ -271,12 +261,12 @@ def format_table(metrics: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _mean(values: Any) -> float | None:
+def mean(values: Any) -> float | None:
   """The mean of the values that are not NaN, None if there are none."""
   present = np.ravel(values)[~np.isnan(np.ravel(values))]
   return float(sum(present) / len(present)) if len(present) else None
 
 
-def percent(value: float | None) -> str:
+def _percent(value: float | None) -> str:
   """Writes a share in percent, a dash for None."""
   return '-' if value is None else f'{100 * value:.2f}'

@@ -5,14 +5,14 @@ of a real set are, exactly.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from deeplab_jax.evaluation.metrics import rates
 
 _DRAWS, _SWAPS = 2000, 10_000
-_BLOCK = 2**22  # numbers that are held at once
+_AT_ONCE = 200  # of these
 
 
 def intervals(counts: np.ndarray) -> dict[str, list[float]]:
@@ -24,7 +24,7 @@ def intervals(counts: np.ndarray) -> dict[str, list[float]]:
   other images of the same kind would change, not what another training would.
   Takes counts int [N, K, C]. Without a value, or for one image, none is there.
   """
-  found = rates(_sums(_draws(counts), counts))
+  found = rates(_drawn(counts))
   ends = {k: _ends(v).tolist() for k, v in found.items() if v.ndim == 1}
   several = len(counts) > 1
   return {k: v for k, v in ends.items() if several and not np.isnan(v[0])}
@@ -40,70 +40,48 @@ def paired(counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
   p is that of a sign-flip permutation test (Fisher, "Design of Experiments",
   1935; Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989): if
   the runs were equally good, the two results of any image could be swapped. p
-  is the share of the 2^N ways to swap whose difference is as large as the real
-  one, in either direction. Where these are more than 10,000, so many random
-  ones stand for them (seed 0), and the real one is added (Phipson and Smyth,
-  "Permutation P-values Should Never Be Zero", 2010).
+  is the share of 10,000 random ways to swap (seed 0), and the real one, whose
+  difference is as large as the real one, in either direction (Phipson and
+  Smyth, "Permutation P-values Should Never Be Zero", 2010).
   """
-  total, change = counts.sum(0), counts[:, 1] - counts[:, 0]
-  both, drawn = rates(total), _differences(_sums(_draws(counts), counts))
-  as_large, trials = dict.fromkeys(both, np.array(0)), 0
-  for swaps in _swaps(counts):
-    moved = _sums([swaps], change)
-    swapped = _differences(np.stack([total[0] + moved, total[1] - moved], 1))
-    trials += len(swaps)
-    for key, (a, b) in both.items():
-      least = abs(b - a) - 1e-12  # as large, but for rounding
-      as_large[key] = as_large[key] + (abs(swapped[key]) >= least).sum(0)
-  one = trials == _SWAPS  # random ones
-  found = {}
-  for key, (a, b) in both.items():
-    p = (as_large[key] + one) / (trials + one) + 0 * (b - a)  # NaN stays NaN
-    ends = _ends(drawn[key])
+  rng, (a, b), n = np.random.default_rng(0), counts.sum(0), len(counts)
+  moved = _sums(
+    lambda r: rng.integers(2, size=(r, n)), _SWAPS, counts[:, 1] - counts[:, 0]
+  )
+  swapped = _changes(np.stack([a + moved, b - moved], 1))
+  drawn, found = _changes(_drawn(counts)), {}
+  for key, (first, second) in rates(np.stack([a, b])).items():
+    change = second - first
+    as_large = abs(swapped[key]) >= abs(change) - 1e-12  # but for rounding
     found[key] = {
-      'a': a,
-      'b': b,
-      'difference': b - a,
-      'interval_95': ends,
-      'p': p,
+      'a': first,
+      'b': second,
+      'difference': change,
+      'interval_95': _ends(drawn[key]),
+      # Where a run has no value, NaN stays NaN.
+      'p': (as_large.sum(0) + 1) / (_SWAPS + 1) + 0 * change,
     }
   return found
 
 
-def _differences(sums: np.ndarray) -> dict[str, np.ndarray]:
+def _changes(sums: np.ndarray) -> dict[str, np.ndarray]:
   """Second minus first run in sums of counts [R, 2, K, C], [R, ...]."""
   return {key: v[:, 1] - v[:, 0] for key, v in rates(sums).items()}
 
 
-def _sums(weights: Iterable[np.ndarray], counts: np.ndarray) -> np.ndarray:
-  """Adds the counts [N, ...] of images, each as often as its weight [r, N]."""
+def _drawn(counts: np.ndarray) -> np.ndarray:
+  """Sums of as many images as there are, drawn with replacement, [R, ...]."""
+  rng, n = np.random.default_rng(0), len(counts)
+  return _sums(lambda r: rng.multinomial(n, [1 / n] * n, r), _DRAWS, counts)
+
+
+def _sums(
+  draw: Callable[[int], np.ndarray], total: int, counts: np.ndarray
+) -> np.ndarray:
+  """Adds the counts [N, ...] of images, each as often as `draw` [r, N] says."""
   flat = counts.reshape(len(counts), -1).astype(np.float64)  # exact to 2^53
-  sums = np.concatenate([block @ flat for block in weights])
-  return sums.reshape(-1, *counts.shape[1:])
-
-
-def _draws(counts: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields how often each image is drawn, int [r, N]."""
-  rng, n = np.random.default_rng(0), len(counts)
-  for rows in _blocks(_DRAWS, counts):
-    drawn = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in rows)
-    yield np.stack(list(drawn))
-
-
-def _swaps(counts: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields where runs are swapped, 0 or 1 [r, N]: all ways, or random ones."""
-  rng, n = np.random.default_rng(0), len(counts)
-  every = 2**n < _SWAPS
-  for rows in _blocks(2**n if every else _SWAPS, counts):
-    random = rng.integers(2, size=(len(rows), n))
-    yield np.array(rows)[:, None] >> np.arange(n) & 1 if every else random
-
-
-def _blocks(total: int, counts: np.ndarray) -> Iterator[range]:
-  """Divides 0..total-1 so that little memory is needed."""
-  step = max(1, _BLOCK // max(counts.shape[0], counts[0].size))
-  for start in range(0, total, step):
-    yield range(start, min(start + step, total))
+  blocks = [draw(_AT_ONCE) @ flat for _ in range(total // _AT_ONCE)]
+  return np.concatenate(blocks).reshape(-1, *counts.shape[1:])
 
 
 def _ends(values: np.ndarray) -> np.ndarray:

@@ -36,20 +36,16 @@ def test_the_interval_holds_the_truth_in_95_of_100_sets():
   rng = np.random.default_rng(2)
   right = rng.binomial(20, rng.beta(3, 2, (100, 400)))
   counts = np.stack([right, 0 * right, 20 - right], 1)
-  sums = resampling._sums(resampling._draws(counts), counts)
+  sums = resampling._drawn(counts)
   low, high = resampling._ends(metrics.rates(sums)['per_class_accuracy'])
   assert 0.91 <= ((low <= 0.6) & (high >= 0.6)).mean() <= 0.98
 
 
-def test_draws_take_as_many_images_as_there_are_in_all_blocks(monkeypatch):
-  counts = random_counts(30, 2)
-  whole = np.concatenate(list(resampling._draws(counts)))
-  assert whole.shape == (2000, 30) and set(whole.sum(1)) == {30}
-  monkeypatch.setattr(resampling, '_BLOCK', 999)
-  parts = list(resampling._draws(counts))
-  assert len(parts) > 50
-  np.testing.assert_array_equal(np.concatenate(parts), whole)
-  np.testing.assert_allclose(whole.mean(0), 1, atol=0.1)
+def test_draws_take_as_many_images_as_there_are_all_as_likely():
+  drawn = resampling._drawn(np.eye(30, dtype=int)[:, None])[:, 0]
+  assert drawn.shape == (2000, 30) and set(drawn.sum(1)) == {30}
+  np.testing.assert_allclose(drawn.mean(0), 1, atol=0.1)
+  np.testing.assert_allclose(drawn.var(0), 29 / 30, atol=0.15)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,7 @@ def miou(counts):
   return sum(ious) / len(ious)
 
 
-def test_p_of_few_images_is_that_of_all_swaps():
+def test_p_of_few_images_is_about_that_of_all_swaps():
   counts = random_counts(6, 3)
   real = abs(miou(counts[:, 1].sum(0)) - miou(counts[:, 0].sum(0)))
   as_large = 0
@@ -90,7 +86,7 @@ def test_p_of_few_images_is_that_of_all_swaps():
     b = sum(counts[i, 1 - swap] for i, swap in enumerate(order))
     as_large += abs(miou(b) - miou(a)) >= real - 1e-12
   found = resampling.paired(counts)['miou']
-  assert found['p'] == as_large / 64
+  assert found['p'] == pytest.approx(as_large / 64, abs=0.015)
   assert found['difference'] == pytest.approx(
     miou(counts[:, 1].sum(0)) - miou(counts[:, 0].sum(0)), abs=1e-12
   )
@@ -101,8 +97,8 @@ def test_paired_result_of_a_case_made_by_hand():
   # differ by 30, 10, 10, 10 and the same below 0, so two are as large.
   a, b = counts_of([50] * 3, [50] * 3), counts_of([60] * 3, [40] * 3)
   for found in resampling.paired(np.stack([a, b], 1)).values():
-    p = np.ravel(found['p']).tolist()
-    assert p in ([0.25], [1.0])  # of precision, which is 1 for both
+    (p,) = np.ravel(found['p'])
+    assert p == 1 or abs(p - 0.25) < 0.015  # of precision, 1 for both
   found = resampling.paired(np.stack([a, b], 1))['pixel_accuracy']
   assert (found['a'], found['b']) == (0.5, 0.6)
   assert found['difference'] == pytest.approx(0.1)
@@ -130,7 +126,7 @@ def test_random_swaps_give_the_p_of_the_normal_approximation():
 
 
 def test_p_below_5_percent_is_as_rare_as_that_where_nothing_differs():
-  # One class is one pair of runs: 300 pairs of 12 images, all ways to swap.
+  # One class is one pair of runs: 300 pairs of 12 images.
   right = np.random.default_rng(4).binomial(1000, 0.5, (12, 2, 300))
   counts = np.stack([right, 0 * right, 1000 - right], 2)
   p = resampling.paired(counts)['per_class_accuracy']['p']
