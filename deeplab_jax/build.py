@@ -45,15 +45,11 @@ def check(config: ConfigDict) -> None:
   make_protocol(config)
   with naming('config.log'):
     check_backends(config.log.to)
-  loss, weights = config.loss, config.loss.class_weights or None
+  weights = config.loss.class_weights or None
+  weights = (1.0,) if weights == MEDIAN_FREQUENCY else weights
   with naming('config.loss'):
-    objective.check_settings(
-      loss.terms,
-      loss.label_smoothing,
-      loss.hardest,
-      (1.0,) if weights == MEDIAN_FREQUENCY else weights,
-      loss.auxiliary,
-    )
+    given = config.loss.to_dict() | {'class_weights': weights}
+    objective.check_settings(**given)
 
 
 def check_links(config: ConfigDict) -> None:
@@ -131,7 +127,9 @@ def make_train_step(
 
   `of_data` holds what depends on the data: `ignore_label`, `class_weights`.
   """
-  own = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
+  names = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
+  of_loss = config.loss.to_dict()
+  del of_loss['class_weights']  # what they mean depends on the data
   if config.train.freeze:
     with naming('config.train'):
       init = functools.partial(steps.draw_variables, model)
@@ -141,11 +139,8 @@ def make_train_step(
     model=model,
     optimizer=optimizer,
     seed=config.seed,
-    **{name: config.train[name] for name in own},
-    terms=config.loss.terms,
-    auxiliary=config.loss.auxiliary,
-    hardest=config.loss.hardest,
-    label_smoothing=config.loss.label_smoothing,
+    **{name: config.train[name] for name in names},
+    **of_loss,
     **of_data,
   )
 
@@ -190,14 +185,9 @@ def make_transforms(
     jitter = data.color_jitter
     rule = 'color_jitter: saturation and hue are 0 for images that are not RGB'
     require(is_rgb or not any(jitter[2:]), f'{rule} of 8 bits', jitter)
+    shape = data.crop_size, data.scale, data.flip, data.rotate
     crop = transforms.RandomScaleCropFlip(
-      data.crop_size,
-      data.scale,
-      data.flip,
-      data.rotate,
-      data.crop_max_share,
-      void,
-      color,
+      *(*shape, data.crop_max_share, void, color)
     )
     optional = (
       (transforms.ColorJitter(jitter), any(jitter)),

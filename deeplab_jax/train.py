@@ -159,10 +159,8 @@ def _build(run: _Run) -> tuple[Any, ...]:
   model = build.make_model(config, info.num_classes, **info.normalization)
   schedule, optimizer = build.make_schedule_and_optimizer(config)
   weights = build.class_weights(config, dataset)
-  void = info.ignore_label
-  train_step = build.make_train_step(
-    config, model, optimizer, ignore_label=void, class_weights=weights
-  )
+  of_data = {'ignore_label': info.ignore_label, 'class_weights': weights}
+  train_step = build.make_train_step(config, model, optimizer, **of_data)
   evaluator = build.make_evaluator(model, dataset, config) if scored else None
   state = run.load(steps.create_state(model, optimizer, config.seed))
   state = state.with_ema(config.train.ema is not None)

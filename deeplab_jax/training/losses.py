@@ -74,12 +74,11 @@ def focal(
   those of `softmax_cross_entropy`.
   """
   require(0 <= gamma < math.inf, 'gamma must be from 0', gamma)
-  entropy = softmax_cross_entropy(logits, labels, ignore_label)
-  wrong = -jnp.expm1(-entropy)
+  given = logits, labels, ignore_label
+  wrong = -jnp.expm1(-softmax_cross_entropy(*given))
   # A power below 1 has no slope at 0.
   factor = jnp.maximum(wrong, jnp.finfo(wrong.dtype).tiny) ** gamma
-  given = logits, labels, ignore_label, label_smoothing
-  return factor * softmax_cross_entropy(*given)
+  return factor * softmax_cross_entropy(*given, label_smoothing)
 
 
 def dice(

@@ -58,8 +58,8 @@ def read_terms(terms: Iterable[Any]) -> dict[str, tuple[Loss, float]]:
   found: dict[str, tuple[Loss, float]] = {}
   for term in terms:
     parts = term.split(':') if isinstance(term, str) else term
-    parts = parts if isinstance(parts, list | tuple) else (parts,)
-    loss, weight = parts if len(parts) == 2 else (term, 1)
+    pair = isinstance(parts, list | tuple) and len(parts) == 2
+    loss, weight = parts if pair else (term, 1)
     function = choose('terms', loss, LOSSES)
     name = getattr(getattr(loss, 'func', loss), '__name__', str(loss))
     try:
@@ -87,20 +87,14 @@ def batch_loss(
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
   """Computes a weighted sum of losses over a batch on all devices.
 
-  A loss of pixels becomes its mean over the valid ones. `label_smoothing`,
-  `class_weights` and `hardest` shape these alone: for a loss of regions, all
-  classes count alike.
+  `logits` are float [B, H, W, C], and `labels` [B, H, W] a class in 0..C-1 or
+  `ignore_label`, of this device's images. `across` adds sums up over the
+  devices, and a gradient passes it unchanged.
 
-  Args:
-    logits: float [B, H, W, C], this device's share.
-    labels: [B, H, W], a class in 0..C-1 or `ignore_label`.
-    terms: losses and their weights, see `read_terms`.
-    label_smoothing: see `softmax_cross_entropy`.
-    class_weights: see `pixel_weights`.
-    hardest: share of pixels that `hardest_pixels` keeps, by the weighted sum of
-      the losses of pixels; 1 keeps all.
-    ignore_label: the label of pixels that are left out.
-    across: adds sums up over the devices; a gradient passes it unchanged.
+  `terms` are losses and their weights, see `read_terms`. A loss of pixels
+  becomes its mean over the valid ones. `label_smoothing`, `class_weights` (see
+  `pixel_weights`) and `hardest`, the share that `hardest_pixels` keeps by the
+  weighted sum of these losses, shape these alone.
 
   Returns `loss` and, of several terms, each as `loss_NAME` before its weight;
   the weight of all pixels that count; and the number of those on this device.

@@ -1,6 +1,5 @@
 """Learning rate schedules and optimizers, from optax."""
 
-import collections
 import fnmatch
 import inspect
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
-from deeplab_jax.runtime.console import did_you_mean
 from deeplab_jax.runtime.errors import choose, require
 
 # To add an optimizer: a function that takes, by keyword, what it needs of
@@ -48,9 +46,8 @@ def step_schedule(
   inside = [isinstance(x, float) and 0 < x < 1 for x in milestones]
   require(all(inside), 'milestones must be shares in (0, 1)', milestones)
   require(factor > 0, 'milestone_factor must be above 0', factor)
-  counts = collections.Counter(round(share * steps) for share in milestones)
-  factors = {step: factor**count for step, count in counts.items()}
-  return optax.piecewise_constant_schedule(learning_rate, factors)
+  at = [round(share * steps) for share in milestones]
+  return lambda step: learning_rate * factor ** sum(step >= x for x in at)
 
 
 # To add a schedule: a function that takes, by keyword, what it needs of the
@@ -143,16 +140,11 @@ def frozen_parameters(params: Any, patterns: Sequence[str]) -> Any:
   A name is a path, as 'backbone/stem/kernel', and `*` stands for any part of
   it, slashes too. Raises `ValueError` if a pattern fits none, or all are fit.
   """
-  paths, found = flatten_dict(params), set[str]()
-  names = ['/'.join(path) for path in paths]
+  names, found = list(flatten_dict(params, sep='/')), set[str]()
+  rule = f'freeze must name parameters, as {"/* or ".join(sorted(params))}/*'
   for pattern in map(str, patterns):
-    if not (fits := fnmatch.filter(names, pattern)):
-      modules = {
-        f'{"/".join(p[:n])}/*' for p in paths for n in range(1, len(p))
-      }
-      near = did_you_mean(pattern, sorted(modules) + names)
-      hint = f'; did you mean {near}?' if near else ''
-      raise ValueError(f'freeze={pattern} is the name of no parameter{hint}')
+    fits = fnmatch.filter(names, pattern)
+    require(bool(fits), rule, pattern)
     found.update(fits)
   require(len(found) < len(names), 'freeze must leave some to train', patterns)
   return path_aware_map(lambda p, _: '/'.join(map(str, p)) in found, params)

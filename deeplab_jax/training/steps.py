@@ -116,7 +116,7 @@ def train_step(
     freeze: patterns of parameters that stay as they are, see
       `optimizers.frozen_parameters`.
     freeze_steps: freeze up to this step. The optimizer then sees all gradients
-      from the start; with None it sees none, and keeps its moments.
+      from the start; with None they are not computed.
     dropout: share of the channels that each image lacks in the class layer; the
       others are scaled up by 1 / (1 - dropout) (Tompson et al., 2015).
     seed: fixes, with the step and an image's place, which ones.
@@ -178,28 +178,19 @@ def train_step(
     values, grads = jax.tree.map(lambda x: x / divisor, sums)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params, t = optax.apply_updates(state.params, updates), state.step
-  if freeze:
-    still = jnp.bool_(True) if freeze_steps is None else t < freeze_steps
-
-    def keep(new: jax.Array, old: jax.Array, fixed: bool) -> jax.Array:
-      return jnp.where(still, old, new) if fixed else new
-
-    params = jax.tree.map(keep, params, state.params, frozen)
-    if freeze_steps is None:
-      moments = optax.tree.map_params(
-        optimizer,
-        lambda _, fixed: fixed,
-        opt_state,
-        frozen,
-        transform_non_params=lambda _: False,
-      )
-      opt_state = jax.tree.map(keep, opt_state, state.opt_state, moments)
+  held = freeze_steps is None or t < freeze_steps
+  params = jax.tree.map(
+    lambda new, old, fixed: jnp.where(held, old, new) if fixed else new,
+    params,
+    state.params,
+    frozen,
+  )
   averages = state.ema
   if ema is not None:
     rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
     averages = jax.tree.map(lambda a, x: a + rate * (x - a), averages, params)
   state = TrainState(
-    step=state.step + 1,
+    step=t + 1,
     params=params,
     batch_stats=_across(lax.pmean, batch_stats, axis_name),
     opt_state=opt_state,

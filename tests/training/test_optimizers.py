@@ -211,11 +211,10 @@ def test_patterns_freeze_the_parameters_whose_names_they_fit(patterns, frozen):
   [
     (
       ('backbone/*', 'bakbone/stem/*'),
-      r'freeze=bakbone/stem/\* is the name of no parameter; did you mean '
-      r'backbone/stem/\*\?$',
+      r"freeze must name parameters, as backbone/\* or logits/\*, got 'bakbone",
     ),
-    (('logits/bais',), r'logits/bais is .* did you mean logits/bias\?$'),
-    ((3,), 'freeze=3 is the name of no parameter$'),
+    (('logits/bais',), "got 'logits/bais'$"),
+    ((3,), "got '3'$"),
     (('backbone/*', 'logits/*'), 'freeze must leave some to train, got'),
   ],
 )
