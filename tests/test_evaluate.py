@@ -512,7 +512,7 @@ def test_the_table_of_images_gives_the_metrics_of_the_whole(evaluated):
   low, high = result['interval_95']['miou']
   assert 0 <= low <= result['miou'] <= high <= 1
   (line,) = (x for x in evaluated.output.splitlines() if '95 %' in x)
-  assert f'mIoU {100 * low:.2f} to {100 * high:.2f}' in line
+  assert f'mIoU: {100 * low:.2f} to {100 * high:.2f}' in line
 
 
 def test_unknown_step_is_named(trained):

@@ -251,13 +251,9 @@ def format_table(metrics: dict[str, Any]) -> str:
   if 'per_image_miou' in metrics:
     lines += [rule, "averaged over images (the seed's)"]
     lines += [row(n, metrics[f'per_image_{k}']) for k, n in NAMES.items()]
-  intervals = metrics.get('interval_95', {})
-  if shown := [
-    f'{MEANS[key]} {_percent(ends[0])} to {_percent(ends[1])}'
-    for key in ('miou', 'pixel_accuracy')
-    if (ends := intervals.get(key))
-  ]:
-    lines += [rule, f'95 % intervals: {", ".join(shown)}']
+  if ends := metrics.get('interval_95', {}).get('miou'):
+    low, high = map(_percent, ends)
+    lines += [rule, f'95 % interval of mIoU: {low} to {high}']
   return '\n'.join(lines)
 
 

@@ -378,13 +378,11 @@ def test_table_of_an_older_evaluation_has_the_columns_that_it_knew():
   assert lines[-1].startswith('frequency weighted IoU')
 
 
-def test_table_ends_with_the_intervals_that_there_are():
+def test_table_ends_with_the_interval_if_there_is_one():
   whole = metrics.compute_metrics(np.array([[3, 1], [0, 4]]), ('a', 'b'))
-  ends = {'miou': [0.5, 0.75], 'pixel_accuracy': [0.8, 0.9], 'mean_f1': [0, 1]}
+  ends = {'miou': [0.5, 0.75], 'pixel_accuracy': [0.8, 0.9]}
   lines = metrics.format_table({**whole, 'interval_95': ends}).splitlines()
-  assert lines[-1] == (
-    '95 % intervals: mIoU 50.00 to 75.00, pixel accuracy 80.00 to 90.00'
-  )
+  assert lines[-1] == '95 % interval of mIoU: 50.00 to 75.00'
   bare = metrics.format_table({**whole, 'interval_95': {}})
   assert bare == metrics.format_table(whole)
 
