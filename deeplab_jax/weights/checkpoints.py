@@ -63,7 +63,7 @@ class Saved(NamedTuple):
       state = state.replace(ema=state.params)
     leaves, treedef = _named(state), jax.tree.structure(state)
     if self.step and (other := leaves.keys() ^ self.arrays.keys()):
-      second = any('/auxiliary/' in name for name in other)
+      second = any(name.startswith('params/auxiliary/') for name in other)
       what = 'loss.auxiliary' if second else 'optimizer'
       raise UserError(
         f'{self.path} is of another {what}: it needs the config.{what} it came'

@@ -120,6 +120,21 @@ def test_state_of_another_optimizer_is_refused(tmp_path):
     saved.open(1).fill(make_state(0)._replace(opt_state=()))
 
 
+def test_only_a_head_that_is_missing_is_said_to_be_missing(tmp_path):
+  head = {'auxiliary': {'kernel': np.zeros(3)}}
+  state = make_state(1)._replace(params=head, opt_state=({'trace': head},))
+  with Checkpoints(tmp_path) as saved:
+    saved.save(state, {})
+    saved.wait()
+    found = saved.open(1)
+    with pytest.raises(UserError, match=r'needs the config\.optimizer it'):
+      found.fill(state._replace(opt_state=({'mu': head},)))
+    with pytest.raises(
+      UserError, match=r'needs the config\.loss\.auxiliary it'
+    ):
+      found.fill(make_state(0))
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
   save(tmp_path, [0.5])
   with Checkpoints(tmp_path) as saved:
