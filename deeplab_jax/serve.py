@@ -257,9 +257,10 @@ def read(data: bytes, most: int, info: DatasetInfo | None = None) -> np.ndarray:
   """
   try:
     if data.startswith(image_files.ARRAY):  # has as many bytes
-      return images.as_pixels(data, info)
-    with image_files.opened('image', data) as image:
-      width, height = image.size
+      height, width = images.as_pixels(data, info).shape[:2]
+    else:
+      with image_files.opened('image', data) as image:
+        width, height = image.size
   except UserError as error:
     too_large = isinstance(error.__cause__, image_files.Unusable)
     reason = f'{str(error).partition("; replace")[0]}; send a JPEG or PNG'

@@ -18,6 +18,7 @@ from miniature import (
 from PIL import Image
 
 from deeplab_jax import Predictor, build, deeplab_v3
+from deeplab_jax.benchmark import measure
 from deeplab_jax.data.datasets import DatasetInfo, voc_palette
 from deeplab_jax.evaluate import evaluate
 from deeplab_jax.evaluation import windows
@@ -29,7 +30,7 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import steps
 from deeplab_jax.weights import networks
-from deeplab_jax.weights.load import Pretrained, input_std
+from deeplab_jax.weights.load import Pretrained
 from deeplab_jax.weights.mapping import NameMap, adapt_stem, flatten
 
 pytestmark = pytest.mark.compiles
@@ -169,6 +170,9 @@ def test_serving_reads_arrays_and_names_what_it_takes(run):
   path = next((run.folder / 'JPEGImages').iterdir())
   found = serve.read(path.read_bytes(), 10_000, info)
   np.testing.assert_array_equal(found, np.load(path))
+  with pytest.raises(serve.HTTPException, match='40x48, 0') as error:
+    serve.read(path.read_bytes(), 40 * 48 - 1, info)
+  assert error.value.status_code == 413
   png = serve.images.encode_image(np.zeros((4, 4, 3), np.uint8))
   with pytest.raises(serve.HTTPException, match='must be uint16') as error:
     serve.read(png, 10_000, info)
@@ -184,12 +188,10 @@ def test_weights_of_rgb_are_adapted_to_bands(run, random_variables, caplog):
   rgb = random_variables(make(sync_bn=False), seed=1)
   with caplog.at_level(logging.INFO):
     state = initialize(pretrained(rgb), state, config)
-  assert 'adapted: the stem, from 3 to 4 channels, times 0.4525' in caplog.text
+  assert 'adapted: the stem, from 3 to 4 channels' in caplog.text
   kernel = flatten(rgb)[STEM][:, :, [0, 1, 2, 0]]
-  expected = kernel * (3 / 4) * (57.7 / 127.5)
-  np.testing.assert_allclose(
-    flatten(state.variables)[STEM], expected, rtol=1e-6
-  )
+  found = flatten(state.variables)[STEM]
+  np.testing.assert_allclose(found, kernel * (3 / 4), rtol=1e-6)
 
 
 def test_a_network_of_bands_and_one_of_rgb_are_told_apart(run):
@@ -235,6 +237,13 @@ def test_saturation_of_other_images_is_refused(run):
     build.make_iterator(config, dataset)
 
 
+def test_the_input_benchmark_measures_each_part_for_bands(run):
+  config = make_config(run.settings, data__cutout=0.5)
+  parts = measure._parts(config, build.open_dataset(config, 'train'))
+  names = ['decode', 'RandomScaleCropFlip', 'ColorJitter', 'Cutout']
+  assert list(parts) == names and min(parts.values()) > 0
+
+
 def test_data_sets_that_keep_no_other_images_refuse_the_setting():
   config = make_config({}, data__as_stored=True)
   with pytest.raises(UserError, match=r'config\.data\.as_stored=True is for'):
@@ -266,7 +275,7 @@ def test_gray_gives_what_rgb_gives_for_gray_three_times(rgb):
     lambda: single.init(jax.random.key(0), gray, train=False)
   )
   adapted, report = pretrained(variables).merge_into(fresh)
-  assert 'adapted: the stem, from 3 to 1 channels, times 1' in str(report)
+  assert 'adapted: the stem, from 3 to 1 channels' in str(report)
   found = jax.jit(lambda v, x: single.apply(v, x, train=False))(adapted, gray)
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(
     variables, gray.repeat(3, -1)
@@ -279,25 +288,12 @@ def test_gray_gives_what_rgb_gives_for_gray_three_times(rgb):
 @pytest.mark.parametrize('channels', [2, 4, 6])
 def test_stems_of_other_channels_answer_equal_bands_as_rgb(channels):
   kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 8)).astype('f')
-  found, _ = adapt_stem(kernel, channels, 1.0)
+  found = adapt_stem(kernel, channels)
   for index in range(channels):
     expected = kernel[:, :, index % 3] * (3 / channels)
     np.testing.assert_allclose(found[:, :, index], expected, rtol=1e-6)
   if channels % 3 == 0:  # timm's rule keeps the sum then
     np.testing.assert_allclose(found.sum(2), kernel.sum(2), atol=1e-5)
-
-
-def test_measured_normalization_keeps_the_size_of_activations():
-  # ImageNet's values have a deviation of about 57.7 in 0..255.
-  assert input_std('keras', measured=False) == pytest.approx(57.7 / 127.5)
-  assert input_std('seed', measured=False) == pytest.approx(57.7)
-  assert input_std('seed', measured=True) == 1
-  kernel = np.ones((7, 7, 3, 2), np.float16)
-  found, done = adapt_stem(kernel, 3, 57.7 / 127.5)
-  np.testing.assert_allclose(found, 57.7 / 127.5)
-  assert done == 'the stem, from 3 to 3 channels, times 0.4525'
-  assert adapt_stem(kernel, 3, 1.0)[0] is kernel
-  assert adapt_stem(kernel, 3, 1.0)[1] == ''
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4, 6])

@@ -162,7 +162,8 @@ def _input(config: ConfigDict, options: FlagValues) -> dict[str, Any]:
 def _parts(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
   """Seconds of an image in a thread, of decoding and of each transform."""
   source, info = dataset.source(config.data.train_split), dataset.info
-  chain = build.make_transforms(config, info.num_classes, info.ignore_label)
+  of_data = info.num_classes, info.ignore_label, info.fill
+  chain = build.make_transforms(config, *of_data)
   rng, times = np.random.default_rng(config.seed), []
   for number in range(_WINDOW + 1):  # the first one warms up
     times.append([time.perf_counter()])
