@@ -14,9 +14,9 @@ from deeplab_jax import build
 from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.labels import Meaning
+from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.load import find_layout
 from deeplab_jax.data.proposals import Proposal
-from deeplab_jax.data.records import Layout
 from deeplab_jax.data.survey import (
   Finding,
   Survey,

@@ -32,6 +32,7 @@ from deeplab_jax.data.images import (
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
+from deeplab_jax.data.listing import Layout, Listing, Made, open_file
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime.errors import LabelError, UserError
 
@@ -44,7 +45,7 @@ class FolderConfig(records.SourceConfig):
 
   directory: str
   split: str
-  listing: records.Listing = dataclasses.field(repr=False)
+  listing: Listing = dataclasses.field(repr=False)
   meaning: labels.Meaning = dataclasses.field(repr=False)
   items: tuple[records.Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
@@ -61,7 +62,7 @@ def load(
   on_bad_image: str,
   as_stored: bool = False,
   tile: int = 0,
-  layout: records.Layout = folder_files.voc_devkit,
+  layout: Layout = folder_files.voc_devkit,
 ) -> records.Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   root = folder_files.find_root(directory)
@@ -101,7 +102,7 @@ def load(
 def _make_config(
   root: pathlib.Path,
   split: str,
-  listing: records.Listing,
+  listing: Listing,
   meaning: labels.Meaning,
   on_bad_image: str,
   as_stored: bool,
@@ -148,9 +149,9 @@ def _make_config(
   )
 
 
-def _state(file: pathlib.Path | records.Made) -> Sequence[Any]:
+def _state(file: pathlib.Path | Made) -> Sequence[Any]:
   """What changes with the contents of a file."""
-  if isinstance(file, records.Made):
+  if isinstance(file, Made):
     return file.state
   return (stat := file.stat()).st_size, stat.st_mtime_ns
 
@@ -200,7 +201,7 @@ def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
   if not tile:
     return False
   size = functools.partial(read_size, as_stored=as_stored, to_cut=True)
-  return math.prod(records.open_file(size, item.image)) > _LARGE
+  return math.prod(open_file(size, item.image)) > _LARGE
 
 
 def read_pair(
@@ -217,9 +218,9 @@ def read_pair(
   """
   cuts = tile > 0
   see = functools.partial(open_picture, as_stored=as_stored, to_cut=cuts)
-  picture = records.open_file(see, item.image)
+  picture = open_file(see, item.image)
   label = functools.partial(open_label, to_cut=cuts)
-  file = records.open_file(label, item.label)
+  file = open_file(label, item.label)
   values = fit_label(item, picture, file, meaning.label_values(file))
   records.check_values(
     item,

@@ -20,7 +20,8 @@ from deeplab_jax.data import labels
 from deeplab_jax.data.datasets import check_class_names
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.records import Item, Listing
+from deeplab_jax.data.listing import Listing
+from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file, read_bytes
 

@@ -18,7 +18,8 @@ from deeplab_jax.data import folder_files
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.records import Item, Listing
+from deeplab_jax.data.listing import Listing
+from deeplab_jax.data.records import Item
 from deeplab_jax.data.voc_sources import hold_out
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file

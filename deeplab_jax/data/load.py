@@ -24,6 +24,7 @@ from deeplab_jax.data import (
 )
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_label
+from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import write_json
@@ -137,7 +138,7 @@ def _loader(name: Any) -> Callable[..., Any] | None:
   return name if callable(name) else LOADERS.get(name)
 
 
-def find_layout(name: Any, options: Mapping[str, Any]) -> records.Layout | None:
+def find_layout(name: Any, options: Mapping[str, Any]) -> Layout | None:
   """Returns a layout, by name or given, with its options; None for a loader."""
   found = _loader(name)
   takes = list(inspect.signature(found).parameters) if found else []
@@ -163,7 +164,7 @@ def load_dataset(
   """Loads a data set, and prepares it first if that was not done yet.
 
   Args:
-    name: a key of `LOADERS`, a layout (see `records.Layout`), or a loader: a
+    name: a key of `LOADERS`, a layout (see `Layout`), or a loader: a
       function that takes, by keyword, those of the other arguments that it
       needs and its own options, and returns for each split a `RecordsBuilder`
       from `records.prepared`.

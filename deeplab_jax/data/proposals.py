@@ -17,8 +17,9 @@ import numpy as np
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.label_files import open_label
 from deeplab_jax.data.labels import OTHER, Meaning, word
+from deeplab_jax.data.listing import open_file
 from deeplab_jax.data.pipeline import in_background
-from deeplab_jax.data.records import Item, open_file
+from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError
 
 _Pixels = collections.Counter[Any]  # by value or color

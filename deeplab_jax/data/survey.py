@@ -20,6 +20,7 @@ from deeplab_jax.data import folder, folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
+from deeplab_jax.data.listing import Layout, Listing, open_file
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
@@ -115,7 +116,7 @@ def survey_folder(
   on_bad_image: str = 'stop',
   as_stored: bool = False,
   tile: int = 0,
-  layout: records.Layout = folder_files.voc_devkit,
+  layout: Layout = folder_files.voc_devkit,
 ) -> Survey:
   """Reads every listed file of a folder once, on all cores.
 
@@ -129,7 +130,7 @@ def survey_folder(
   listings = {split: found for split, found in found_by.items() if found}
   if not listings and len(set(notes[_LIST])) == 1:
     raise UserError(notes[_LIST][0])  # of the folder, not of a split
-  default = records.Listing(origin='', found={}, classes=root / 'classes.txt')
+  default = Listing(origin='', found={}, classes=root / 'classes.txt')
   first = next(iter(listings.values()), default)
   lines = notes.catch(_NO_NAMES, folder_files.read_classes, first)
   label_map = label_map or first.label_map
@@ -179,7 +180,7 @@ def survey_folder(
 
 
 def _count_classes(
-  listing: records.Listing, meaning: labels.Meaning, pixels: np.ndarray
+  listing: Listing, meaning: labels.Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
   in_file = isinstance(path := listing.classes, pathlib.Path)
@@ -202,7 +203,7 @@ def _count_classes(
 
 
 def _read_lists(
-  listings: Mapping[str, records.Listing], notes: _Notes
+  listings: Mapping[str, Listing], notes: _Notes
 ) -> dict[str, dict[str, records.Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
   listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in listings}
@@ -241,7 +242,7 @@ def _check(
   notes = _Notes(list)
   see = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
   label = functools.partial(open_label, to_cut=tile > 0)
-  read = records.open_file
+  read = open_file
   picture = notes.catch(_NO_PICTURES, read, see, item.image)
   file = notes.catch(_NO_INDICES, read, label, item.label)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)

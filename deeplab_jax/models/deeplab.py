@@ -129,9 +129,10 @@ class DeepLabV3(nn.Module):
       ValueError: if images or sizes have the wrong shape.
     """
     check_map('images', images, len(self.mean))
-    rule = f'sizes must be [{len(images)}, 2], (height, width) of each image'
-    shape = None if sizes is None else list(jnp.shape(sizes))
-    require(shape in (None, [len(images), 2]), rule, shape)
+    if sizes is not None:  # else the number of images may be a symbol
+      rule = f'sizes must be [{len(images)}, 2], (height, width) of each image'
+      shape = list(jnp.shape(sizes))
+      require(shape == [len(images), 2], rule, shape)
     stride, size = self.backbone.output_stride, images.shape[1:3]
     x = images.astype(jnp.float32) - jnp.asarray(self.mean)
     x /= jnp.asarray(self.std)

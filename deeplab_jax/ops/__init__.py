@@ -162,11 +162,21 @@ def _conv2d_differential(
 )
 @dataclasses.dataclass(frozen=True)
 class CachedKernel:
-  """Replaces a kernel in the parameters; adds what CPUs compute from it."""
+  """Replaces a kernel in the parameters; adds what CPUs compute from it.
+
+  JAX takes it as the kernel alone, so that other layers may find it, too.
+  """
 
   kernel: jax.Array
   transformed: tuple[jax.Array, ...] = ()
   note: Callable[[Any], None] | None = None
+
+  shape = property(lambda self: self.kernel.shape)
+  dtype = property(lambda self: self.kernel.dtype)
+
+  def __jax_array__(self) -> jax.Array:
+    """Returns the kernel."""
+    return jnp.asarray(self.kernel)
 
 
 def cache_kernels(

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from deeplab_jax.data import images, layouts, load, records, survey
+from deeplab_jax.data.listing import Listing
 from deeplab_jax.runtime.errors import UserError
 
 COUNTS = {'train': 4, 'val': 2}
@@ -291,7 +292,7 @@ def side_by_side(root, split, *, ending='.png'):
     for file in sorted((root / split).glob('*.jpg'))
   }
   names = ['ground', 'left', 'right']
-  return records.Listing(origin=root / split, found=found_, classes=names)
+  return Listing(origin=root / split, found=found_, classes=names)
 
 
 def test_a_layout_is_added_by_one_function_and_one_line(tmp_path, monkeypatch):

@@ -484,16 +484,21 @@ def test_a_module_that_breaks_the_contract_is_told_how(module, words):
     check_backbone(module)
 
 
-SMALL = {'backbone': 'resnet18', 'num_classes': 3, 'width': 0.125}
-SMALL |= {'output_stride': 32, 'aspp_features': 4}
-
-
-@pytest.mark.parametrize('preset', ['paper', 'timm', 'seed'])
+@pytest.mark.parametrize('preset', ['timm', 'seed'])
 def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
   preset,
 ):
-  plain = deeplab_v3(**SMALL, preset=preset)
-  model = deeplab_v3(**SMALL, preset=preset, auxiliary=True)
+  backbone = ResNetV2(
+    (1, 1, 1, 1),
+    PreActBasicUnit,
+    output_stride=32,
+    multi_grid=(1,),
+    width=0.125,
+    stride_unit=PRESETS[preset]['stride_unit'],
+  )
+  small = {'num_classes': 3, 'aspp_features': 4, 'aspp_rates': (6,)}
+  make = functools.partial(deeplab_v3, backbone, preset=preset, **small)
+  plain, model = make(), make(auxiliary=True)
   images = np.random.default_rng(0).uniform(0, 255, (2, 65, 97, 3))
   images = images.astype(np.float32)
   key = jax.random.key(0)
@@ -518,31 +523,30 @@ def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
   # Without its variables it cannot be computed, and is not.
   without = unflatten_dict(main, sep='/')
   apply = functools.partial(model.apply, train=False)
-  logits = jax.jit(apply)(without, images)
-  both, state = jax.jit(
-    functools.partial(apply, mutable=['intermediates', 'batch_stats'])
-  )(variables, images)
+
+  @jax.jit
+  def run(variables, without, images):
+    backbone = {k: v['backbone'] for k, v in without.items()}
+    x = _normalized(model, images)
+    maps = model.backbone.apply(backbone, x, train=False)
+    both = apply(variables, images, mutable=['intermediates'])
+    return maps, apply(without, images), both
+
+  maps, logits, (both, state) = run(variables, without, images)
   np.testing.assert_array_equal(both, logits)
   (second,) = state['intermediates']['auxiliary_logits']
   assert second.shape == logits.shape and second.dtype == jnp.float32
 
   # The stride of block 3 is 16 with timm, else 32; its maps are read there.
-  maps = plain.backbone.apply(
-    {k: v['backbone'] for k, v in without.items()},
-    _normalized(plain, images),
-    train=False,
-  )
   weights = variables['params']['auxiliary']
   stats = variables['batch_stats']['auxiliary']
   x = numpy_branch(np.asarray(maps['block3']), weights['conv'], stats['conv'])
   x = x @ weights['logits']['kernel'][0, 0] + weights['logits']['bias']
-  if preset == 'seed':
-    np.testing.assert_allclose(second[:, 0, 0], x[:, 0, 0], atol=1e-4)
+  if preset == 'seed':  # whose rows lie elsewhere, but for the first
+    x, second = x[:, :1, :1], second[:, :1, :1]
   else:
-    stride = 16 if preset == 'timm' else 32
-    read = second[:, ::stride, ::stride]
-    assert read.shape == x.shape
-    np.testing.assert_allclose(read, x, atol=1e-4)
+    second = second[:, ::16, ::16]
+  np.testing.assert_allclose(second, x, atol=1e-5 * np.abs(x).max())
 
 
 def _normalized(model, images):

@@ -404,3 +404,26 @@ def test_subsampling_keeps_every_nth_pixel_also_of_symbolic_sizes(stride):
     jax.ShapeDtypeStruct(shape, jnp.float32)
   )
   np.testing.assert_array_equal(exported.call(x), expected)
+
+
+class _OthersLayers(nn.Module):
+  """A backbone of Flax's own layers."""
+
+  output_stride: int = 8
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    for _ in range(3):
+      x = nn.relu(nn.Conv(8, (3, 3), 2, padding=1)(x))
+    return {'postnorm': nn.Dense(8)(x)}
+
+
+def test_layers_of_others_take_the_kernels_as_they_are(random_variables):
+  model = deeplab_v3(_OthersLayers(), num_classes=3, aspp_features=8)
+  variables = random_variables(model)
+  cached = ops.cache_kernels(model, variables, SIZE)
+  logits = [
+    jax.jit(functools.partial(model.apply, train=False))(v, image_of(SIZE))
+    for v in (cached, variables)
+  ]
+  assert relative(*logits) < 1e-5
