@@ -60,6 +60,8 @@ def coco(
     listed = [(str(x['file_name']), x, own[x['id']]) for x in content['images']]
     require(bool(listed), 'a split must have images', 'none')
     folder_files.refuse_repeats(path, [name for name, *_ in listed])
+    ids = [f'image {x["id"]}' for x in content['images']]
+    folder_files.refuse_repeats(path, ids)
   folder = _folder(root, images.replace('{split}', split), split, listed[0][0])
   stat = path.stat()
   found = {}

@@ -199,6 +199,7 @@ def first(**changes):
     (image(file_name='/x.jpg'), ["'/x.jpg' leads out of"]),
     (image(file_name='gone.jpg'), ['train2017/gone.jpg is no file']),
     (image(file_name='train000000000000.jpg'), ['stands 2 times']),
+    (image(id=100), ["'image 100' stands 2 times"]),
     (change(lambda x: x['images'][1].pop('height')), ['.jpg', "no 'height'"]),
     (image(width=0), ['train000000000001.jpg', 'a size must fit']),
     (image(width=7), ['must fill the image, (40, 7)']),
