@@ -61,14 +61,18 @@ def coco(
     listed = [(str(x['file_name']), x, own[x['id']]) for x in content['images']]
     require(bool(listed), 'a split must have images', 'none')
     folder_files.refuse_repeats(path, [name for name, *_ in listed])
+    ids = [f'image {x["id"]}' for x in content['images']]
+    folder_files.refuse_repeats(path, ids)
   folder = _folder(root, images.replace('{split}', split), split, listed[0][0])
+  # Splits may use the same names: a folder of the split is a part of the id.
+  inner = f'{folder.name}/' if folder.name.startswith(split) else ''
   stat = path.stat()
   found = {}
   for name, *of_image in listed:
     draw = functools.partial(_draw, f'{path}: {name}', values, *of_image)
     state = stat.st_size, stat.st_mtime_ns
     label = Made(f'{path}: {name}', os.path.basename(name), state, draw)
-    found[name] = _item(folder, name, label)
+    found[name] = _item(folder, name, label, inner)
   if '{split}' not in json:
     found = layouts.share(path, split, found, holdout)
   return Listing(
@@ -114,13 +118,15 @@ def _folder(
   return next(holding, [*folders, root / given][0])
 
 
-def _item(folder: pathlib.Path, name: str, label: Made) -> Item | UserError:
+def _item(
+  folder: pathlib.Path, name: str, label: Made, inner: str
+) -> Item | UserError:
   try:
     inside = folder_files.inside(folder, name)
     image = folder_files.only(name, [folder / inside])
   except UserError as error:
     return error
-  return Item(os.path.splitext(inside)[0], image, label)
+  return Item(inner + os.path.splitext(inside)[0], image, label)
 
 
 def _draw(

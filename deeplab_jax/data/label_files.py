@@ -129,7 +129,11 @@ def _label_pixels(image: Image.Image, raw: str) -> np.ndarray:
   """Returns a loaded label's indices [H, W] or colors uint8 [H, W, 3]."""
   mode, pixels = image.mode, np.array(image)
   if mode in ('LA', 'RGBA'):
-    if (pixels[..., -1] != pixels[0, 0, -1]).any():
+    varies = (pixels[..., -1] != pixels[0, 0, -1]).any()
+    if varies and mode == 'RGBA':  # unless each color has an alpha of its own
+      codes = np.unique(pixels.view('<u4'))
+      varies = len(np.unique(codes & 0xFFFFFF)) < len(codes)
+    if varies:
       raise Unusable(f'transparent pixels (mode {mode}); remove the alpha')
     mode = mode[:-1]
     pixels = pixels[..., 0] if mode == 'L' else pixels[..., :3]

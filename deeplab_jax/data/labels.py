@@ -161,6 +161,7 @@ class Meaning:
     """Returns a value that stands for each class in the files, all different.
 
     Of several values of one class it is the first that the label map names.
+    Raises `UserError` if a class has none, and none is left.
     """
     own = {v: v for v in self.values if v not in self.label_map}
     own |= {
@@ -170,7 +171,13 @@ class Meaning:
     }
     taken = {*own.values(), *self.label_map, self.void_value}
     free = (v for v in range(256) if v not in taken)
-    return tuple(own[v] if v in own else next(free) for v in self.values)
+    values = tuple(own[v] if v in own else next(free, -1) for v in self.values)
+    if -1 in values:
+      raise UserError(
+        f'{_LABEL_MAP} leaves no value for the class '
+        f'{self.classes[values.index(-1)]!r}; give it one, or remove its line'
+      )
+    return values
 
   def label_values(self, file: LabelFile) -> np.ndarray:
     """Returns label values uint8 [H, W]; refuses the color of no class."""

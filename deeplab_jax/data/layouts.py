@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from deeplab_jax.data import folder_files
+from deeplab_jax.data.bands import SUFFIXES
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
@@ -53,8 +54,10 @@ def images_masks(
     if '{split}' in forms[0] and found and not known:
       known, places = found, [x.replace('{split}', split) for x in forms]
       require_split(root / forms[0], split, known)
-  of_images = _find(root, places[0], IMAGE_SUFFIXES)
-  of_masks = _find(root, places[1], LABEL_SUFFIXES)
+  # Splits may use the same names: a folder of the split is a part of the id.
+  own = split if known and all(split in x.split('/') for x in places) else ''
+  of_images = _find(root, places[0], SUFFIXES, own)
+  of_masks = _find(root, places[1], LABEL_SUFFIXES, own)
   origin, ids = root / places[0], dict.fromkeys(of_images)
   if not known and {*root.glob('*.txt')} - {root / 'classes.txt'}:
     origin = root / f'{split}.txt'
@@ -97,8 +100,10 @@ def share(
   return {name: found[name] for name in chosen}
 
 
-def _find(root: pathlib.Path, place: str, suffixes: Sequence[str]) -> _Files:
-  """Finds the files of a folder or glob; an id leaves out fixed folders."""
+def _find(
+  root: pathlib.Path, place: str, suffixes: Sequence[str], own: str
+) -> _Files:
+  """Finds the files of a folder or glob; ids have no fixed folder but `own`."""
   folder = root / place
   if not glob.has_magic(place):
     if not folder.is_dir():
@@ -109,12 +114,16 @@ def _find(root: pathlib.Path, place: str, suffixes: Sequence[str]) -> _Files:
     place += '/**/*'
   fixed = {*root.parts, *(x for x in place.split('/') if not glob.has_magic(x))}
   files: _Files = {}
-  for name in sorted(glob.glob(place, root_dir=root, recursive=True)):
+  found = glob.glob(place, root_dir=root, recursive=True)
+  # An array is the image where there is no other.
+  for name in sorted(found, key=lambda name: (name.endswith('.npy'), name)):
     path = root / name
     if path.suffix.lower() in suffixes:
-      above = [x for x in pathlib.Path(name).parent.parts if x not in fixed]
+      folders = pathlib.Path(name).parent.parts
+      above = [x for x in folders if x == own or x not in fixed]
       key = folder_files.normal('/'.join([*above, path.stem]))
-      files.setdefault(key, []).append(path)
+      if path.suffix != '.npy' or key not in files:
+        files.setdefault(key, []).append(path)
   if not files:
     raise UserError(
       f'{folder}: no image there; suffixes are {" ".join(suffixes)}'

@@ -211,7 +211,9 @@ def _guesses(
 ) -> Iterator[_Guess]:
   """Yields what values may stand for; `own` are the pixels without void."""
   count = len(classes)
-  yield dict(zip(classes, classes, strict=True)), ''
+  same = dict(zip(classes, classes, strict=True))
+  yield same, ''
+  yield same | {65535: void}, '65535, which is -1, is taken for void'
   why = 'counted from 1' + ', so 0 is taken for void' * (0 in pixels)
   yield {0: void} | {value + 1: value for value in classes}, why
   for some, number in itertools.product((own, pixels), (count, 2)):

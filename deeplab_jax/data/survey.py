@@ -165,6 +165,8 @@ def survey_folder(
       tallies[split].class_pixels = of_split[known]
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
+    if notes[_VALUES]:  # which tell something apart
+      of_classes = tuple(x for x in of_classes if x.title != _SAME)
   findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
   text = _count_classes(first, meaning, counts.sum(0))
   findings += of_classes
@@ -190,9 +192,9 @@ def _count_classes(
   text = f'the labels hold {proposals.ranges(values) or "no class"}'
   if pixels[ignored]:
     text += f' and void, {ignored}'
-  if not names:
+  if not names and in_file:
     text += f'; write {path}: {count} lines, one class name each'
-  elif count > names:
+  elif count > names > 0:
     text += f'; but {path if in_file else listing.origin} has {names} names'
   elif in_file:
     text += '; as classes.txt has names'
@@ -282,12 +284,11 @@ def label_findings(
       notes[_SAME].append(text)
     if present:
       notes[_ABSENT] += [f'{classes[index]} in {split}' for index in absent]
-      # Much void, and none where the only absent class is: is it that class?
+      # Void, and none where the only absent class is: is it that class?
       void = sum(
         t.void_pixels for t in tallies.values() if t.class_pixels[absent].any()
       )
-      least = tally.class_pixels[present].min()
-      if len(absent) == 1 and not void and tally.void_pixels > least:
+      if len(absent) == 1 and not void and tally.void_pixels:
         notes[_ABSENT][-1] += f' ({_remedy(absent, values, void_value)})'
     elif split == trained:
       notes[_ALL_VOID].append(f'every pixel in {split} is void, {void_value}')

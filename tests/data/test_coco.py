@@ -111,7 +111,8 @@ def root(tmp_path):
 def test_sparse_categories_become_classes_after_the_background(root, tmp_path):
   data = load_coco(root, tmp_path)
   assert data.info.classes == ('background', 'left', 'right')
-  assert data.names('val') == [f'val{index:012d}' for index in range(2)]
+  ids = [f'val2017/val{index:012d}' for index in range(2)]
+  assert data.names('val') == ids  # not those of another split
   for record in data.source('train'):
     label = images.decode_label(record['label'])
     np.testing.assert_array_equal(label, mini.scene(0)[1])
@@ -199,6 +200,7 @@ def first(**changes):
     (image(file_name='/x.jpg'), ["'/x.jpg' leads out of"]),
     (image(file_name='gone.jpg'), ['train2017/gone.jpg is no file']),
     (image(file_name='train000000000000.jpg'), ['stands 2 times']),
+    (image(id=100), ["'image 100' stands 2 times"]),
     (change(lambda x: x['images'][1].pop('height')), ['.jpg', "no 'height'"]),
     (image(width=0), ['train000000000001.jpg', 'a size must fit']),
     (image(width=7), ['must fill the image, (40, 7)']),

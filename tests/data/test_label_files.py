@@ -157,3 +157,14 @@ def test_constant_alpha_of_a_label_is_dropped_and_other_refused(tmp_path):
   label[0, 0, 1] = 0
   Image.fromarray(label, 'LA').save(path)
   assert 'transparent' in _refused(path)
+
+
+def test_alpha_beside_colors_is_dropped_if_the_colors_tell_as_much(tmp_path):
+  colors = [[0, 0, 0, 0], [9, 0, 0, 255], [0, 0, 9, 255], [0, 0, 0, 0]]
+  path = tmp_path / 'a.png'
+  Image.fromarray(np.uint8([colors]), 'RGBA').save(path)
+  read = label_files.open_label(path)
+  assert read.pixels.tolist() == [[color[:3] for color in colors]]
+  colors[3][3] = 255  # black that shows, and black that does not
+  Image.fromarray(np.uint8([colors]), 'RGBA').save(path)
+  assert 'transparent' in _refused(path)

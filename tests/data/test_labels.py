@@ -292,6 +292,13 @@ def test_each_class_has_a_value_of_its_own_in_predictions(label_map, expected):
   assert meaning.file_values() == expected
 
 
+def test_a_class_that_a_label_map_leaves_no_value_is_named():
+  listed = ('a', 'b', 'c')
+  meaning = labels.Meaning(listed, label_map='0-127:0,128-255:1')
+  with pytest.raises(UserError, match=r'label_map .* the class .c.; give it'):
+    meaning.file_values()
+
+
 def test_a_label_map_beside_colors_is_for_gray_labels():
   listed = ['a 0 0 0', 'b 255 0 0']
   meaning = labels.Meaning(listed, label_map='255:1')

@@ -70,10 +70,20 @@ def test_splits_are_folders_in_either_order(form, tmp_path):
       place = form.format(part=part, split=split)
       write(tmp_path, *(f'{place}/{index}.png' for index in range(count)))
   for split, count in COUNTS.items():
-    assert len(found(tmp_path, split)) == count
+    ids = [f'{split}/{index}' for index in range(count)]  # not those of others
+    assert [*found(tmp_path, split)] == ids
   message = refused(tmp_path, 'valid')
   assert "no such split, 'valid'" in message
   assert message.endswith('known splits: train, val')
+
+
+def test_arrays_are_images_where_there_are_no_others(tmp_path):
+  write(tmp_path, 'images/b.png', *(f'masks/{x}.png' for x in 'ab'))
+  for name in 'ab':
+    np.save(tmp_path / f'images/{name}.npy', np.zeros((40, 48, 4), np.uint16))
+  (tmp_path / 'train.txt').write_text('a\nb\n')
+  pairs = {'a': ('a.npy', 'a.png'), 'b': ('b.png', 'b.png')}
+  assert found(tmp_path, 'train') == pairs
 
 
 def test_globs_name_the_split_and_what_tells_files_apart(tmp_path):

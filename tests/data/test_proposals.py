@@ -74,7 +74,8 @@ def as_table(*values):
 
 def as_void_table(void, *values):
   """The same where the first rows are void."""
-  table = np.uint8([*values, void])
+  table = np.array([*values, void])
+  table = table.astype(np.uint16 if table.max() > 255 else np.uint8)
   return lambda index: table[np.minimum(with_void(scene(index)), 3)]
 
 
@@ -107,6 +108,7 @@ CASES = {
   '1-based': (as_table(1, 2, 3), '0:void,1-3:0-2'),
   '1-based, void 255': (as_void_table(255, 1, 2, 3), '0:void,1-3:0-2'),
   '0 is void': (as_void_table(0, 1, 2, 3), '0:void,1-3:0-2'),
+  '-1 is void': (as_void_table(65535, 0, 1, 2), '65535:void'),
   'levels': (as_table(0, 127, 255), '127:1,255:2'),
   'levels of some tool': (as_table(38, 75, 113), '38:0,75:1,113:2'),
   'levels of 16 bits': (as_table(0, 1000, 2000), '1000:1,2000:2'),

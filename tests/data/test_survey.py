@@ -162,7 +162,7 @@ def test_classes_without_pixels_are_named_by_split(voc_folder):
   ((title, finding),) = findings(voc_folder).items()
   assert title == 'classes without a pixel' and not finding.fatal
   assert finding.examples == (
-    'absent in train',
+    'absent in train (if 255 marks a class, set --config.data.label_map=255:3)',
     'right in val',
     'absent in val',
   )
@@ -193,6 +193,17 @@ def test_masks_of_0_and_255_are_suspect(voc_folder):
   found = findings(voc_folder, fatal=True)
   assert '--config.data.label_map=255:1' in str(*found.values())
   assert not findings(voc_folder, label_map='255:1')
+
+
+def test_unknown_values_are_not_said_to_be_absent(voc_folder):
+  def spread(label):
+    label[:] = np.uint8([0, 128, 255])[label % 255]
+
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    write_label(voc_folder, path.stem, spread)
+  found = survey.survey_folder(voc_folder, SPLITS)
+  assert 'tell nothing apart' not in str(found.findings)
+  assert found.proposal.label_map == '128:1,255:2'
 
 
 def test_training_split_of_void_alone_is_refused(voc_folder):
