@@ -210,7 +210,9 @@ def random_variables():
   def make(model, seed=0):
     shapes = jax.eval_shape(
       lambda key: model.init(
-        key, jnp.zeros((1, 33, 33, len(model.mean))), train=False
+        key,
+        jnp.zeros((1, 33, 33, len(getattr(model, 'mean', 'RGB')))),
+        train=False,
       ),
       jax.random.key(0),
     )
