@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint over a whole split."""
 
 import csv
+import dataclasses
 import io
 import json
 import logging
@@ -58,6 +59,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   config = with_preset(config, network.model['preset'])
   info = DatasetInfo.from_json(network.dataset)
   model = build.make_model(config, info.num_classes, **info.normalization)
+  # Padding has the color of the images that the network was trained on.
+  own = dataclasses.replace(dataset.info, mean=info.mean, std=info.std)
+  dataset = dataclasses.replace(dataset, info=own)
   evaluator = build.make_evaluator(model, dataset, config)
   if saves and evaluator.protocol.transform:
     raise UserError(

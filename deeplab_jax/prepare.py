@@ -169,8 +169,9 @@ def _proposed(
   meaning = Meaning(lines, data.ignore_label, proposal.label_map)
   home = workdir or Path(data.prepared_dir or '~/tensorflow_datasets')
   output = _make_folder(home.expanduser() / 'prepare')
+  how = {'as_stored': data.as_stored, 'tile': data.tile or 0}
   for split, items in survey.items.items():
-    info, source, tally = folder.sample(items, meaning, _SAMPLES)
+    info, source, tally = folder.samples(items, meaning, _SAMPLES, **how)
     title = f'{split}, {tally.num_images:,} images as proposed'
     if tally.num_images:
       page = sample_page(source, info, tally, title)

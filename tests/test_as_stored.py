@@ -103,7 +103,16 @@ def test_the_mean_and_std_of_the_training_images_normalize(run):
   dataset = build.open_dataset(make_config(run.settings), 'val')
   assert dataset.info.mean != predictor.info.mean
   config = make_config(run.settings, data__eval_split='val')
-  assert 0 < evaluate(config, run.workdir)['miou'] < 1
+  padded, make = [], build.make_evaluator
+
+  def made(model, data, config):
+    padded.append(data.info.fill.tolist())
+    return make(model, data, config)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, 'make_evaluator', made)
+    assert 0 < evaluate(config, run.workdir)['miou'] < 1
+  assert padded == [predictor.info.fill.tolist()]
 
 
 def test_prepare_says_what_it_measured_and_draws_it(run, tmp_path, capsys):

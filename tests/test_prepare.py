@@ -259,6 +259,27 @@ def test_folder_with_errors_is_reported_whole_and_refused(
   assert drawn == ['train_proposed.png', 'val_proposed.png']
 
 
+@pytest.mark.parametrize('tile', [0, 40])
+def test_proposals_for_images_as_stored_are_drawn_too(
+  settings, voc_folder, tmp_path, capsys, tile
+):
+  for path in (voc_folder / 'JPEGImages').iterdir():
+    height, width = np.array(Image.open(path)).shape[:2]
+    bands = np.arange(height * width * 4).reshape(height, width, 4)
+    np.save(path.with_suffix('.npy'), bands.astype(np.uint16))
+    path.unlink()
+  for path in (voc_folder / 'SegmentationClass').iterdir():
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label == 255, 255, 50 * label)).save(path)
+  changes = {'data.as_stored': True, 'data.tile': tile or None}
+  changes |= {'data.color_jitter': (0, 0, 0, 0)}
+  with pytest.raises(UserError, match='or try what is proposed'):
+    prepare(make_config({**settings, **changes}), tmp_path / 'w')
+  assert '--config.data.label_map=50:1,100:2' in capsys.readouterr().out
+  drawn = sorted(path.name for path in (tmp_path / 'w' / 'prepare').iterdir())
+  assert drawn == ['train_proposed.png', 'val_proposed.png']
+
+
 def test_unreadable_files_may_be_left_out(
   settings, voc_folder, tmp_path, capsys
 ):

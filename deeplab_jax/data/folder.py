@@ -264,23 +264,37 @@ def cut(
       yield records.Sample(name, whole.file_name, data, label)
 
 
-def sample(
-  items: Sequence[records.Item], meaning: labels.Meaning, most: int
+def samples(
+  items: Sequence[records.Item],
+  meaning: labels.Meaning,
+  most: int,
+  *,
+  tile: int,
+  as_stored: bool,
 ) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
   """Reads some of the items that can be read, as they would be stored."""
   count, void = len(meaning.classes), meaning.stored_ignore_label
-  source, tally = [], Tally(count, void)
+  tally = Tally(count, void)
 
-  def read(item: records.Item) -> dict[str, bytes]:
+  def read(item: records.Item) -> list[dict[str, bytes]]:
     with contextlib.suppress(UserError):
-      image, values, _ = read_pair(item, meaning)
-      label = encode_label(meaning.to_classes(values))
-      return {'image': image, 'label': label, 'name': item.name.encode()}
-    return {}
+      image, values, _ = read_pair(item, meaning, tile, as_stored)
+      whole = records.Sample(item.name, item.image.name, image, values)
+      return [
+        {
+          'image': each.image,
+          'label': encode_label(meaning.to_classes(each.label)),
+          'name': each.name.encode(),
+        }
+        for each in cut(whole, tile, meaning.void_values)
+      ]
+    return []
 
   order = np.random.default_rng(0).permutation(len(items))[:most].tolist()
-  for record in filter(None, in_background(read, [items[i] for i in order])):
-    source.append(record)
+  # Large ones, to be cut, are read one at a time.
+  found = (map if tile else in_background)(read, [items[i] for i in order])
+  source = list(itertools.islice(itertools.chain.from_iterable(found), most))
+  for record in source:
     tally.add(decode_label(record['label']))
   palette = voc_palette(count) if meaning.colors is None else meaning.colors
   return DatasetInfo('', meaning.classes, palette, void), source, tally

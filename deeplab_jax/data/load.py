@@ -1,11 +1,8 @@
 """Data sets by name: prepared on disk once, then read at random access."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +24,6 @@ from deeplab_jax.data.images import decode_label
 from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.records import Builders
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import write_json
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -95,22 +91,14 @@ class Dataset:
   def classes_shown(self, split: str) -> list[list[int]]:
     """Returns the classes in each label, in the order of the records.
 
-    A set that an older version prepared does not know them: its labels are read
-    once, and the result is kept beside it if possible.
+    Those of a set of an older version, which does not know them, are read.
     """
-    builder, info = self._builder(split), self.info
-    if split in (known := builder.info.metadata.get('classes', {})):
+    known = self._builder(split).info.metadata.get('classes', {})
+    if split in known:
       return known[split]
-    path = pathlib.Path(builder.data_path)  # of the records of a version
-    path = path.with_name(f'classes_{records.split_key(split)}.json')
-    with contextlib.suppress(OSError, ValueError):
-      return json.loads(path.read_text())
-    tally = Tally(info.num_classes, info.ignore_label)
+    tally = Tally(self.info.num_classes, self.info.ignore_label)
     labels = (decode_label(record['label']) for record in self.source(split))
-    found = list(map(tally.add, labels))
-    with contextlib.suppress(OSError):
-      write_json(path, found)
-    return found
+    return list(map(tally.add, labels))
 
   def _builder(self, split: str) -> tfds.core.DatasetBuilder:
     if split not in self.builders:
