@@ -2,20 +2,24 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.data import folder, voc
-from deeplab_jax.data.datasets import DatasetInfo, Tally
+from deeplab_jax.data import folder, records, voc
+from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
+from deeplab_jax.data.images import decode_label, encode_label
 from deeplab_jax.data.labels import Meaning
 from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.load import find_layout
+from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.proposals import Proposal
 from deeplab_jax.data.survey import (
   Finding,
@@ -171,12 +175,49 @@ def _proposed(
   output = _make_folder(home.expanduser() / 'prepare')
   how = {'as_stored': data.as_stored, 'tile': data.tile or 0}
   for split, items in survey.items.items():
-    info, source, tally = folder.samples(items, meaning, _SAMPLES, **how)
+    info, source, tally = _samples(items, meaning, **how)
     title = f'{split}, {tally.num_images:,} images as proposed'
     if tally.num_images:
       page = sample_page(source, info, tally, title)
       visualize.save_png(output / f'{split}_proposed.png', page)
       yield f'drawn so: {output}/{split}_proposed.png'
+
+
+def _samples(
+  items: Sequence[records.Item],
+  meaning: Meaning,
+  *,
+  tile: int,
+  as_stored: bool,
+) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
+  """Reads some of the items that can be read, as they would be stored."""
+  count, void = len(meaning.classes), meaning.stored_ignore_label
+  tally = Tally(count, void)
+
+  def read(item: records.Item) -> list[dict[str, bytes]]:
+    with contextlib.suppress(UserError):
+      image, values, _ = folder.read_pair(item, meaning, tile, as_stored)
+      whole = records.Sample(item.name, item.image.name, image, values)
+      return [
+        {
+          'image': each.image,
+          'label': encode_label(meaning.to_classes(each.label)),
+          'name': each.name.encode(),
+        }
+        for each in folder.cut(whole, tile, meaning.void_values)
+      ]
+    return []
+
+  order = np.random.default_rng(0).permutation(len(items))[:_SAMPLES].tolist()
+  # Large ones, to be cut, are read one at a time.
+  found = (map if tile else in_background)(read, [items[i] for i in order])
+  source = list(
+    itertools.islice(itertools.chain.from_iterable(found), _SAMPLES)
+  )
+  for record in source:
+    tally.add(decode_label(record['label']))
+  palette = voc_palette(count) if meaning.colors is None else meaning.colors
+  return DatasetInfo('', meaning.classes, palette, void), source, tally
 
 
 def _show_findings(

@@ -25,15 +25,12 @@ from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.image_files import turn
 from deeplab_jax.data.images import (
   Picture,
-  decode_label,
   encode_image,
-  encode_label,
   open_picture,
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
 from deeplab_jax.data.listing import Layout, Listing, Made, open_file
-from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime.errors import LabelError, UserError
 
 _LARGE = 2**24  # pixels of an image; larger ones are read one at a time
@@ -262,42 +259,6 @@ def cut(
     if not np.isin(label, void).all():
       data = encode_image(np.ascontiguousarray(image[place]))
       yield records.Sample(name, whole.file_name, data, label)
-
-
-def samples(
-  items: Sequence[records.Item],
-  meaning: labels.Meaning,
-  most: int,
-  *,
-  tile: int,
-  as_stored: bool,
-) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
-  """Reads some of the items that can be read, as they would be stored."""
-  count, void = len(meaning.classes), meaning.stored_ignore_label
-  tally = Tally(count, void)
-
-  def read(item: records.Item) -> list[dict[str, bytes]]:
-    with contextlib.suppress(UserError):
-      image, values, _ = read_pair(item, meaning, tile, as_stored)
-      whole = records.Sample(item.name, item.image.name, image, values)
-      return [
-        {
-          'image': each.image,
-          'label': encode_label(meaning.to_classes(each.label)),
-          'name': each.name.encode(),
-        }
-        for each in cut(whole, tile, meaning.void_values)
-      ]
-    return []
-
-  order = np.random.default_rng(0).permutation(len(items))[:most].tolist()
-  # Large ones, to be cut, are read one at a time.
-  found = (map if tile else in_background)(read, [items[i] for i in order])
-  source = list(itertools.islice(itertools.chain.from_iterable(found), most))
-  for record in source:
-    tally.add(decode_label(record['label']))
-  palette = voc_palette(count) if meaning.colors is None else meaning.colors
-  return DatasetInfo('', meaning.classes, palette, void), source, tally
 
 
 def fit_label(
