@@ -50,8 +50,9 @@ def compare(inputs: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
 
 def _table_of(place: str) -> Path:
   """Returns WORKDIR/eval/NAME_images.csv of a place that was typed."""
-  path = as_path(place)
+  hint, path = '', as_path(place)
   if path.is_dir():
+    hint = f'; to write it: --mode=eval --workdir={place}'
     names = [str(x) for x in sorted((path / 'eval').glob(f'*{_END}'))]
     if len(names) > 1:
       several = ' or '.join(name.removesuffix(_END) for name in names)
@@ -59,10 +60,7 @@ def _table_of(place: str) -> Path:
     place = names[0] if names else str(path / 'eval' / 'val_whole')
   name = place.removesuffix(_END).removesuffix('.json')
   if not (path := as_path(f'{name}{_END}')).exists():
-    raise UserError(
-      f'{path}: no such file{near_file(path)}; to write it: --mode=eval'
-      f' --workdir={path.parent.parent}'
-    )
+    raise UserError(f'{path}: no such file{hint or near_file(path)}')
   return path
 
 

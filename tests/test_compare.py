@@ -126,6 +126,8 @@ def test_missing_files_are_named_with_the_command_that_makes_them(places):
   assert line.endswith(f'--mode=eval --workdir={places[1]}')
   line = refused(a, f'{a}/eval/val_whle')
   assert 'there is val_whole_images.csv' in line
+  line = refused(a, f'{a}/nowhere')
+  assert line.endswith('nowhere_images.csv: no such file')
 
 
 def test_several_evaluations_of_a_workdir_are_listed(places):

@@ -98,6 +98,7 @@ def _classes(categories: Sequence[_Json]) -> tuple[list[str], dict[Any, int]]:
   """Returns the names of the classes, and the class of each category."""
   names, values = ['background'], {}
   for each in sorted(categories, key=lambda x: x['id']):
+    require(each['id'] not in values, 'category ids must differ', each['id'])
     own = str(each['name']).casefold() == names[0]
     values[each['id']] = _BACKGROUND if own else len(names)
     names += [] if own else [str(each['name'])]

@@ -40,6 +40,7 @@ _SAME = 'labels that tell nothing apart'
 _ALL_VOID = 'no pixel of a class to train on'
 _NO_NAMES = 'no class names'
 _ABSENT = 'classes without a pixel'
+_HIDDEN = 'void where labels show a single class, and more without void'
 _SHARED = 'ids in two lists, which makes the score worthless'
 _OF_LABELS = (*(_NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID),)
 _TINY = f'tiny images, with a side below {TINY} pixels'
@@ -99,7 +100,7 @@ class _Notes(collections.defaultdict[str, list[str]]):
 
   def findings(self, *allowed: str) -> tuple[Finding, ...]:
     """Returns the problems; titles in `allowed` are no error."""
-    warnings = (*allowed, _ABSENT, _TINY, _HUGE)
+    warnings = (*allowed, _ABSENT, _HIDDEN, _TINY, _HUGE)
     return tuple(
       Finding(title, len(found), tuple(found[:EXAMPLES]), title not in warnings)
       for title, found in self.items()
@@ -165,6 +166,10 @@ def survey_folder(
       tallies[split].class_pixels = of_split[known]
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
+    notes[_HIDDEN] += [
+      str(items[row].label)
+      for row in _hidden(counts[:, known] > 0, counts[:, void].any(1))
+    ]
     if notes[_VALUES]:  # which tell something apart
       of_classes = tuple(x for x in of_classes if x.title != _SAME)
   findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
@@ -179,6 +184,17 @@ def survey_folder(
   return Survey(
     root, text, findings, lines or (), first.classes, known_items, proposal
   )
+
+
+def _hidden(shown: np.ndarray, void: Any) -> list[int]:
+  """Returns labels whose void is probably a class, as 255 in some of 0 and 1.
+
+  `shown` bool [N, C] tells which label shows which class, `void` bool [N] which
+  has void.
+  """
+  classes = shown.sum(1)
+  alone = (classes[void] == 1).all() and (classes[~void] > 1).any()
+  return np.flatnonzero(void & alone).tolist()
 
 
 def _count_classes(

@@ -194,6 +194,10 @@ def first(**changes):
     (two_jsons, ['2 such files', 'train2014', 'options.json']),
     (cut, ['instances_train2017.json: not as COCO defines it', 'export']),
     (change(lambda x: x.pop('categories')), ["no 'categories'"]),
+    (
+      change(lambda x: x['categories'].append(x['categories'][0])),
+      ['category ids must differ'],
+    ),
     (change(lambda x: x['images'].clear()), ['must have images']),
     (change(lambda x: x['categories'].clear()), ["no 'category 3'"]),
     (image(file_name='../../x.jpg'), ["'../../x.jpg' leads out of"]),

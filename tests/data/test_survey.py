@@ -411,3 +411,17 @@ def test_void_in_the_place_of_a_class_is_hinted_at():
   other['train'] = tally(9, 5, void=1)  # there it means void
   (found,) = survey.label_findings(info('a', 'b'), other, 'train')
   assert found.examples == ('b in val',)
+
+
+def test_void_that_is_a_class_in_some_files_is_hinted_at(voc_folder):
+  others = 'train_0', 'train_2', 'train_4', 'train_5', 'val_0', 'val_1', 'val_2'
+  for name in others:
+    write_label(voc_folder, name, lambda x: np.place(x, x == 255, 0))
+  for name in ('train_1', 'train_3'):
+    write_label(voc_folder, name, lambda x: np.place(x, x > 0, 255))
+  found = findings(voc_folder)[survey._HIDDEN]
+  assert not found.fatal
+  assert [name.rpartition('/')[2] for name in found.examples] == [
+    'train_1.png',
+    'train_3.png',
+  ]
