@@ -151,8 +151,13 @@ def initialize(
   pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
+  own = (pretrained.dataset or {}).get('mean')
+  there, here = (
+    sources.input_std(config.model.preset, measured=measured)
+    for measured in (bool(own), config.data.as_stored)
+  )
   variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), config.init_allow
+    jax.device_get(state.variables), config.init_allow, there / here
   )
   _open.cache_clear()
   if distributed.is_first_process():

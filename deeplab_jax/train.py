@@ -110,7 +110,7 @@ def _start(
   latest = saved.open('latest') if saved.steps else None
   distributed.check_same({f'{workdir}: its step': latest and latest.step})
   if latest:
-    config = with_preset(config, latest.metadata['model']['preset'])
+    config = with_preset(config, networks.preset_of(latest.metadata))
     load = latest.fill
   elif config.init_from:
     weights, config = import_weights.open_source(config)

@@ -30,7 +30,7 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.train import train_and_evaluate
 from deeplab_jax.training import steps
 from deeplab_jax.weights import networks
-from deeplab_jax.weights.load import Pretrained
+from deeplab_jax.weights.load import Pretrained, input_std
 from deeplab_jax.weights.mapping import NameMap, adapt_stem, flatten
 
 pytestmark = pytest.mark.compiles
@@ -197,10 +197,11 @@ def test_weights_of_rgb_are_adapted_to_bands(run, random_variables, caplog):
   rgb = random_variables(make(sync_bn=False), seed=1)
   with caplog.at_level(logging.INFO):
     state = initialize(pretrained(rgb), state, config)
-  assert 'adapted: the stem, from 3 to 4 channels' in caplog.text
+  assert 'adapted: the stem, from 3 to 4 channels, times 0.4525' in caplog.text
   kernel = flatten(rgb)[STEM][:, :, [0, 1, 2, 0]]
   found = flatten(state.variables)[STEM]
-  np.testing.assert_allclose(found, kernel * (3 / 4), rtol=1e-6)
+  expected = kernel * (3 / 4) * (57.7 / 127.5)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_network_of_bands_and_one_of_rgb_are_told_apart(run):
@@ -297,12 +298,24 @@ def test_gray_gives_what_rgb_gives_for_gray_three_times(rgb):
 @pytest.mark.parametrize('channels', [2, 4, 6])
 def test_stems_of_other_channels_answer_equal_bands_as_rgb(channels):
   kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 8)).astype('f')
-  found = adapt_stem(kernel, channels)
+  found, _ = adapt_stem(kernel, channels, 1.0)
   for index in range(channels):
     expected = kernel[:, :, index % 3] * (3 / channels)
     np.testing.assert_allclose(found[:, :, index], expected, rtol=1e-6)
   if channels % 3 == 0:  # timm's rule keeps the sum then
     np.testing.assert_allclose(found.sum(2), kernel.sum(2), atol=1e-5)
+
+
+def test_measured_normalization_keeps_the_size_of_activations():
+  # ImageNet's values have a deviation of about 57.7 in 0..255.
+  assert input_std('keras', measured=False) == pytest.approx(57.7 / 127.5)
+  assert input_std('seed', measured=False) == pytest.approx(57.7)
+  assert input_std('seed', measured=True) == 1
+  kernel = np.ones((7, 7, 3, 2), np.float16)
+  found, done = adapt_stem(kernel, 3, 57.7 / 127.5)
+  np.testing.assert_allclose(found, 57.7 / 127.5)
+  assert done == 'the stem, from 3 to 3 channels, times 0.4525'
+  assert adapt_stem(kernel, 3, 1.0)[0] is kernel
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4, 6])

@@ -662,7 +662,9 @@ def test_classes_without_a_pixel_are_warned_of_before_the_first_step(
   )
   with pytest.raises(ZeroDivisionError):
     train_and_evaluate(make_config(trained.settings), tmp_path / 'w')
-  assert 'classes without a pixel: absent in train; absent in val' in said
+  hint = '(if 255 marks a class, set --config.data.label_map=255:3)'
+  line = f'absent in train {hint}; absent in val {hint}'
+  assert f'classes without a pixel: {line}' in said
 
 
 def settings_of(workdir):

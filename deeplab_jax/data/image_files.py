@@ -159,10 +159,11 @@ def _unidentified(path: Path, data: bytes) -> UserError:
     with contextlib.suppress(cv2.error):
       values = decode(data, cv2.IMREAD_UNCHANGED)
   if values is not None:  # a whole TIFF of numbers that Pillow does not know
+    other = ', or set config.data.as_stored=True' * (values.dtype.kind == 'u')
     return UserError(
       f'{path}: {kind}, from {np.nanmin(values):.6g} to'
       f' {np.nanmax(values):.6g}; gray and RGB of 8 or 16 bits are read: store'
-      ' 8 bits, 0 to 255'
+      f' 8 bits, 0 to 255{other}'
     )
   reason = f'TIFF: damaged or unknown, {kind}' if kind else 'damaged or unknown'
   if data[4:11] in (b'ftyphei', b'ftyphev', b'ftypmif'):
@@ -199,7 +200,8 @@ def refuse_extra_channels(image: Image.Image) -> None:
     if samples > known:
       raise Unusable(
         f'{samples} channels, {samples - known} of them neither color nor '
-        'alpha; store the three that make the picture as RGB'
+        'alpha; store the three that make the picture as RGB, or set'
+        ' config.data.as_stored=True'
       )
 
 

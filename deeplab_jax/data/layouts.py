@@ -59,7 +59,8 @@ def images_masks(
   of_images = _find(root, places[0], SUFFIXES, own)
   of_masks = _find(root, places[1], LABEL_SUFFIXES, own)
   origin, ids = root / places[0], dict.fromkeys(of_images)
-  if not known and {*root.glob('*.txt')} - {root / 'classes.txt'}:
+  lists = (root / f'{name}.txt' for name in (split, *_SPLITS))
+  if not known and any(path.is_file() for path in lists):
     origin = root / f'{split}.txt'
     ids = dict.fromkeys(folder_files.read_list(root, split))
   elif not known:

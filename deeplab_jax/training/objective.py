@@ -107,6 +107,8 @@ def batch_loss(
       values[name] = loss(*given, across=across)
     else:
       each[name] = loss(*given, label_smoothing)
+      found, rule = each[name].shape, 'must return a value per pixel, as shaped'
+      require(found == labels.shape, f'terms: {name} {rule}', found)
       summed += weight * each[name]
   weights = pixel_weights(labels, class_weights, ignore_label)
   if hardest < 1:  # by the loss alone: a weight makes no pixel harder

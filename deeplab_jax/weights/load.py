@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError
@@ -28,6 +29,7 @@ SOURCES = (
 )
 _CLASS_LAYER = '/logits/'
 _STEM = 'params/backbone/stem/kernel'
+_IMAGENET_STD = 57.7  # of values in 0..255, about the same for R, G and B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Pretrained:
     return asked or self.presets[0]
 
   def merge_into(
-    self, variables: Mapping[str, Any], allow: Iterable[str] = ()
+    self,
+    variables: Mapping[str, Any],
+    allow: Iterable[str] = (),
+    scale: float = 1.0,
   ) -> tuple[dict[str, Any], MergeReport]:
     """Puts the weights in the place of a model's variables.
 
@@ -72,10 +77,9 @@ class Pretrained:
       )
     arrays, unused, adapted = self.arrays, dict(self.names.unused), ''
     if _STEM in arrays and _STEM in leaves:
-      stem, channels = arrays[_STEM], leaves[_STEM].shape[2]
-      if stem.shape[2] == 3 != channels:
-        arrays = {**arrays, _STEM: mapping.adapt_stem(stem, channels)}
-        adapted = f'the stem, from 3 to {channels} channels'
+      channels = leaves[_STEM].shape[2]
+      stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
+      arrays = {**arrays, _STEM: stem}
     initial = dict.fromkeys(allow, 'allowed by name')
     initial['*/auxiliary/*'] = 'the file has no auxiliary head'
     here, there = _num_classes(leaves), self.num_classes
@@ -102,6 +106,15 @@ class Pretrained:
       return merged, dataclasses.replace(report, adapted=adapted)
     except UserError as error:
       raise UserError(f'{self.source}: {error}') from error
+
+
+def input_std(preset: str, *, measured: bool) -> float:
+  """The standard deviation of what a stem sees, about.
+
+  It is 1 if images are normalized by their measured mean and std; else that of
+  ImageNet under the preset.
+  """
+  return 1.0 if measured else _IMAGENET_STD / PRESETS[preset]['std'][0]
 
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
@@ -311,5 +324,5 @@ def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
     if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
   names = NameMap({path: path for path in arrays})
-  presets, dataset = (metadata['model']['preset'],), metadata['dataset']
+  presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
   return Pretrained(source, names, arrays, presets, settings, dataset)

@@ -176,17 +176,26 @@ def merge_variables(
   return merged, MergeReport(tuple(values), kept, unused or {})
 
 
-def adapt_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
-  """Fits kernels [k, k, 3, F] of RGB to images of so many channels.
+def adapt_stem(
+  kernel: np.ndarray, channels: int, scale: float
+) -> tuple[np.ndarray, str]:
+  """Fits kernels [k, k, 3, F] of RGB to images of other channels.
 
   For one channel they are summed, as if gray were seen as RGB. For others they
   are repeated in turn, times 3 / channels, so that the outputs keep their size:
-  `adapt_input_conv` of timm (Wightman, "PyTorch Image Models", 2019).
+  `adapt_input_conv` of timm (Wightman, "PyTorch Image Models", 2019). All are
+  multiplied by `scale`. Returns the kernels, and what was done; '' for nothing.
   """
+  have = kernel.shape[2]
+  if (have, scale) == (channels, 1.0):
+    return kernel, ''
   kernel = np.asarray(kernel, np.float32)
-  if channels == 1:
-    return kernel.sum(2, keepdims=True)
-  return kernel[:, :, np.arange(channels) % 3] * np.float32(3 / channels)
+  if have == 3 and channels == 1:
+    kernel = kernel.sum(2, keepdims=True)
+  elif have == 3:
+    kernel = kernel[:, :, np.arange(channels) % 3] * (3 / channels)
+  done = f'the stem, from {have} to {channels} channels, times {scale:.4g}'
+  return kernel * np.float32(scale), done
 
 
 def _refuse(what: str, culprits: list[str]) -> None:

@@ -44,8 +44,7 @@ def open_network(
   with Checkpoints(workdir) as checkpoints:
     saved = checkpoints.open(name)
     metadata, metrics = saved.metadata, checkpoints.metrics(saved.step)
-    preset = model['preset'] or metadata['model']['preset']
-    model = {**model, 'preset': preset}
+    model = {**model, 'preset': model['preset'] or preset_of(metadata)}
     dataset = dataset or metadata['dataset']
     check_same_architecture(metadata, describe(model, dataset), workdir)
   there, stride = metadata['dataset'], metadata['model']['output_stride']
@@ -66,11 +65,17 @@ def describe(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps({'model': model, 'dataset': dataset}))
 
 
+def preset_of(metadata: dict[str, Any]) -> str:
+  """Returns the preset of a checkpoint's network; old ones name none."""
+  return metadata['model'].get('preset') or 'paper'
+
+
 def check_same_architecture(
   saved: dict[str, Any], asked: dict[str, Any], workdir: str | Path
 ) -> None:
   """Raises a `UserError` that names what differs between two `describe`."""
-  there, here = saved['model'], asked['model']
+  there = {**saved['model'], 'preset': preset_of(saved)}
+  here = asked['model']
   keys = 'preset', *SHAPING, 'num_classes'
   pairs = [(key, there[key], here[key]) for key in keys]
   old, new = (

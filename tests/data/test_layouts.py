@@ -86,6 +86,16 @@ def test_arrays_are_images_where_there_are_no_others(tmp_path):
   assert found(tmp_path, 'train') == pairs
 
 
+def test_other_texts_beside_the_folders_are_no_lists(tmp_path):
+  for place in ('images', 'masks'):
+    write(tmp_path, *(f'{place}/{index}.png' for index in range(4)))
+  (tmp_path / 'README.txt').write_text('by hand')
+  splits = [found(tmp_path, split, holdout=0.5) for split in ('train', 'val')]
+  assert sorted(map(len, splits)) == [2, 2]
+  (tmp_path / 'val.txt').write_text('3\n')
+  assert list(found(tmp_path, 'val')) == ['3']
+
+
 def test_globs_name_the_split_and_what_tells_files_apart(tmp_path):
   for split in COUNTS:
     for city in 'ab':

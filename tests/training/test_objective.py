@@ -220,3 +220,12 @@ def test_a_loss_of_regions_from_outside_sums_over_the_devices():
   one, four = (step(n, drawn(), terms=terms) for n in (1, 4))
   assert_close(four, one)
   assert 0.25 < one[1]['loss_recall'] < 1
+
+
+def test_a_loss_that_is_neither_of_pixels_nor_of_regions_is_refused():
+  def mean(logits, labels, ignore_label, label_smoothing):
+    return softmax_cross_entropy(logits, labels, ignore_label).mean()
+
+  logits, labels = jnp.zeros((2, 4, 5, 3)), jnp.zeros((2, 4, 5), jnp.int32)
+  with pytest.raises(ValueError, match='mean must return a value per pixel'):
+    batch_loss(logits, labels, terms=(mean,))

@@ -42,3 +42,13 @@ def test_settings_that_shape_no_variable_may_differ():
   asked = {**MODEL, 'output_stride': 8, 'aspp_rates': (6, 12, 18)}
   saved = json.loads(json.dumps(describe(MODEL, DATASET)))
   check_same_architecture(saved, describe(asked, DATASET), 'w')
+
+
+def test_an_old_checkpoint_that_names_no_preset_has_that_of_the_paper():
+  saved = describe({**MODEL, 'preset': 'paper'}, DATASET)
+  asked = json.loads(json.dumps(saved))
+  del saved['model']['preset']
+  check_same_architecture(saved, asked, 'w')
+  asked['model']['preset'] = 'seed'
+  with pytest.raises(UserError, match='preset paper there, seed asked for'):
+    check_same_architecture(saved, asked, 'w')
