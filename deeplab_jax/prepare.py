@@ -102,8 +102,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     'class_weights': [float(weight) for weight in weights],
     'findings': [dataclasses.asdict(finding) for finding in findings],
   }
-  records = Path(dataset.builders[data.train_split].data_path)
-  output = _make_folder((workdir or records.parent) / 'prepare')
+  home = Path(dataset.builders[data.train_split].data_path).parent
+  output = _make_folder((workdir or home) / 'prepare')
   write_json(output / 'prepare.json', result)
   with replacing(output / 'prepare.txt') as temporary:
     Path(temporary).write_text(''.join(text), encoding='utf-8')

@@ -83,7 +83,7 @@ def make_train_iterator(
   for number, classes in enumerate(shown):
     for each in classes:
       having.setdefault(each, []).append(number)
-  choices = [having[each] for each in sorted(having)]
+  choices = [np.array(having[each]) for each in sorted(having)]
   rule = 'class_sampling needs `shown`'
   require(not class_sampling or choices != [], rule, shown)
 
