@@ -87,7 +87,7 @@ def _by_tifffile(
     width = max(series.shape[series.axes.index('X')], 1)
     image_files.check_pixels(width, series.size // width, to_cut=to_cut)
     try:
-      pixels, tag = series.asarray(), file.pages[0].tags.get(274)
+      pixels, tag = series.asarray(), series.keyframe.tags.get(274)
     except Exception as error:  # of each compression its own
       raise image_files.unreadable(path, error) from error
   pixels = pixels if series.axes[0] == 'Y' else np.moveaxis(pixels, 0, -1)
