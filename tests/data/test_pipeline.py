@@ -153,7 +153,7 @@ def test_one_record_looks_different_every_time():
 
 
 def test_stream_of_older_versions_never_changes():
-  # Labels and unscaled images: these are the same on every machine.
+  # Unscaled, as versions of OpenCV scale differently.
   rng, records = np.random.default_rng(0), []
   for _ in range(6):
     size = tuple(rng.integers(20, 50, 2))
@@ -161,13 +161,11 @@ def test_stream_of_older_versions_never_changes():
     label = rng.integers(0, 5, size, np.uint8)
     records.append(_record(image, label))
   digest = hashlib.sha256()
-  for scale in ((0.5, 2.0), (1.0, 1.0)):
-    chain = (transforms.RandomScaleCropFlip((32, 24), scale),)
-    for batch in _take(6, records, chain, start_step=2):
-      digest.update(batch['label'].tobytes())
-      if scale[0] == 1:
-        digest.update(batch['image'].tobytes())
-  assert digest.hexdigest().startswith('69f2252fda42e8292e374c76cb315fbe')
+  chain = (transforms.RandomScaleCropFlip((32, 24), (1.0, 1.0)),)
+  for batch in _take(6, records, chain, start_step=2):
+    digest.update(batch['label'].tobytes())
+    digest.update(batch['image'].tobytes())
+  assert digest.hexdigest().startswith('d29d5a1deb5265f8fc8e47cdf0e59057')
 
 
 # Of 20 records all show class 0, five also class 1, and one class 4.

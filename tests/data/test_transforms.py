@@ -469,7 +469,8 @@ def test_a_turned_window_is_what_is_computed_by_hand(degrees, mirrored):
   difference = np.abs(found[0] - expected[0])
   near_void = np.ones((3, 3), np.uint8)
   edge = cv2.dilate((expected[1] == 255).astype(np.uint8), near_void) > 0
-  assert difference[~edge].max() <= 1.5
+  # OpenCV 4 rounds places to 1/32 pixel.
+  assert difference[~edge].max() <= 2
   assert (found[1] == expected[1]).mean() > 0.98
   assert (expected[1] == 255).any()
 
