@@ -88,9 +88,9 @@ def load(
       builders[split] = builder
   except LabelError as error:
     listed = {split: config.items for split, config in configs.items()}
-    proposal = proposals.propose(listed, lines, ignore_label)
     fixed = not isinstance(listing.classes, pathlib.Path)
-    if not proposal or (proposal.new and fixed):
+    proposal = proposals.propose(listed, lines, ignore_label, fixed=fixed)
+    if not proposal:
       raise
     raise UserError(f'{error}; {proposal}') from error
   return builders

@@ -48,12 +48,17 @@ class Proposal(NamedTuple):
 
 
 def propose(
-  listed: Mapping[str, Sequence[Item]], lines: Sequence[str], ignore_label: int
+  listed: Mapping[str, Sequence[Item]],
+  lines: Sequence[str],
+  ignore_label: int,
+  *,
+  fixed: bool = False,
 ) -> Proposal | None:
   """Reads the labels of each split and guesses what they mean.
 
-  `lines` are those of classes.txt, none if it has to be written. Returns None
-  without a guess, or if there is nothing to repair.
+  `lines` are those of classes.txt, none if it has to be written; if they are
+  `fixed`, none is added. Returns None without a guess, or if there is nothing
+  to repair.
   """
   meaning, void = Meaning(lines, ignore_label), ignore_label
   read = functools.partial(_read, skipped=-1 if void < len(lines) else void)
@@ -84,7 +89,7 @@ def propose(
     used = ' or '.join(ranges(sorted(whole)).rsplit(', ', 1))
     reasons += filter(None, [f'all labels are {used}', guess[1]])
   text, new = _write(table, void), names[len(lines) :]
-  if not (text or new) or (new and meaning.color_values):
+  if not (text or new) or (new and (fixed or meaning.color_values)):
     return None
   return Proposal(text, new, '; '.join(reasons), tuple(rows))
 
@@ -295,7 +300,7 @@ def _named(
 
 
 def _write(table: Mapping[Any, int], void: int) -> str:
-  """Writes a label map shortly: values in ranges, and only what changes."""
+  """Writes a label map briefly: values in ranges, and only what changes."""
   # With `other`, all classes are named and void is not.
   kept = {
     key: target
@@ -324,7 +329,7 @@ def _range(first: int, last: int) -> str:
 
 
 def ranges(values: Sequence[int]) -> str:
-  """Writes ascending numbers shortly: '0 to 3, 7'."""
+  """Writes ascending numbers as ranges: '0 to 3, 7'."""
   runs = []
   for _, run in itertools.groupby(enumerate(values), lambda x: x[1] - x[0]):
     first, *others = (value for _, value in run)

@@ -42,7 +42,7 @@ _NO_NAMES = 'no class names'
 _ABSENT = 'classes without a pixel'
 _HIDDEN = 'void where labels show a single class, and more without void'
 _SHARED = 'ids in two lists, which makes the score worthless'
-_OF_LABELS = (*(_NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID),)
+_OF_LABELS = _NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
 _ALONE = threading.Lock()  # held while a large image is in memory
@@ -178,9 +178,10 @@ def survey_folder(
   known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
   proposal = None
   if any(found.fatal and found.title in _OF_LABELS for found in findings):
-    proposal = proposals.propose(known_items, lines or (), ignore_label)
-  if proposal and proposal.new and not isinstance(first.classes, pathlib.Path):
-    proposal = None  # the layout fixes the names
+    fixed = not isinstance(first.classes, pathlib.Path)
+    proposal = proposals.propose(
+      known_items, lines or (), ignore_label, fixed=fixed
+    )
   return Survey(
     root, text, findings, lines or (), first.classes, known_items, proposal
   )

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
+from deeplab_jax.data.labels import count_values
 from deeplab_jax.runtime.errors import UserError, first_line, require
 
 Array = np.ndarray
@@ -76,7 +77,7 @@ class RandomScaleCropFlip:
       window = self._look(label, (void,), cv2.INTER_NEAREST_EXACT, place)
       if self.max_share == 1:
         break
-      counts = _count_values(window)
+      counts = count_values(window)
       counts[void] = 0
       if 0 < counts.max() <= self.max_share * counts.sum():
         break
@@ -133,11 +134,6 @@ def _draw_span(
   first = min(round(start * length / scaled), length - 1)
   last = max(round((start + shown) * length / scaled), first + 1)
   return slice(first, last), shown
-
-
-def _count_values(label: Array) -> Array:
-  """Counts each value of a label uint8 [H, W], faster than numpy: [256]."""
-  return cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
 
 
 def _check_size(size: Sequence[int]) -> None:
@@ -330,7 +326,7 @@ class OfRecipe:
       raise UserError(f'{culprit} failed: {first_line(error)}') from error
     if found != expected:
       raise UserError(f'{culprit} must return {expected}, got {found}')
-    counts = _count_values(label)
+    counts = count_values(label)
     counts[: self.num_classes] = counts[self.ignore_label] = 0
     if counts.any():
       raise UserError(
