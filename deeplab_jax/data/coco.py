@@ -143,13 +143,14 @@ def _draw(
       min(size) > 0 and size[0] * size[1] < 2**30, 'a size must fit', size
     )
     label = np.full(size, _BACKGROUND, np.uint8)
-
-    def order(each: _Json) -> tuple[bool, int]:
-      return not each.get('iscrowd'), -int(_mask(each, size).sum())
-
-    for each in sorted(annotations, key=order):
-      crowd, value = each.get('iscrowd'), values[each['category_id']]
-      label[_mask(each, size)] = _VOID if crowd else value
+    below = label.size + 1  # as if they had more pixels than the image
+    areas = np.full(size, below)  # of the instance on top
+    for each in annotations:
+      crowd, mask = each.get('iscrowd'), _mask(each, size)
+      area = below if crowd else int(mask.sum())
+      mask &= area <= areas
+      label[mask] = _VOID if crowd else values[each['category_id']]
+      areas[mask] = area
   return encode_label(label)
 
 
