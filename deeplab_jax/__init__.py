@@ -2,8 +2,13 @@
 
 from typing import Any
 
-from deeplab_jax.models.deeplab import PRESETS, DeepLabV3, deeplab_v3
-from deeplab_jax.models.resnet import BACKBONES, ResNetV2
+from deeplab_jax.models.deeplab import (
+  PRESETS,
+  DeepLabV3,
+  deeplab_v3,
+  deeplab_v3plus,
+)
+from deeplab_jax.models.resnet import BACKBONES, ResNetV1, ResNetV2
 from deeplab_jax.weights.load import load_pretrained
 
 __version__ = '0.1.0'
@@ -13,8 +18,10 @@ __all__ = [
   'PRESETS',
   'DeepLabV3',
   'Predictor',
+  'ResNetV1',
   'ResNetV2',
   'deeplab_v3',
+  'deeplab_v3plus',
   'load_pretrained',
 ]
 

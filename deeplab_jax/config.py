@@ -33,14 +33,19 @@ def get_config() -> ConfigDict:
   config.list = False  # `--mode=import` only prints where each array goes
 
   model = config.model = ConfigDict()
-  # `paper`, `seed`, `slim`, `keras` or `timm`. Unset: that of the weights.
+  # `paper`, `seed`, `slim`, `keras`, `timm`, `torchvision` or `vainf`. Unset:
+  # that of the weights.
   model.preset = placeholder(str)
-  model.backbone = _open('resnet18')  # or resnet34, 50, 101, 152, 200
+  # Or resnet34, 50, 101, 152, 200; of version 1.5: `resnet18_v1` and so on.
+  model.backbone = _open('resnet18')
   model.width = 0.25  # factor on the channels of the backbone
   model.output_stride = 8  # or 16, 32; may change after training
   model.multi_grid = _open((1, 2, 4))  # factors on the rates in block 4
   model.aspp_rates = _open((6, 12, 18))  # rates at output stride 16
   model.aspp_features = 64  # channels of each ASPP branch
+  # Before the class layer: `conv`, a 3x3 convolution, or `v3plus`, on finer
+  # features, too.
+  model.decoder = 'none'
   model.bn_decay = 0.97  # decay of the running batch statistics
   model.bn_epsilon = placeholder(float)  # of the variance; unset: by preset
   model.dtype = 'float32'  # or bfloat16; parameters stay float32

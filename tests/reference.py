@@ -107,6 +107,63 @@ def timm_shapes(base=64, units=UNITS):
   yield 'head.fc.bias', (1000,)
 
 
+def torchvision_shapes(head='torchvision', base=64, units=UNITS, classes=21):
+  """Names and shapes of torchvision's and VainF's variables.
+
+  `head` is 'torchvision' (with the auxiliary head), 'vainf', 'v3plus', or ''
+  for a ResNet of torchvision with its classifier.
+  """
+
+  def conv(name, out, into, size=1):
+    yield f'{name}.weight', (out, into, size, size)
+
+  def bn(name, width):
+    for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
+      yield f'{name}.{leaf}', (width,)
+
+  def both(name, first, out, into, size=1):
+    yield from conv(f'{name}{first}', out, into, size)
+    yield from bn(f'{name}{first + 1}', out)
+
+  root, last = 'backbone.' if head else '', base
+  yield from conv(f'{root}conv1', base, 3, 7)
+  yield from bn(f'{root}bn1', base)
+  for s, count in enumerate(units):
+    width = base * 2**s
+    for b in range(count):
+      unit = f'{root}layer{s + 1}.{b}'
+      for i, (out, into, size) in enumerate(
+        ((width, last, 1), (width, width, 3), (4 * width, width, 1)), 1
+      ):
+        yield from conv(f'{unit}.conv{i}', out, into, size)
+        yield from bn(f'{unit}.bn{i}', out)
+      if b == 0:
+        yield from both(f'{unit}.downsample.', 0, 4 * width, last)
+      last = 4 * width
+  if not head:
+    yield from (('fc.weight', (1000, last)), ('fc.bias', (1000,)))
+    return
+  start, aspp = {
+    'torchvision': ('classifier.', 'classifier.0.'),
+    'vainf': ('classifier.classifier.', 'classifier.classifier.0.'),
+    'v3plus': ('classifier.classifier.', 'classifier.aspp.'),
+  }[head]
+  plus = head == 'v3plus'
+  if plus:
+    yield from both('classifier.project.', 0, 48, 4 * base)
+  for i in range(4):
+    yield from both(f'{aspp}convs.{i}.', 0, 256, last, 3 if i else 1)
+  yield from both(f'{aspp}convs.4.', 1, 256, last)
+  yield from both(f'{aspp}project.', 0, 256, 5 * 256)
+  yield from both(start, 1 - plus, 256, 256 + 48 * plus, 3)
+  yield f'{start}{4 - plus}.weight', (classes, 256, 1, 1)
+  yield f'{start}{4 - plus}.bias', (classes,)
+  if head == 'torchvision':
+    yield from both('aux_classifier.', 0, last // 8, last // 2, 3)
+    yield 'aux_classifier.4.weight', (classes, last // 8, 1, 1)
+    yield 'aux_classifier.4.bias', (classes,)
+
+
 def keras_shapes(base=64, top=False, units=UNITS):
   """Names and shapes of `ResNet50V2`, as Keras 3.15 prints them."""
 

@@ -1,7 +1,7 @@
-"""Atrous spatial pyramid pooling with image-level features, and a plain head.
+"""Heads: atrous spatial pyramid pooling, the decoder of v3+, and a plain one.
 
-Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
-(2017), section 3.3.
+ASPP is from Chen et al., "Rethinking Atrous Convolution for Semantic Image
+Segmentation" (2017), section 3.3.
 """
 
 import functools
@@ -68,6 +68,36 @@ class ASPP(nn.Module):
       maps.append(conv(3, rate, *shared, name=f'atrous{i}')(x, train=train))
     project = conv(1, 1, *shared, name='project')
     return project(jnp.concatenate(maps, -1), train=train)
+
+
+class Decoder(nn.Module):
+  """A 3x3 convolution before the class layer, in v3+ of finer features, too.
+
+  Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic
+  Image Segmentation" (2018), section 3.1, without separable convolutions.
+
+  Attributes:
+    features: channels of the output.
+    low_level_features: channels to which the finer map is reduced.
+    norm, dtype: see `ResNetV2`.
+  """
+
+  features: int = 256
+  low_level_features: int = 48
+  norm: Callable[..., nn.Module] = nn.BatchNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, low_level: jax.Array | None, *, train: bool
+  ) -> jax.Array:
+    """Maps [B, H, W, C], with a map [B, H, W, D] in v3+, to features."""
+    shared = True, self.norm, self.dtype
+    if low_level is not None:
+      reduce = ConvNormRelu(self.low_level_features, 1, 1, *shared, name='low')
+      x = jnp.concatenate([reduce(low_level, train=train), x], -1)
+    conv = ConvNormRelu(self.features, 3, 1, *shared, name='conv')
+    return conv(x, train=train)
 
 
 class FCNHead(nn.Module):

@@ -1,11 +1,12 @@
-"""DeepLab v3: images in, class logits of the same size out.
+"""DeepLab v3 and v3+: images in, class logits of the same size out.
 
 Feature (i, j) lies at pixel (i, j) * output_stride, whatever the image size.
 At those pixels the logits are the feature map's own; between them they are
-interpolated linearly. The 'asymmetric' upsampling of the seed network differs.
+interpolated linearly. The other ways of `upsampling` are those of other code.
 
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation"
-(2017).
+(2017), and for v3+ "Encoder-Decoder with Atrous Separable Convolution for
+Semantic Image Segmentation" (2018).
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from flax import linen as nn
 from jax import lax
 
 from deeplab_jax import ops
-from deeplab_jax.models.aspp import ASPP, FCNHead
+from deeplab_jax.models.aspp import ASPP, Decoder, FCNHead
 from deeplab_jax.models.layers import Conv, resample
 from deeplab_jax.models.resnet import BACKBONES
 from deeplab_jax.runtime.errors import (
@@ -35,7 +36,8 @@ class Backbone(Protocol):
 
   It takes normalized images [B, H, W, C] and returns a dict of maps
   [B, h, w, C]. The map that the head reads has h = ceil(H / output_stride) rows
-  and ceil(W / output_stride) columns.
+  and ceil(W / output_stride) columns. The decoder of v3+ needs 'low_level', a
+  map of ceil(H / 4) rows and ceil(W / 4) columns.
   """
 
   output_stride: int
@@ -69,7 +71,7 @@ def check_backbone(backbone: Any, features: str = 'postnorm') -> None:
 
 
 class DeepLabV3(nn.Module):
-  """Backbone, ASPP, class layer and bilinear upsampling.
+  """Backbone, ASPP, perhaps a decoder, class layer and bilinear upsampling.
 
   Attributes:
     backbone: maps normalized images to features, see `Backbone`.
@@ -79,10 +81,13 @@ class DeepLabV3(nn.Module):
     upsampling: 'align_corners' is the geometry described above. 'asymmetric'
       stretches the map's h rows over the image's H, so that row i reads row
       i * h / H: TensorFlow 1's default, used to train the seed network.
+      'half_pixel' reads row (i + 1/2) * h / H - 1/2: PyTorch's default.
     mean, std: of each channel; values v become (v - mean) / std.
     dtype: type to compute in; parameters and logits are always float32.
     auxiliary: a head on the map 'block3', or None. It is computed only if the
       collection 'intermediates' is mutable, and gives 'auxiliary_logits' there.
+    decoder: refines what the ASPP gives, see `Decoder`, or None.
+    low_level: whether the decoder reads the map 'low_level', as in v3+.
   """
 
   backbone: nn.Module
@@ -94,9 +99,11 @@ class DeepLabV3(nn.Module):
   std: tuple[float, ...] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
   auxiliary: nn.Module | None = None
+  decoder: nn.Module | None = None
+  low_level: bool = False
 
   def __post_init__(self) -> None:
-    choices = ('align_corners', 'asymmetric')
+    choices = ('align_corners', 'asymmetric', 'half_pixel')
     check_choice('upsampling', self.upsampling, choices)
     if self.num_classes < 1:
       raise ValueError(f'num_classes must be from 1, got {self.num_classes}')
@@ -152,29 +159,43 @@ class DeepLabV3(nn.Module):
     with padding:
       maps = self.backbone(x.astype(self.dtype), train=train)
       x = self.aspp(maps[self.features], train=train, mask=mask)
+      if self.decoder:
+        fine = None
+        if self.low_level:
+          fine = _needed(maps, 'low_level', 'decoder of v3+')
+          x = self._resampled(x, fine.shape[1:3], (4 / stride,) * 2)
+          stride = 4
+        x = self.decoder(x, fine, train=train)
     if self.has_variable('dropout', 'scale'):  # [B, 1, 1, C], from training
       x *= self.get_variable('dropout', 'scale').astype(x.dtype)
     wanted = self.is_mutable_collection('intermediates')
     if self.auxiliary and (wanted or self.is_initializing()):
-      if 'block3' not in maps:
-        rule = "the auxiliary head needs the backbone's map 'block3'"
-        raise UserError(f'{rule}, and it gives {", ".join(maps)}')
-      y = self.auxiliary(maps['block3'], train=train)
+      y = _needed(maps, 'block3', 'auxiliary head')
+      y = self.auxiliary(y, train=train)
       pairs = zip(y.shape[1:3], extended, strict=True)
       step = [(rows - 1) / max(n - 1, 1) for rows, n in pairs]
-      y = self._upsampled(y, size, step)
+      y = self._resampled(y, size, step)
       self.sow('intermediates', 'auxiliary_logits', y)
     x = Conv(self.num_classes, use_bias=True, name='logits')(x)
-    return self._upsampled(x, size, (1 / stride, 1 / stride))
+    return self._resampled(x, size, (1 / stride, 1 / stride))
 
-  def _upsampled(self, x: jax.Array, size: Any, step: Any) -> jax.Array:
-    if self.upsampling == 'asymmetric':
+  def _resampled(self, x: jax.Array, size: Any, step: Any) -> jax.Array:
+    """Reads a map at `size` points, `step` of its pixels apart if aligned."""
+    if self.upsampling != 'align_corners':
       step = x.shape[1] / size[0], x.shape[2] / size[1]
-    return resample(x, size, step)
+    center = 0.5 if self.upsampling == 'half_pixel' else 0.0
+    return resample(x, size, step, center=center)
 
   def _extended(self, size: Any) -> Any:
     stride = self.backbone.output_stride
     return -(-(size - 1) // stride) * stride + 1 if self.pads_freely else size
+
+
+def _needed(maps: dict[str, jax.Array], name: str, by: str) -> jax.Array:
+  if name not in maps:
+    rule = f'the {by} needs the map {name!r} of the backbone'
+    raise UserError(f'{rule}, which gives {", ".join(maps)}')
+  return maps[name]
 
 
 _PAPER: dict[str, Any] = {
@@ -189,6 +210,7 @@ _PAPER: dict[str, Any] = {
   'aspp_activation': True,
   'scale_aspp_rates': True,
   'auxiliary': None,
+  'decoder': 'none',
   'features': 'postnorm',
   'upsampling': 'align_corners',
   'mean': (127.5, 127.5, 127.5),
@@ -196,6 +218,18 @@ _PAPER: dict[str, Any] = {
   'bn_decay': 0.9997,
   'bn_epsilon': 1e-5,
   'axis_name': None,
+}
+
+_TORCHVISION = _PAPER | {
+  'multi_grid': (1, 1, 1),
+  'stride_unit': 'first',
+  'aspp_rates': (12, 24, 36),
+  'scale_aspp_rates': False,
+  'decoder': 'conv',
+  'features': 'block4',
+  'upsampling': 'half_pixel',
+  'mean': (123.675, 116.28, 103.53),
+  'std': (58.395, 57.12, 57.375),
 }
 
 # 'slim', 'keras' and 'timm' take ImageNet backbones under the paper's head.
@@ -217,7 +251,11 @@ PRESETS: dict[str, dict[str, Any]] = {
   'keras': _PAPER
   | {'conv_bias': True, 'stem_pool': 'zero', 'bn_epsilon': 1.001e-5},
   'timm': _PAPER | {'stride_unit': 'first'},
+  # Networks of v1.5 backbones. torchvision's rates are for output stride 8.
+  'torchvision': _TORCHVISION,
+  'vainf': _TORCHVISION | {'aspp_rates': (6, 12, 18), 'scale_aspp_rates': True},
 }
+DECODERS = ('none', 'conv', 'v3plus')
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   'aspp_rates': ('numbers from 1', lambda x: len(x) > 0 and min(x) >= 1),
   'aspp_features': ('at least 1', lambda x: x >= 1),
@@ -253,7 +291,9 @@ def deeplab_v3(
       `scale_aspp_rates` doubles them at 8 (section 4.1) and halves them at 32.
       `bn_decay` is the decay of the running batch statistics. `axis_name` is
       the mapped axis; batch statistics are averaged over its devices.
-      A true `auxiliary` adds an `FCNHead` for training.
+      A true `auxiliary` adds an `FCNHead` for training. `decoder` is 'none',
+      'conv', a 3x3 convolution before the class layer, or 'v3plus', see
+      `Decoder`.
 
   Raises:
     ValueError: for an unknown name or an impossible value.
@@ -266,6 +306,7 @@ def deeplab_v3(
     require(holds(settings[name]), f'{name} must be {rule}', settings[name])
   known = ('float32', 'bfloat16', jnp.float32, jnp.bfloat16)
   require(dtype in known, 'dtype must be float32 or bfloat16', dtype)
+  check_choice('decoder', settings['decoder'], DECODERS)
   norm = functools.partial(
     nn.BatchNorm,
     momentum=settings['bn_decay'],
@@ -287,6 +328,18 @@ def deeplab_v3(
   aspp = ASPP(tuple(rates), features, activation, norm, dtype)
   if settings['auxiliary']:
     settings['auxiliary'] = FCNHead(num_classes, norm, dtype)
-  names = 'auxiliary', 'features', 'upsampling', 'mean', 'std'
-  head = {key: settings[key] for key in names}
+  low_level = settings['decoder'] == 'v3plus'
+  decoder = Decoder(features, norm=norm, dtype=dtype)
+  settings['decoder'] = decoder if settings['decoder'] != 'none' else None
+  names = 'auxiliary', 'decoder', 'features', 'upsampling', 'mean', 'std'
+  head = {key: settings[key] for key in names} | {'low_level': low_level}
   return DeepLabV3(backbone, aspp, num_classes, dtype=dtype, **head)
+
+
+def deeplab_v3plus(*args: Any, **settings: Any) -> DeepLabV3:
+  """Builds a DeepLab v3+: `deeplab_v3` with `decoder='v3plus'`.
+
+  Its decoder joins 48 channels of the features at stride 4, so that edges are
+  finer than the output stride. The rest is as of `deeplab_v3`.
+  """
+  return deeplab_v3(*args, decoder='v3plus', **settings)

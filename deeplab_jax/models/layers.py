@@ -65,26 +65,30 @@ def resample(
   size: Sequence[int],
   step: tuple[float, float],
   sizes: jax.Array | None = None,
+  *,
+  center: float = 0.0,
 ) -> jax.Array:
-  """Reads a map on another grid of the same origin, by linear interpolation.
+  """Reads a map on another grid, by linear interpolation.
 
-  Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at
-  (i * step[0], j * step[1]). Past the last row or column of a map, that row or
-  column is repeated. `sizes`, int [B, 2], are the sizes of the maps before
-  padding at the bottom and right.
+  Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at row
+  (i + center) * step[0] - center, columns alike. A `center` of 0.5 aligns the
+  corners of pixels, 0 the centers of the first ones. Outside a map, its nearest
+  row or column is repeated. `sizes`, int [B, 2], are the sizes of the maps
+  before padding at the bottom and right.
   """
   batch, height, width, channels = x.shape
   heights, widths = (None, None) if sizes is None else sizes.T
   if (size[1], step[1]) != (width, 1):
     x = jnp.einsum(
       '...ow,...hwc->...hoc' if sizes is not None else 'ow,bhwc->bhoc',
-      _interpolation(width, size[1], step[1], widths).astype(x.dtype),
+      _interpolation(width, size[1], step[1], widths, center).astype(x.dtype),
       x,
       precision=lax.Precision.HIGHEST,
     )
   if (size[0], step[0]) != (height, 1):
     # Last, and with the batch first, so that no large result is transposed.
-    matrix = _interpolation(height, size[0], step[0], heights).astype(x.dtype)
+    matrix = _interpolation(height, size[0], step[0], heights, center)
+    matrix = matrix.astype(x.dtype)
     x = lax.dot_general(
       jnp.broadcast_to(matrix, (batch, *matrix.shape[-2:])),
       x.reshape(batch, height, size[1] * channels),
@@ -95,10 +99,11 @@ def resample(
 
 
 def _interpolation(
-  length: int, out: int, step: float, lengths: jax.Array | None
+  length: int, out: int, step: float, lengths: jax.Array | None, center: float
 ) -> jax.Array:
   """Weights [out, length] of `resample`; [B, out, length] with lengths [B]."""
   last = length - 1 if lengths is None else lengths[:, None] - 1
-  positions = jnp.minimum(jnp.arange(out) * step, last)
+  positions = (jnp.arange(out) + center) * step - center
+  positions = jnp.clip(positions, 0, last)
   places = jnp.arange(length)
   return jnp.maximum(0, 1 - jnp.abs(positions[..., None] - places))

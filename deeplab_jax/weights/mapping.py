@@ -20,6 +20,7 @@ from flax import traverse_util
 from deeplab_jax.models.resnet import BACKBONES
 from deeplab_jax.runtime.errors import UserError
 
+_JOINED = 'params/aspp/project/conv/kernel'
 _SHOWN = 6  # names shown in an error or a report; more are counted
 
 # Where an array of a module belongs, by the last part of its name in a file.
@@ -48,6 +49,7 @@ class NameMap:
   unused: dict[str, str] = dataclasses.field(default_factory=dict)  # and why
   unknown: tuple[str, ...] = ()  # names that fit nothing
   kernels: str = 'HWIO'  # axes of the file's convolution kernels, or 'OIHW'
+  pooling_last: bool = False  # whether its ASPP joins image pooling last
 
   @classmethod
   def build(
@@ -56,6 +58,7 @@ class NameMap:
     target: Callable[[str], tuple[str, str]],
     unused: Mapping[str, str],
     kernels: str = 'HWIO',
+    pooling_last: bool = False,
   ) -> 'NameMap':
     """Sorts the names of a file.
 
@@ -73,7 +76,7 @@ class NameMap:
         targets[name] = _LEAVES[leaf].format(module)
       else:
         unknown.append(name)
-    return cls(targets, idle, tuple(unknown), kernels)
+    return cls(targets, idle, tuple(unknown), kernels, pooling_last)
 
   def apply(self, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the arrays by path, kernels as HWIO; two for one are refused."""
@@ -84,6 +87,8 @@ class NameMap:
       array = np.asarray(arrays[name])
       if self.kernels == 'OIHW' and array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
+        if self.pooling_last and path == _JOINED:
+          array = np.roll(array, array.shape[3], axis=2)
       placed[path] = array
     return placed
 
@@ -217,4 +222,5 @@ def backbone_of(paths: Iterable[str]) -> str:
   layers = 3 if any(path.endswith('/conv3/kernel') for path in paths) else 2
   # A ResNet is named after its layers: those of the units, stem and classifier.
   name = f'resnet{layers * len(units) + 2}'
+  name += '' if any('/preact/' in path for path in paths) else '_v1'
   return name if name in BACKBONES else ''

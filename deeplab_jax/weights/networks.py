@@ -8,7 +8,10 @@ from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
 
 # The settings, beside the preset, on which the use of the variables depends.
-SHAPING = ('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates')
+SHAPING = (
+  *('backbone', 'width', 'multi_grid', 'aspp_features', 'aspp_rates'),
+  'decoder',
+)
 
 
 class Network(NamedTuple):
@@ -77,6 +80,7 @@ def check_same_architecture(
   there = {**saved['model'], 'preset': preset_of(saved)}
   here = asked['model']
   keys = 'preset', *SHAPING, 'num_classes'
+  there.setdefault('decoder', 'none')  # of checkpoints before there were any
   pairs = [(key, there[key], here[key]) for key in keys]
   old, new = (
     (len(x['dataset'].get('mean', ())) or 'RGB', x['dataset'].get('bits', 8))

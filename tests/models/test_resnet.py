@@ -10,8 +10,11 @@ from flax import linen as nn
 
 from deeplab_jax.models.resnet import (
   BACKBONES,
+  BasicUnit,
+  BottleneckUnit,
   PreActBasicUnit,
   PreActBottleneckUnit,
+  ResNetV1,
   ResNetV2,
   unit_geometry,
 )
@@ -27,37 +30,48 @@ def parameters(model):
 
 
 # The bottleneck counts are those of timm's resnetv2_50 and resnetv2_101
-# (25,549,352 and 44,541,480) without their 1000-class layer of 2,049,000.
+# (25,549,352 and 44,541,480) without their 1000-class layer of 2,049,000; those
+# of v1.5 are torchvision's (11,689,512, 25,557,032 and 44,549,160) without it.
 @pytest.mark.parametrize(
-  ('name', 'count'), [('resnet50', 23_500_352), ('resnet101', 42_492_480)]
+  ('name', 'count'),
+  [
+    ('resnet50', 23_500_352),
+    ('resnet101', 42_492_480),
+    ('resnet18_v1', 11_689_512 - 513_000),
+    ('resnet50_v1', 25_557_032 - 2_049_000),
+    ('resnet101_v1', 44_549_160 - 2_049_000),
+  ],
 )
-def test_parameter_count_equals_timm(name, count):
+def test_parameter_count_equals_timm_and_torchvision(name, count):
   assert parameters(BACKBONES[name]()) == count
 
 
-def counted_by_hand(units, basic):
-  """Parameters of a pre-activation ResNet, unit by unit."""
+def counted_by_hand(units, basic, v1):
+  """Parameters of a ResNet, unit by unit."""
   total, channels = 7 * 7 * 3 * 64, 64
   for block, count in enumerate(units):
     width = 64 * 2**block
     out = width if basic else 4 * width
     for _ in range(count):
-      total += 2 * channels
+      # V2 normalizes what comes in, and v1 what the last convolution gives.
+      total += 2 * (out if v1 else channels)
       if basic:
         total += 9 * channels * width + 2 * width + 9 * width * width
       else:
         total += channels * width + 2 * width + 9 * width**2 + 2 * width
         total += width * out
-      total += channels * out if channels != out else 0
+      if channels != out:
+        total += channels * out + 2 * out * v1
       channels = out
-  return total + 2 * channels
+  return total + 2 * (64 if v1 else channels)
 
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_parameter_count_equals_the_sum_over_units(name):
   backbone = BACKBONES[name]()
-  expected = counted_by_hand(backbone.units, backbone.unit is PreActBasicUnit)
-  assert parameters(backbone) == expected
+  basic = backbone.unit in (PreActBasicUnit, BasicUnit)
+  v1 = isinstance(backbone, ResNetV1)
+  assert parameters(backbone) == counted_by_hand(backbone.units, basic, v1)
 
 
 def test_geometry_at_each_output_stride_equals_the_slim_tables():
@@ -114,21 +128,26 @@ def test_geometry_with_striding_first_units_equals_the_timm_tables():
 
 
 @pytest.mark.parametrize(
-  ('unit', 'size'),
-  [(PreActBasicUnit, (65, 50)), (PreActBottleneckUnit, (50, 65))],
+  ('network', 'unit', 'size'),
+  [
+    (ResNetV2, PreActBasicUnit, (65, 50)),
+    (ResNetV2, PreActBottleneckUnit, (50, 65)),
+    (ResNetV1, BasicUnit, (50, 65)),
+    (ResNetV1, BottleneckUnit, (65, 50)),
+  ],
 )
 @pytest.mark.parametrize(
   'settings', [{}, {'stride_unit': 'first', 'conv_bias': True}]
 )
 def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
-  unit, size, settings, random_variables
+  network, unit, size, settings, random_variables
 ):
   norm = functools.partial(nn.BatchNorm, dtype=jnp.float64)
   images = np.random.default_rng(3).normal(size=(1, *size, 3))
   with jax.enable_x64(True):
     outputs, variables = {}, None
     for stride in (8, 16, 32):
-      model = ResNetV2(
+      model = network(
         (2, 2, 2, 3),
         unit,
         output_stride=stride,
@@ -141,7 +160,11 @@ def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
       outputs[stride] = jax.jit(functools.partial(model.apply, train=False))(
         variables, images
       )
-  for key in ('block4', 'postnorm'):
+  for stride in (16, 32):
+    np.testing.assert_array_equal(
+      outputs[stride]['low_level'], outputs[8]['low_level']
+    )
+  for key in ('block4', 'postnorm')[: 1 + (network is ResNetV2)]:
     dense = np.asarray(outputs[8][key])
     assert dense.dtype == np.float64
     assert dense.std() > 0.1
@@ -151,8 +174,11 @@ def test_features_at_stride_8_subsampled_equal_those_at_16_and_32(
       )
 
 
-def test_output_sizes_round_up_at_any_input_size(random_variables):
-  model = BACKBONES['resnet18'](width=0.125)
+@pytest.mark.parametrize(
+  ('name', 'last'), [('resnet18', 'last'), ('resnet18_v1', 'first')]
+)
+def test_output_sizes_round_up_at_any_input_size(name, last, random_variables):
+  model = BACKBONES[name](width=0.125, stride_unit=last)
   variables = random_variables(model)
   for height, width in ((33, 50), (16, 1), (70, 31)):
     shapes = jax.eval_shape(
@@ -161,8 +187,9 @@ def test_output_sizes_round_up_at_any_input_size(random_variables):
     )
     for key, stride, channels in (
       ('stem', 4, 8),
-      ('block1', 8, 8),
-      ('block2', 16, 16),
+      ('low_level', 4, 8),
+      ('block1', 8 if last == 'last' else 4, 8),
+      ('block2', 16 if last == 'last' else 8, 16),
       ('block4', 16, 64),
     ):
       expected = (2, -(-height // stride), -(-width // stride), channels)

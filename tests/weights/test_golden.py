@@ -1,18 +1,24 @@
 """The numbers of the reference networks, from their own code.
 
 `tests/golden/README.md` says how they were computed. Weights follow a formula
-of the variable's name; those of the seed and of timm pass through the
-project's own name mappings.
+of the variable's name; they pass through the project's own name mappings.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
-from reference import UNITS, slim_shapes, timm_shapes, weight
+from reference import (
+  UNITS,
+  slim_shapes,
+  timm_shapes,
+  torchvision_shapes,
+  weight,
+)
 
 from deeplab_jax import deeplab_v3
 from deeplab_jax.training.optimizers import make_optimizer, poly_schedule
@@ -20,6 +26,11 @@ from deeplab_jax.training.steps import TrainState, train_step
 from deeplab_jax.weights.mapping import flatten, merge_variables
 from deeplab_jax.weights.tf_slim import map_tf_slim
 from deeplab_jax.weights.timm import map_timm
+from deeplab_jax.weights.torchvision import (
+  map_torchvision,
+  presets_of,
+  settings_of,
+)
 
 pytestmark = pytest.mark.compiles
 
@@ -122,6 +133,69 @@ def test_timm_backbone_gives_the_numbers_of_its_own_code(
   assert_equal_to_golden(
     np.asarray(ours)[..., ::16], golden[name], f'timm {name}'
   )
+
+
+@pytest.fixture(scope='module')
+def torch_segmenter():
+  """Makes the variables of a network of golden/torch_segmenters.npz once."""
+
+  @functools.cache
+  def make(head):
+    shapes = dict(torchvision_shapes(head))
+    settings = {'preset': presets_of(shapes)[0], **settings_of(shapes)}
+    settings['auxiliary'] = head == 'torchvision'
+    model = deeplab_v3('resnet50_v1', **settings)
+    variables, report = variables_of(
+      model, shapes.items(), 'torch', map_torchvision, {}
+    )
+    assert not report.initial and not report.unused
+    return settings, variables
+
+  return make
+
+
+@pytest.mark.parametrize(
+  ('head', 'place'),
+  [
+    ('torchvision', 'torchvision_v3_r50/os8_97x129'),
+    ('torchvision', 'torchvision_v3_r50/os8_96x128'),
+    ('vainf', 'vainf_v3_r50/os16_97x129'),
+    ('vainf', 'vainf_v3_r50/os16_96x128'),
+    ('vainf', 'vainf_v3_r50/os8_97x129'),
+    ('v3plus', 'vainf_v3plus_r50/os16_97x129'),
+    ('v3plus', 'vainf_v3plus_r50/os16_96x128'),
+  ],
+)
+def test_segmenters_of_pytorch_give_the_numbers_of_their_own_code(
+  head, place, torch_segmenter
+):
+  golden = np.load(GOLDEN / 'torch_segmenters.npz')
+  settings, variables = torch_segmenter(head)
+  stride, *size = map(int, re.findall(r'os(\d+)_(\d+)x(\d+)', place)[0])
+  model = deeplab_v3('resnet50_v1', output_stride=stride, **settings)
+  apply = functools.partial(
+    model.apply,
+    train=False,
+    mutable=['intermediates'],
+    capture_intermediates=lambda module, method: (
+      module.name in ('backbone', 'logits') and method == '__call__'
+    ),
+  )
+  upsampled, captured = jax.jit(apply)(variables, image_of(size))
+  inner = captured['intermediates']
+  (features,) = inner['backbone']['__call__']
+  (logits,) = inner['logits']['__call__']
+  ours = {
+    'features': features['block4'][..., ::32],
+    'logits': logits,
+    'upsampled': upsampled[:, ::8, ::8],
+  }
+  if f'{place}/aux' in golden:
+    ours['aux'] = inner['auxiliary_logits'][0][:, ::8, ::8]
+  assert sum(name.startswith(f'{place}/') for name in golden) == len(ours)
+  for key, value in ours.items():
+    name = f'{place}/{key}'
+    assert_equal_to_golden(np.asarray(value), golden[name], name)
 
 
 # The names of `golden/torch_train_step.py`, by ours.
