@@ -52,7 +52,10 @@ def make_paths_absolute(config: ConfigDict) -> None:
   """Lets paths mean the same in any folder, in place."""
   for key in (*_SOURCES, *_RESULTS):
     value = config_path.get_value(key, config)
-    if value and '://' not in value and (key, value) != ('init_from', 'keras'):
+    published = key == 'init_from' and re.match(
+      r'keras$|torchvision/', value or ''
+    )
+    if value and '://' not in value and not published:
       path = os.path.abspath(os.path.expanduser(value))
       config.update_from_flattened_dict({key: path})
 

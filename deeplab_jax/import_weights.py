@@ -107,6 +107,8 @@ def config_of(source: str | None, backbone: Any) -> ConfigDict:
   backbone = backbone if backbone in PUBLISHED else 'resnet50'
   pretrained = _open(config.init_from, backbone)
   config.model.update(pretrained.settings, preset=pretrained.presets[0])
+  if config.model.preset == 'vainf':
+    config.model.output_stride = 16  # of its training and published results
   return config
 
 

@@ -44,7 +44,7 @@ def download(
   """Returns the path of a file from the web; downloads it if needed.
 
   The addresses are tried in order; the first gives the file its name, but only
-  when its digest is right ('md5:' or 'sha256:' and hexadecimal digits). A
+  when its digest is right ('md5:' or 'sha256:' and the first digits). A
   broken connection leaves `NAME.part`, from which the next address or the next
   run goes on. The environment names the proxies (`https_proxy`, `no_proxy`).
 
@@ -57,7 +57,7 @@ def download(
   part, reasons = _part(path), []
   try:
     with locked(folder / f'.{path.name}.lock'):
-      if path.exists() and _digest(path, digest) == digest:
+      if path.exists() and _digest(path, digest).startswith(digest):
         return path
       if size is not None:
         needed = missing_bytes(path, size)
@@ -117,7 +117,7 @@ def _complete(url: str, part: Path, digest: str, size: int | None) -> None:
       if failures == _ATTEMPTS:
         raise
   found = _digest(part, digest)
-  if found == digest:
+  if found.startswith(digest):
     return
   part.unlink()
   if resumed:  # The older part may be wrong.

@@ -66,7 +66,7 @@ def _layers(root: Any) -> dict[str, np.ndarray]:
 
 def map_keras(names: Iterable[str]) -> NameMap:
   """Maps the names that `read_keras` gives."""
-  return NameMap.build(names, _target, _UNUSED)
+  return NameMap.build(names, _target, _UNUSED, ('keras',))
 
 
 def _target(name: str) -> tuple[str, str]:

@@ -15,17 +15,18 @@ import numpy as np
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
-from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.weights import mapping
-from deeplab_jax.weights.keras import PUBLISHED, map_keras, read_keras
+from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.weights import keras, mapping, torchvision
+from deeplab_jax.weights.keras import map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
-from deeplab_jax.weights.timm import hub_file, map_timm, read_timm
+from deeplab_jax.weights.timm import hub_file, map_timm, read_safetensors
+from deeplab_jax.weights.torchvision import map_torchvision, read_torch
 
 SOURCES = (
-  "'keras', hf://timm/REPOSITORY, a TF-slim checkpoint or its .tar.gz, an .h5"
-  ' of Keras, a .safetensors of timm, or a workdir or checkpoint of this'
-  ' project'
+  "'keras', torchvision/NAME, hf://timm/REPOSITORY, a TF-slim checkpoint or its"
+  ' .tar.gz, an .h5 of Keras, a .safetensors of timm, torchvision or VainF, a'
+  ' .pth of the last two, or a workdir or checkpoint of this project'
 )
 _CLASS_LAYER = '/logits/'
 _STEM = 'params/backbone/stem/kernel'
@@ -85,7 +86,7 @@ class Pretrained:
     here, there = _num_classes(leaves), self.num_classes
     if not _has_head(arrays):
       why = 'the file holds a backbone alone'
-      initial |= {'*/aspp/*': why, '*/logits/*': why}
+      initial |= {'*/aspp/*': why, '*/decoder/*': why, '*/logits/*': why}
     elif here != there:
       initial['*/logits/*'] = 'the file has other classes'
       arrays = {p: x for p, x in arrays.items() if _CLASS_LAYER not in p}
@@ -140,7 +141,8 @@ def load_pretrained(
   Given as `preset`, it is checked.
 
   Args:
-    source: one of `SOURCES`; 'keras' downloads Keras's ImageNet weights.
+    source: one of `SOURCES`; 'keras' downloads Keras's ImageNet weights, and
+      'torchvision/NAME' what torchvision publishes under a name.
     variables: `params` and `batch_stats`.
     preset: the preset that the model was built with.
     allow: patterns of names in the file that may fit nothing, and of paths of
@@ -162,7 +164,10 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
   no such source, or it is damaged.
   """
   if source == 'keras':
-    path = _published(backbone)
+    path = _published(keras.PUBLISHED, backbone, "'keras'", 'md5')
+  elif source.startswith('torchvision/'):
+    name = source.removeprefix('torchvision/')
+    path = _published(torchvision.PUBLISHED, name, 'torchvision', 'sha256')
   elif source.startswith('hf://'):
     path = hub_file(source.removeprefix('hf://'))
   else:
@@ -174,32 +179,42 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
       f'init_from: {source} is no workdir; copy it to a local file'
     )
   with unpacked(path) as file:
-    read, map_names, presets = _KINDS[kind_of(file)]
+    read, map_names = _KINDS[kind_of(file)]
     raw = read(file)
   names = map_names(raw)
-  arrays = names.apply(raw)
-  presets = ('seed',) if _has_head(arrays) else presets
-  return Pretrained(source, names, arrays, presets, _settings(arrays))
+  with naming(source):
+    arrays = names.apply(raw)
+  settings = {**_settings(arrays), **names.settings}
+  return Pretrained(source, names, arrays, names.presets, settings)
 
 
-# How to read each kind of file, where its arrays go, and presets of a backbone.
+def _map_safetensors(names: Iterable[str]) -> NameMap:
+  names = list(names)
+  of_timm = any(re.match(r'(stem|stages)\.', name) for name in names)
+  return (map_timm if of_timm else map_torchvision)(names)
+
+
+# How to read each kind of file, and where its arrays go.
 _KINDS = {
-  'TensorFlow': (read_tf_slim, map_tf_slim, ('slim', 'seed')),
-  'HDF5': (read_keras, map_keras, ('keras',)),
-  'safetensors': (read_timm, map_timm, ('timm',)),
+  'TensorFlow': (read_tf_slim, map_tf_slim),
+  'HDF5': (read_keras, map_keras),
+  'safetensors': (read_safetensors, _map_safetensors),
+  'PyTorch': (read_torch, map_torchvision),
 }
 
 
-def _published(backbone: str) -> Path:
-  if backbone not in PUBLISHED:
+def _published(
+  files: Mapping[str, tuple[str, str]], name: str, whose: str, kind: str
+) -> Path:
+  if name not in files:
     raise UserError(
-      f"'keras' has weights for {', '.join(PUBLISHED)}, not for"
-      f' {backbone or "this network"}'
+      f'{whose} has weights for {", ".join(files)}, not for'
+      f' {name or "this network"}'
     )
-  url, md5 = PUBLISHED[backbone]
+  url, digest = files[name]
   return download(
     [url],
-    digest=f'md5:{md5}',
+    digest=f'{kind}:{digest}',
     advice='try again, or download it elsewhere and name the file instead',
   )
 
@@ -250,11 +265,14 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
 # Last bytes of a TensorFlow checkpoint of version 1, and of an index.
 _TABLE = bytes.fromhex('57fb808b247547db')
 
+# First bytes of what `torch.save` writes, now and before 2020; the second is
+# its magic number as a pickle.
+_TORCH = b'PK', b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+
 # Why a file is refused, by its first bytes.
 _REFUSED = {
   b'': 'is empty',
-  b'PK': 'is a zip file, as PyTorch and new Keras write; it may hold pickles'
-  ' and is refused unseen. Save safetensors, or .h5 from Keras',
+  b'PK': 'is a zip file of no known kind; of new Keras, save it as .h5',
   b'\x80': 'is a pickle, which can run anything when it is opened, and is'
   ' refused unseen. Save it as safetensors',
   b'\x93NUMPY': 'is a single array',
@@ -264,7 +282,7 @@ _REFUSED = {
 
 
 def kind_of(path: Path) -> str:
-  """Returns 'TensorFlow', 'HDF5' or 'safetensors', else raises `UserError`."""
+  """Returns a key of `_KINDS`, else raises `UserError`."""
   if path.with_name(f'{path.name}.index').is_file():
     return 'TensorFlow'
   if path.is_dir():
@@ -280,6 +298,8 @@ def kind_of(path: Path) -> str:
     return 'safetensors'
   if end == _TABLE:
     return 'TensorFlow'
+  if head.startswith(_TORCH) and (head[:2] != b'PK' or b'data.pkl' in head):
+    return 'PyTorch'
   for start, reason in _REFUSED.items():
     if head.startswith(start) and (start or not head):
       raise UserError(f'{path} {reason}')

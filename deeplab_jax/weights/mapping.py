@@ -48,6 +48,8 @@ class NameMap:
   targets: dict[str, str]  # the path of the variable
   unused: dict[str, str] = dataclasses.field(default_factory=dict)  # and why
   unknown: tuple[str, ...] = ()  # names that fit nothing
+  presets: tuple[str, ...] = ()  # those that they fit, the first by default
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   kernels: str = 'HWIO'  # axes of the file's convolution kernels, or 'OIHW'
   pooling_last: bool = False  # whether its ASPP joins image pooling last
 
@@ -57,10 +59,11 @@ class NameMap:
     names: Iterable[str],
     target: Callable[[str], tuple[str, str]],
     unused: Mapping[str, str],
-    kernels: str = 'HWIO',
-    pooling_last: bool = False,
+    presets: tuple[str, ...],
+    settings: Mapping[str, Any] | None = None,
+    **of_file: Any,
   ) -> 'NameMap':
-    """Sorts the names of a file.
+    """Sorts the names of a file, which fix `presets` and `settings`.
 
     `target` divides a name into the module of this project, '' for none, and
     the last part, a key of `_LEAVES`. `unused` gives reasons by a regular
@@ -76,14 +79,15 @@ class NameMap:
         targets[name] = _LEAVES[leaf].format(module)
       else:
         unknown.append(name)
-    return cls(targets, idle, tuple(unknown), kernels, pooling_last)
+    fixed = tuple(unknown), presets, settings or {}
+    return cls(targets, idle, *fixed, **of_file)
 
   def apply(self, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the arrays by path, kernels as HWIO; two for one are refused."""
     placed = {}
     for name, path in self.targets.items():
       if path in placed:
-        raise UserError(f'{name} and another array both go to {path}')
+        raise ValueError(f'{name} and another array both go to {path}')
       array = np.asarray(arrays[name])
       if self.kernels == 'OIHW' and array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)

@@ -58,7 +58,10 @@ def read_tf_slim(path: str | Path) -> dict[str, np.ndarray]:
 
 def map_tf_slim(names: Iterable[str]) -> NameMap:
   """Maps the names of a checkpoint, of backbone and head."""
-  return NameMap.build(names, _target, _UNUSED)
+  names = list(names)
+  whole = any(name.startswith('DeepLab_v3/') for name in names)
+  presets = ('seed',) if whole else ('slim', 'seed')
+  return NameMap.build(names, _target, _UNUSED, presets)
 
 
 def _target(name: str) -> tuple[str, str]:

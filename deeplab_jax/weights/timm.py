@@ -25,7 +25,7 @@ _UNUSED = {
 }
 
 
-def read_timm(path: str | Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
   """Reads a safetensors file; raises `UserError` if it is damaged."""
   try:
     return safetensors.numpy.load_file(path)
@@ -58,7 +58,7 @@ def hub_file(repository: str) -> Path:
 
 def map_timm(names: Iterable[str]) -> NameMap:
   """Maps the names of a file."""
-  return NameMap.build(names, _target, _UNUSED, kernels='OIHW')
+  return NameMap.build(names, _target, _UNUSED, ('timm',), kernels='OIHW')
 
 
 def _target(name: str) -> tuple[str, str]:

@@ -1,89 +1,165 @@
 """State dicts of torchvision's ResNets and DeepLabs, and of VainF's DeepLabs.
 
 VainF is github.com/VainF/DeepLabV3Plus-Pytorch: v3 and v3+ on torchvision's
-backbones.
+backbones. Files that `torch.save` wrote are read by the user's own torch.
 """
 
+import codecs
+import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deeplab_jax.models.deeplab import PRESETS
+from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.weights.mapping import NameMap
 
+_URL = 'https://download.pytorch.org/models/'
+# URL and the start of the SHA-256 of what torchvision publishes, by its names:
+# COCO images with the classes of VOC, and its best weights of ImageNet.
+PUBLISHED = {
+  name: (f'{_URL}{file}-{digest}.pth', digest)
+  for name, file, digest in (
+    ('deeplabv3_resnet50', 'deeplabv3_resnet50_coco', 'cd0a2569'),
+    ('deeplabv3_resnet101', 'deeplabv3_resnet101_coco', '586e9e4e'),
+    ('resnet18', 'resnet18', 'f37072fd'),
+    ('resnet34', 'resnet34', 'b627a593'),
+    ('resnet50', 'resnet50', '11ad3fa6'),
+    ('resnet101', 'resnet101', 'cd907fc2'),
+    ('resnet152', 'resnet152', 'f82ba261'),
+  )
+}
+
+_WRAPPERS = 'state_dict', 'model_state', 'model_state_dict', 'model'
+_PREFIXES = r'^(module\.|_orig_mod\.|model\.)+'
 _UNUSED = {
-  r'fc\.(weight|bias)': 'ImageNet classifier',
+  r'(.+\.)?fc\.(weight|bias)': 'ImageNet classifier',
   r'.*\.num_batches_tracked': 'state of the training',
 }
 _TOP = {'conv1': 'stem', 'bn1': 'stem_norm'}
 _SHORTCUT = {'downsample.0': 'shortcut', 'downsample.1': 'shortcut_norm'}
-# The ASPP's modules by PyTorch's numbers; a branch is a Sequential.
-_BRANCHES = {
-  'convs.0.0': 'conv/conv',
-  'convs.0.1': 'conv/norm',
-  'convs.4.1': 'pooling/project/conv',
-  'convs.4.2': 'pooling/project/norm',
-  'project.0': 'project/conv',
-  'project.1': 'project/norm',
-} | {
-  f'convs.{i}.{part}': f'atrous{i}/{("conv", "norm")[part]}'
-  for i in (1, 2, 3)
-  for part in (0, 1)
+_PARTS = tuple(enumerate(('conv', 'norm')))  # of a Sequential
+_ASPP = {
+  f'{theirs}.{start + i}': f'aspp/{ours}/{part}'
+  for theirs, start, ours in (
+    ('convs.0', 0, 'conv'),
+    ('convs.1', 0, 'atrous1'),
+    ('convs.2', 0, 'atrous2'),
+    ('convs.3', 0, 'atrous3'),
+    ('convs.4', 1, 'pooling/project'),
+    ('project', 0, 'project'),
+  )
+  for i, part in _PARTS
 }
-# The modules of a head under `classifier.`.
-_V3 = {f'0.{name}': f'aspp/{path}' for name, path in _BRANCHES.items()} | {
-  '1': 'decoder/conv/conv',
-  '2': 'decoder/conv/norm',
+# Our module by theirs under `classifier.`, by whose head it is.
+_V3 = {
+  **{f'0.{name}': path for name, path in _ASPP.items()},
+  **{f'{1 + i}': f'decoder/conv/{part}' for i, part in _PARTS},
   '4': 'logits',
 }
 _HEADS = {
-  'torchvision': _V3,
-  'vainf': {f'classifier.{name}': path for name, path in _V3.items()},
   'v3plus': {
-    **{f'aspp.{name}': f'aspp/{path}' for name, path in _BRANCHES.items()},
-    'project.0': 'decoder/low/conv',
-    'project.1': 'decoder/low/norm',
-    'classifier.0': 'decoder/conv/conv',
-    'classifier.1': 'decoder/conv/norm',
+    **{f'aspp.{name}': path for name, path in _ASPP.items()},
+    **{f'project.{i}': f'decoder/low/{part}' for i, part in _PARTS},
+    **{f'classifier.{i}': f'decoder/conv/{part}' for i, part in _PARTS},
     'classifier.3': 'logits',
   },
+  'vainf': {f'classifier.{name}': path for name, path in _V3.items()},
+  'torchvision': _V3,
+}
+# By what the names of a head start with; the first that fits counts.
+_STARTS = {
+  'classifier.aspp.': 'v3plus',
+  'classifier.classifier.': 'vainf',
+  'classifier.': 'torchvision',
 }
 _AUXILIARY = {
-  'aux_classifier.0': 'auxiliary/conv/conv',
-  'aux_classifier.1': 'auxiliary/conv/norm',
+  **{f'aux_classifier.{i}': f'auxiliary/conv/{part}' for i, part in _PARTS},
   'aux_classifier.4': 'auxiliary/logits',
 }
 
 
-def head_of(names: Iterable[str]) -> str:
-  """Returns whose head a file holds, a key of `_HEADS`; '' for none."""
-  for head, start in (
-    ('v3plus', 'classifier.aspp.'),
-    ('vainf', 'classifier.classifier.'),
-    ('torchvision', 'classifier.0.'),
-  ):
-    if any(name.startswith(start) for name in names):
-      return head
-  return ''
+def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a state dict that `torch.save` wrote.
+
+  A checkpoint may hold it under a name such as 'model_state'. Raises
+  `UserError` without torch, or if the file is damaged or the state dict holds
+  anything but tensors.
+  """
+  try:
+    import torch  # the extra 'torch'
+  except ImportError as error:
+    raise UserError(
+      f'{path} is a file of PyTorch, which torch reads: pip install'
+      " 'deeplab_jax[torch]'; or save it as safetensors elsewhere"
+    ) from error
+  scalar = np.float64(0).__reduce__()[0]  # VainF's best score is one of numpy
+  plain = [(scalar, 'numpy.core.multiarray.scalar'), scalar, codecs.encode]
+  try:
+    with torch.serialization.safe_globals(
+      [*plain, np.dtype, type(np.dtype(np.float64))]
+    ):
+      state = torch.load(path, map_location='cpu', weights_only=True)
+  except pickle.UnpicklingError as error:
+    raise UserError(
+      f'{path} is damaged, or holds more than tensors, which could run anything'
+      ' when it is opened, and is refused; save its state_dict() alone'
+    ) from error
+  except Exception as error:  # a damaged file may raise anything
+    raise UserError(
+      f'{path} is truncated or damaged, torch says: {first_line(error)}'
+    ) from error
+  while isinstance(state, dict):
+    inner = [
+      state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)
+    ]
+    if not inner:
+      break
+    state = inner[0]
+  if not isinstance(state, dict) or not state:
+    raise UserError(f'{path} holds no state dict, but {type(state).__name__}')
+  for name, value in state.items():
+    if not isinstance(value, torch.Tensor):
+      kind = type(value).__name__
+      raise UserError(f'{path}: {name} is no tensor, but of type {kind}')
+  return {
+    str(name): (x.float() if x.is_floating_point() else x).numpy(force=True)
+    for name, x in state.items()
+  }
 
 
 def map_torchvision(names: Iterable[str]) -> NameMap:
   """Maps the names of a file."""
   names = list(names)
+  bare = [re.sub(_PREFIXES, '', name) for name in names]
+  starts = (s for s in _STARTS if any(name.startswith(s) for name in bare))
+  head = _STARTS.get(next(starts, ''), '')
   modules = {
-    f'classifier.{name}': path
-    for name, path in _HEADS.get(head_of(names), {}).items()
-  } | _AUXILIARY
+    **{f'classifier.{name}': p for name, p in _HEADS.get(head, {}).items()},
+    **_AUXILIARY,
+  }
 
   def target(name: str) -> tuple[str, str]:
-    module, _, leaf = name.rpartition('.')
+    module, _, leaf = re.sub(_PREFIXES, '', name).rpartition('.')
     path = modules.get(module) or _of_backbone(module)
     if leaf == 'weight':
       leaf = 'gamma' if re.search(r'norm\d?$', path) else 'kernel'
-    return path, leaf.replace('bias', 'beta' if 'norm' in path else 'bias')
+    return path, leaf
 
+  presets: tuple[str, ...] = 'torchvision', 'vainf'
+  settings: dict[str, Any] = {}
+  if head:
+    presets = ('torchvision',) if head == 'torchvision' else ('vainf',)
+    own = PRESETS[presets[0]]
+    settings = {key: own[key] for key in ('multi_grid', 'aspp_rates')}
+    settings['decoder'] = 'v3plus' if head == 'v3plus' else 'conv'
   return NameMap.build(
-    names, target, _UNUSED, kernels='OIHW', pooling_last=True
+    *(names, target, _UNUSED, presets, settings),
+    kernels='OIHW',
+    pooling_last=True,
   )
 
 
@@ -95,21 +171,3 @@ def _of_backbone(module: str) -> str:
   layer = _SHORTCUT.get(found[3], found[3].replace('bn', 'norm'))
   unit = f'block{found[1]}/unit{int(found[2]) + 1}'
   return f'backbone/{unit}/{layer}'
-
-
-def presets_of(names: Iterable[str]) -> tuple[str, ...]:
-  """Returns the presets that the weights of these names fit."""
-  head = head_of(names)
-  owner = {'v3plus': 'vainf'}.get(head, head)
-  return (owner,) if owner else ('torchvision', 'vainf')
-
-
-def settings_of(names: Iterable[str]) -> Mapping[str, Any]:
-  """Returns the arguments of `deeplab_v3` that the names determine."""
-  names = list(names)
-  preset = PRESETS[presets_of(names)[0]]
-  settings = {'multi_grid': preset['multi_grid']}
-  if head := head_of(names):
-    settings['aspp_rates'] = preset['aspp_rates']
-    settings['decoder'] = 'v3plus' if head == 'v3plus' else 'conv'
-  return settings

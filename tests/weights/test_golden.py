@@ -26,11 +26,7 @@ from deeplab_jax.training.steps import TrainState, train_step
 from deeplab_jax.weights.mapping import flatten, merge_variables
 from deeplab_jax.weights.tf_slim import map_tf_slim
 from deeplab_jax.weights.timm import map_timm
-from deeplab_jax.weights.torchvision import (
-  map_torchvision,
-  presets_of,
-  settings_of,
-)
+from deeplab_jax.weights.torchvision import map_torchvision
 
 pytestmark = pytest.mark.compiles
 
@@ -142,7 +138,8 @@ def torch_segmenter():
   @functools.cache
   def make(head):
     shapes = dict(torchvision_shapes(head))
-    settings = {'preset': presets_of(shapes)[0], **settings_of(shapes)}
+    names = map_torchvision(shapes)
+    settings = {**names.settings, 'preset': names.presets[0]}
     settings['auxiliary'] = head == 'torchvision'
     model = deeplab_v3('resnet50_v1', **settings)
     variables, report = variables_of(

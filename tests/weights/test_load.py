@@ -264,7 +264,8 @@ def npz():
     ('model.safetensors', b'version https://git-lfs.github.com', 'git-lfs'),
     ('model.pth', pickle.dumps({'a': 1}), 'is a pickle'),
     ('model.h5', pickle.dumps({'a': 1}, 2), 'is a pickle'),
-    ('model.pth', zip_of('archive/data.pkl'), 'is a zip file'),
+    ('model.pth', zip_of('archive/data.pkl'), 'torch'),
+    ('model.keras', zip_of('config.json'), 'is a zip file'),
     ('model.npz', npz(), 'is a zip file'),
     (
       'model.tar.gz',

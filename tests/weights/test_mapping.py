@@ -110,7 +110,9 @@ def test_variables_allowed_by_pattern_stay_and_are_reported():
 
 def test_two_arrays_for_one_variable_are_refused():
   names = NameMap({'x': BIAS, 'y': BIAS})
-  with pytest.raises(UserError, match=f'y and another array both go to {BIAS}'):
+  with pytest.raises(
+    ValueError, match=f'y and another array both go to {BIAS}'
+  ):
     names.apply({'x': np.ones(3), 'y': np.ones(3)})
 
 

@@ -15,6 +15,7 @@ MODEL = {
   'multi_grid': [1, 2, 4],
   'aspp_features': 8,
   'aspp_rates': [6, 12, 18],
+  'decoder': 'none',
 }
 DATASET = {'classes': ['a', 'b'], 'name': 'x'}
 
@@ -27,6 +28,7 @@ DATASET = {'classes': ['a', 'b'], 'name': 'x'}
     ({'aspp_features': 16}, 'ab', 'aspp_features 8 there, 16 asked for'),
     ({'aspp_rates': [6, 12, 24]}, 'ab', 'aspp_rates'),
     ({'multi_grid': [1, 1, 1]}, 'ab', 'multi_grid'),
+    ({'decoder': 'conv'}, 'ab', 'decoder none there, conv asked for'),
     ({'preset': 'keras'}, 'ab', 'preset paper there, keras asked for'),
     ({}, 'abc', 'num_classes 2 there, 3 asked for'),
     ({}, 'ac', "class 'b' there, 'c' asked for"),
@@ -44,10 +46,10 @@ def test_settings_that_shape_no_variable_may_differ():
   check_same_architecture(saved, describe(asked, DATASET), 'w')
 
 
-def test_an_old_checkpoint_that_names_no_preset_has_that_of_the_paper():
+def test_an_old_checkpoint_without_preset_and_decoder_has_those_of_the_paper():
   saved = describe({**MODEL, 'preset': 'paper'}, DATASET)
   asked = json.loads(json.dumps(saved))
-  del saved['model']['preset']
+  del saved['model']['preset'], saved['model']['decoder']
   check_same_architecture(saved, asked, 'w')
   asked['model']['preset'] = 'seed'
   with pytest.raises(UserError, match='preset paper there, seed asked for'):
