@@ -137,8 +137,8 @@ def _clip_by_norm(largest: float) -> optax.GradientTransformation:
       return clip.update(grads, state)
     free = jax.tree.map(lambda g, h: jnp.where(h, 0, g), grads, held)
     parts = free, jax.tree.map(jnp.subtract, grads, free)
-    parts = [clip.update(part, state)[0] for part in parts]
-    return jax.tree.map(jnp.add, *parts), state
+    clipped = [clip.update(part, state)[0] for part in parts]
+    return jax.tree.map(jnp.add, *clipped), state
 
   return optax.GradientTransformationExtraArgs(clip.init, update)
 
