@@ -5,6 +5,7 @@ from `config`.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from deeplab_jax.config import flat, to_json
+from deeplab_jax.config import flat, get_config, to_json, with_preset
 from deeplab_jax.data import transforms
 from deeplab_jax.data.folder_files import check_inside
 from deeplab_jax.data.load import Dataset, load_dataset
@@ -262,7 +263,7 @@ def class_weights(
 
 
 def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
-  """Checks the batch on these devices; `before` are settings of the workdir."""
+  """Checks what training alone uses; `before` are settings of the workdir."""
   with naming('config.log'):
     check_backends(config.log.to, starts=True)
   given = flat(to_json(config)).items()
@@ -270,6 +271,19 @@ def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
   distributed.check_same(
     {f'config.{k}': value for k, value in given if k not in _OF_A_HOST}
   )
+  # Weights may bring their preset; this one has the names of all the others.
+  model = make_model(with_preset(config, 'seed'), num_classes=1)
+  make_train_step(config, model, optax.identity())  # which checks the freeze
+  name, default = config.optimizer.schedule, flat(get_config())
+  schedule = choose('schedule', name, optimizers.SCHEDULES)
+  unused = {'power', 'milestones', 'milestone_factor'}
+  for own in sorted(unused - inspect.signature(schedule).parameters.keys()):
+    key, value = f'optimizer.{own}', config.optimizer[own]
+    if value not in (default[key], before.get(key)):
+      text = (
+        f'config.{key}={value} has no effect with config.optimizer.schedule'
+      )
+      raise UserError(f'{text}={name}; leave it out')
   warmup, last = config.optimizer.warmup_steps, config.train.steps
   if warmup > last and warmup != before.get('optimizer.warmup_steps'):
     raise UserError(

@@ -53,7 +53,7 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   mine = sources.own_checkpoint(as_path(config.init_from))
   before = mine[0] / 'config.json' if mine else None
   if before and before.exists() and config.data.to_dict() == default_data:
-    config.data.update(from_json(before).data)
+    config.data.update(from_json(before).data.to_dict())
   info = _dataset_info(config, pretrained)
   config.data.as_stored = bool(info.mean)
   model = build.make_model(config, info.num_classes, **info.normalization)

@@ -256,11 +256,8 @@ def read(data: bytes, most: int, info: DatasetInfo | None = None) -> np.ndarray:
   decodes anything, if the image has more than `most` pixels.
   """
   try:
-    if data.startswith(image_files.ARRAY):  # has as many bytes
-      height, width = images.as_pixels(data, info).shape[:2]
-    else:
-      with image_files.opened('image', data) as image:
-        width, height = image.size
+    stored = bool(info and info.mean)
+    height, width = images.read_size('image', data, as_stored=stored)
   except UserError as error:
     too_large = isinstance(error.__cause__, image_files.Unusable)
     reason = f'{str(error).partition("; replace")[0]}; send a JPEG or PNG'

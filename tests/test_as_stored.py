@@ -1,6 +1,7 @@
 """Images of four bands of 16 bits, through all that a person can run."""
 
 import dataclasses
+import io
 import json
 import logging
 import types
@@ -19,11 +20,16 @@ from PIL import Image
 
 from deeplab_jax import Predictor, build, deeplab_v3
 from deeplab_jax.benchmark import measure
+from deeplab_jax.configure import from_json
 from deeplab_jax.data.datasets import DatasetInfo, voc_palette
 from deeplab_jax.evaluate import evaluate
 from deeplab_jax.evaluation import windows
 from deeplab_jax.export import export
-from deeplab_jax.import_weights import initialize
+from deeplab_jax.import_weights import (
+  config_of,
+  import_weights,
+  initialize,
+)
 from deeplab_jax.predict_files import predict
 from deeplab_jax.prepare import prepare
 from deeplab_jax.runtime.errors import UserError
@@ -134,6 +140,28 @@ def test_a_batch_holds_what_the_files_hold(run):
     assert any((x == crop[0, 0]).all(-1).any() for x in found)
 
 
+@pytest.mark.parametrize('place', ['', 'checkpoints', 'checkpoints/2'])
+def test_a_workdir_and_what_is_in_it_open_as_pretrained(run, place):
+  found = Predictor.from_pretrained(run.workdir / place)
+  expected = Predictor.from_workdir(run.workdir)
+  assert found.step == 2 and found.model.mean == expected.model.mean
+  image = read_all(run.folder, 'val')[0]
+  np.testing.assert_array_equal(found(image), expected(image))
+
+
+def test_a_workdir_is_imported_with_its_bands_and_settings_of_data(
+  run, tmp_path
+):
+  config = config_of(str(run.workdir), None)
+  config.model.output_stride = run.settings['model.output_stride']
+  import_weights(config, tmp_path)
+  found, expected = map(Predictor.from_workdir, (tmp_path, run.workdir))
+  image = read_all(run.folder, 'val')[0]
+  np.testing.assert_array_equal(found(image), expected(image))
+  data = from_json(tmp_path / 'config.json').data
+  assert data == from_json(run.workdir / 'config.json').data
+
+
 def test_files_and_arrays_are_segmented_alike(run, tmp_path):
   config = make_config(run.settings, predict__output_dir=str(tmp_path))
   masks = predict(config, run.workdir, [str(run.folder / 'JPEGImages')])
@@ -177,8 +205,17 @@ def test_serving_reads_arrays_and_names_what_it_takes(run):
   serve = pytest.importorskip('deeplab_jax.serve')
   info = Predictor.from_workdir(run.workdir).info
   path = next((run.folder / 'JPEGImages').iterdir())
-  found = serve.read(path.read_bytes(), 10_000, info)
+  with pytest.MonkeyPatch.context() as patch:
+    arrays = iter([np.load(path)])  # it is made once
+    patch.setattr(np, 'load', lambda *_, **__: next(arrays))
+    found = serve.read(path.read_bytes(), 10_000, info)
   np.testing.assert_array_equal(found, np.load(path))
+  tifffile = pytest.importorskip('tifffile')
+  how = {'photometric': 'minisblack', 'planarconfig': 'contig'}
+  tifffile.imwrite(file := io.BytesIO(), found, **how)
+  np.testing.assert_array_equal(
+    serve.read(file.getvalue(), 10_000, info), found
+  )
   with pytest.raises(serve.HTTPException, match='40x48, 0') as error:
     serve.read(path.read_bytes(), 40 * 48 - 1, info)
   assert error.value.status_code == 413

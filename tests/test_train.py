@@ -885,6 +885,45 @@ def test_a_warm_up_beyond_the_last_step_is_refused_before_data_is_read(
     train_and_evaluate(config, tmp_path)
 
 
+def test_patterns_of_no_parameter_are_refused_before_the_data_is_opened(
+  trained, tmp_path
+):
+  config = make_config(
+    trained.settings, train__freeze=('backbon/*',), data__dir='/nope'
+  )
+  with pytest.raises(UserError, match=r'config\.train: freeze must name .*got'):
+    train_and_evaluate(config, tmp_path)
+  assert not (tmp_path / 'checkpoints').exists()
+  # The preset may come with the weights: `keras` has this bias, `paper` not.
+  config.train.freeze = ('backbone/stem/bias',)
+  build.check_batches(config, {})
+
+
+@pytest.mark.parametrize(
+  'schedule, key, value',
+  [
+    ('poly', 'milestones', (0.3,)),
+    ('cosine', 'milestone_factor', 0.5),
+    ('cosine', 'power', 0.5),
+    ('step', 'power', 0.0),
+  ],
+)
+def test_settings_that_the_schedule_does_not_use_are_refused(
+  trained, schedule, key, value
+):
+  key = f'optimizer.{key}'
+  changes = {**trained.settings, key: value, 'optimizer.schedule': schedule}
+  with pytest.raises(UserError) as error:
+    build.check_batches(make_config(changes), {})
+  assert str(error.value) == (
+    f'config.{key}={value} has no effect with'
+    f' config.optimizer.schedule={schedule}; leave it out'
+  )
+  build.check_batches(make_config(changes), {key: value})  # of an older run
+  used = 'poly' if key == 'optimizer.power' else 'step'
+  build.check_batches(make_config({**changes, 'optimizer.schedule': used}), {})
+
+
 def test_a_run_that_had_such_a_warm_up_may_go_on(trained, tmp_path):
   # Before, the default was 20 steps whatever the number of steps.
   workdir = shutil.copytree(trained.workdir, tmp_path / 'w')

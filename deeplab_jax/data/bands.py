@@ -7,7 +7,7 @@ OpenCV reads.
 import io
 import os
 import pathlib
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -41,7 +41,12 @@ def read_stored(
     if data.startswith(image_files.ARRAY):
       pixels, orientation = np.load(io.BytesIO(data), allow_pickle=False), 1
     elif data.startswith(_TIFF):
-      pixels, orientation = _by_tifffile(path, data, to_cut)
+      series, orientation = _open_tiff(path, io.BytesIO(data), to_cut)
+      try:
+        pixels = series.asarray()
+      except Exception as error:  # of each compression its own
+        raise image_files.unreadable(path, error) from error
+      pixels = pixels if series.axes[0] == 'Y' else np.moveaxis(pixels, 0, -1)
     else:
       pixels, orientation = _by_opencv(path, data, to_cut)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -58,6 +63,30 @@ def read_stored(
     return image_files.turn(pixels, orientation), orientation, data
 
 
+def read_size(
+  path: Path, data: bytes | None = None, *, to_cut: bool = False
+) -> tuple[int, int] | None:
+  """Returns (height, width) by the head of an array or a TIFF; else None."""
+  with image_files.reading(path, data):
+    if data is None:
+      image_files.check_file(path)
+    with open(path, 'rb') if data is None else io.BytesIO(data) as file:
+      start = file.read(len(image_files.ARRAY))
+      file.seek(0)
+      if start == image_files.ARRAY:
+        version = 1 if np.lib.format.read_magic(file) == (1, 0) else 2
+        read = getattr(np.lib.format, f'read_array_header_{version}_0')
+        height, width = read(file)[0][:2]
+      elif start.startswith(_TIFF):
+        series, orientation = _open_tiff(path, file, to_cut)
+        axes = 'XY' if orientation >= 5 else 'YX'
+        height, width = (series.shape[series.axes.index(x)] for x in axes)
+      else:
+        return None
+      image_files.check_pixels(width, height, to_cut=to_cut)
+  return height, width
+
+
 def _by_opencv(path: Path, data: bytes, to_cut: bool) -> tuple[np.ndarray, int]:
   with image_files.opened(path, data, to_cut=to_cut) as image:
     orientation, _ = image_files.load(image)  # finds damage
@@ -71,27 +100,21 @@ def _by_opencv(path: Path, data: bytes, to_cut: bool) -> tuple[np.ndarray, int]:
   return pixels, orientation
 
 
-def _by_tifffile(
-  path: Path, data: bytes, to_cut: bool
-) -> tuple[np.ndarray, int]:
+def _open_tiff(path: Path, file: IO[bytes], to_cut: bool) -> tuple[Any, int]:
+  """Reads the head of a TIFF: its image for `asarray`, and the orientation."""
   try:
     import tifffile  # the extra 'tiff', with imagecodecs for compressed ones
   except ImportError as error:
     raise UserError(
       f"{path}: to read TIFFs as stored, pip install 'deeplab_jax[tiff]'"
     ) from error
-  with tifffile.TiffFile(io.BytesIO(data)) as file:
-    series = file.series[0]
-    if series.axes not in ('YX', 'YXS', 'YXC', 'SYX', 'CYX'):
-      raise Unusable(f'axes {series.axes} {list(series.shape)}; store one page')
-    width = max(series.shape[series.axes.index('X')], 1)
-    image_files.check_pixels(width, series.size // width, to_cut=to_cut)
-    try:
-      pixels, tag = series.asarray(), series.keyframe.tags.get(274)
-    except Exception as error:  # of each compression its own
-      raise image_files.unreadable(path, error) from error
-  pixels = pixels if series.axes[0] == 'Y' else np.moveaxis(pixels, 0, -1)
-  return pixels, int(tag.value) if tag else 1
+  series = tifffile.TiffFile(file).series[0]
+  if series.axes not in ('YX', 'YXS', 'YXC', 'SYX', 'CYX'):
+    raise Unusable(f'axes {series.axes} {list(series.shape)}; store one page')
+  width = max(series.shape[series.axes.index('X')], 1)
+  image_files.check_pixels(width, series.size // width, to_cut=to_cut)
+  tag = series.keyframe.tags.get(274)
+  return series, int(tag.value) if tag else 1
 
 
 def as_stored(image: Any, like: np.ndarray) -> np.ndarray:

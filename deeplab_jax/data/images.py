@@ -129,10 +129,8 @@ def read_size(
   to_cut: bool = False,
 ) -> tuple[int, int]:
   """Returns (height, width) by the head of an image file, or `UserError`."""
-  suffix = pathlib.Path(path).suffix.lower()
-  if as_stored and suffix in ('.tif', '.tiff', '.npy'):
-    height, width, _ = bands.read_stored(path, data, to_cut=to_cut)[0].shape
-    return height, width
+  if as_stored and (size := bands.read_size(path, data, to_cut=to_cut)):
+    return size
   with image_files.opened(path, data, to_cut=to_cut) as image:
     # That of a TIFF is upright already.
     turned = image.format != 'TIFF' and image_files.orientation(image) >= 5

@@ -156,13 +156,18 @@ def _of_values(
   void: int,
 ) -> _Guess | None:
   """Guesses for each split alone if the splits agree, else for all."""
-  whole = sum(parts, _Pixels())
-  found = [_of_split(part, classes, void) for part in parts if part]
+  whole, parts = sum(parts, _Pixels()), [part for part in parts if part]
+  found = [_of_split(part, classes, void) for part in parts]
   known = [guess for guess in found if guess]
   table = {k: v for guess, _ in known for k, v in guess.items()}
   if known != found or any(guess.items() - table.items() for guess, _ in known):
     known = [guess for guess in [_of_split(whole, classes, void)] if guess]
     table = {k: v for guess, _ in known for k, v in guess.items()}
+    for value in (v for v in whole if table.get(v, void) == void):
+      splits = zip(found, parts, strict=True)
+      means = {x[0].get(value) for x, part in splits if x and value in part}
+      if means - {None} and void not in means:
+        return None  # it would lose a class of a split
   reasons = dict.fromkeys(why for _, why in known if why)
   rare = sorted(value for value in whole if value not in table)
   top = max((v for v in table.values() if v != void), default=-1)
@@ -221,6 +226,9 @@ def _guesses(
   yield same | {65535: void}, '65535, which is -1, is taken for void'
   why = 'counted from 1' + ', so 0 is taken for void' * (0 in pixels)
   yield {0: void} | {value + 1: value for value in classes}, why
+  absent = [value for value in classes if value not in own]
+  if len(own) == 1 and void in pixels and absent:  # as the survey says, too
+    yield same | {void: absent[0]}, f'{void} is taken for a class'
   for some, number in itertools.product((own, pixels), (count, 2)):
     values = sorted(value for value, _ in some.most_common(number))
     if len(values) == count or (len(values) == 2 and values[0] == 0):

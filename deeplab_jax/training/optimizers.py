@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map
@@ -101,7 +102,8 @@ def make_optimizer(
   takes it, as AdamW does (Loshchilov and Hutter, 2019: the kernels shrink by
   it times the learning rate). `head_multiplier` multiplies the learning rate
   outside the backbone. Gradients of a larger global norm than `clip_norm` are
-  scaled to it. Raises `ValueError` for an unknown name or an impossible value.
+  scaled to it; those that `update` is told are `held`, a tree of bools, apart.
+  Raises `ValueError` for an unknown name or an impossible value.
   """
   core, rate = choose('optimizer', name, OPTIMIZERS), learning_rate
   rule = 'must be at least 0'
@@ -116,7 +118,7 @@ def make_optimizer(
   }
   # The same parts for all numbers: a run may go on with others.
   return optax.chain(
-    optax.clip_by_global_norm(clip_norm) if clip_norm else none,
+    _clip_by_norm(clip_norm) if clip_norm else none,
     none if 'weight_decay' in takes else optax.add_decayed_weights(**decay),
     _call(core, learning_rate=rate, momentum=momentum, **decay),
     optax.masked(
@@ -125,6 +127,20 @@ def make_optimizer(
     ),
     none if 'learning_rate' in takes else optax.scale_by_learning_rate(rate),
   )
+
+
+def _clip_by_norm(largest: float) -> optax.GradientTransformation:
+  clip = optax.clip_by_global_norm(largest)
+
+  def update(grads: Any, state: Any, _: Any, held: Any = None) -> Any:
+    if held is None:
+      return clip.update(grads, state)
+    free = jax.tree.map(lambda g, h: jnp.where(h, 0, g), grads, held)
+    parts = free, jax.tree.map(jnp.subtract, grads, free)
+    clipped = [clip.update(part, state)[0] for part in parts]
+    return jax.tree.map(jnp.add, *clipped), state
+
+  return optax.GradientTransformationExtraArgs(clip.init, update)
 
 
 def _call(function: Callable[..., Any], **settings: Any) -> Any:

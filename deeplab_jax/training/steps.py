@@ -116,7 +116,8 @@ def train_step(
     freeze: patterns of parameters that stay as they are, see
       `optimizers.frozen_parameters`.
     freeze_steps: freeze up to this step. The optimizer then sees all gradients
-      from the start; with None they are not computed.
+      from the start, and clips those of frozen parameters apart; with None they
+      are not computed.
     dropout: share of the channels that each image lacks in the class layer; the
       others are scaled up by 1 / (1 - dropout) (Tompson et al., 2015).
     seed: fixes, with the step and an image's place, which ones.
@@ -176,12 +177,15 @@ def train_step(
     sums = sums, _across(lax.psum, grads, axis_name)
     divisor = jnp.where(total > 0, total, 1)
     values, grads = jax.tree.map(lambda x: x / divisor, sums)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params, t = optax.apply_updates(state.params, updates), state.step
+  t, apart = state.step, {}
   held = freeze_steps is None or t < freeze_steps
+  if freeze and freeze_steps:
+    apart['held'] = jax.tree.map(lambda fixed: fixed & held, frozen)
+  update = optax.with_extra_args_support(optimizer).update
+  updates, opt_state = update(grads, state.opt_state, state.params, **apart)
   params = jax.tree.map(
     lambda new, old, fixed: jnp.where(held, old, new) if fixed else new,
-    params,
+    optax.apply_updates(state.params, updates),
     state.params,
     frozen,
   )

@@ -66,6 +66,37 @@ def test_a_tiff_is_read_bit_for_bit(tmp_path, channels, dtype, planes):
   assert images.read_size(path, as_stored=True) == image.shape[:2]
 
 
+@pytest.mark.parametrize('orientation, size', [(1, (40, 30)), (6, (30, 40))])
+def test_the_size_is_read_without_the_pixels(tmp_path, orientation, size):
+  tifffile = pytest.importorskip('tifffile')
+  image = noise(4, size=(40, 30))
+  np.save(tmp_path / 'a.npy', image)
+  tag = [(274, 'H', 1, orientation, True)]
+  settings = {'photometric': 'minisblack', 'planarconfig': 'contig'}
+  tifffile.imwrite(tmp_path / 'a.tif', image, extratags=tag, **settings)
+  for name, expected in (('a.npy', (40, 30)), ('a.tif', size)):
+    path = tmp_path / name
+    assert read(path).pixels.shape[:2] == expected
+    data = path.read_bytes()[:-5000]
+    path.write_bytes(data)
+    assert images.read_size(path, as_stored=True) == expected
+    assert images.read_size('image', data, as_stored=True) == expected
+    with pytest.raises(UserError, match='unreadable image'):
+      read(path)
+
+
+def test_heads_of_arrays_of_any_version_and_of_no_image(tmp_path):
+  path = tmp_path / 'a.npy'
+  for version in ((1, 0), (2, 0), (3, 0)):
+    with path.open('wb') as file:
+      np.lib.format.write_array(file, noise(2), version)
+    assert images.read_size(path, as_stored=True) == (7, 5)
+  for array in (np.zeros(4, np.uint8), np.array([print])):
+    np.save(path, array)
+    with pytest.raises(UserError, match=r'a\.npy: unreadable image'):
+      images.read_size(path, as_stored=True)
+
+
 def test_a_tiff_of_pages_or_cut_off_is_refused(tmp_path):
   tifffile = pytest.importorskip('tifffile')
   path = tmp_path / 'a.tif'

@@ -5,12 +5,13 @@ with what is proposed, its labels must be those of the scene.
 """
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax.data import labels, proposals
+from deeplab_jax.data import datasets, labels, proposals, survey
 from deeplab_jax.data.label_files import open_label
 from deeplab_jax.data.records import Item
 
@@ -181,6 +182,35 @@ def test_the_ignore_label_stays_void(tmp_path):
   listed, proposal = proposed(tmp_path, as_void_table(9, 1, 2, 3), NAMES, 9)
   assert proposal.label_map == '0:void,1-3:0-2'
   assert (read(listed, proposal, NAMES, 9)[0][:3] == 9).all()
+
+
+@pytest.mark.parametrize('value, text', [(0, '255:1'), (1, '255:0')])
+@pytest.mark.parametrize('names', [NAMES, NAMES[:2]])
+def test_what_is_proposed_for_one_value_and_void_is_what_the_survey_says(
+  tmp_path, value, text, names
+):
+  _, proposal = proposed(tmp_path, as_table(value, VOID), names)
+  assert proposal.label_map == text
+  tally = datasets.Tally(len(names), VOID)
+  tally.class_pixels[value] = tally.void_pixels = 9
+  info = labels.Meaning(names, VOID)
+  found = survey.label_findings(info, {'train': tally}, 'train')
+  settings = re.findall(r'label_map=([\d:,]*\d)', f'{found} {proposal}')
+  assert set(settings) == {text}
+
+
+def test_no_class_of_a_split_becomes_void(tmp_path):
+  # 0 is a class in train, and does not occur in val.
+  _, proposal = proposed(tmp_path, lambda i: scene(i) + np.uint8(i == 3))
+  assert proposal is None
+
+  def store(index):
+    label = np.where(np.arange(40)[:, None] < 3, 0, scene(index) + 1)
+    return scene(index) if index == 3 else label.astype(np.uint8)
+
+  # 0 is void in train, and val alone does not tell.
+  _, proposal = proposed(tmp_path, store)
+  assert proposal.label_map == '0:void,1-3:0-2'
 
 
 def test_rare_values_that_are_no_class_become_void(tmp_path):

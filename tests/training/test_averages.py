@@ -101,6 +101,11 @@ RUNS = {
     'train__freeze_steps': 4,
     'train__ema': 0.3,
   },
+  'clipped, frozen at first': {
+    'optimizer__clip_norm': 0.05,
+    'train__freeze': BACKBONE,
+    'train__freeze_steps': 4,
+  },
 }
 
 
@@ -238,6 +243,22 @@ def test_what_is_frozen_for_good_stays_and_has_no_gradient(made):
     program = one.step.lower(state, distributed.shard(BATCHES[0])).as_text()
     counts.append(program.count('stablehlo.convolution'))
   assert counts == [2, 1]  # of the images, and of the kernel's gradient
+
+
+def test_what_is_frozen_at_first_does_not_count_in_the_norm_that_is_clipped(
+  made,
+):
+  run = made('clipped, frozen at first')
+  for_good = Run(optimizer__clip_norm=0.05, train__freeze=BACKBONE)
+  found, expected = (x.go(x.start(), 0, 4)[-1].params for x in (run, for_good))
+  for ours, theirs in zip(
+    *map(jax.tree.leaves, (found, expected)), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+  # Its own gradients are clipped apart, so its first updates are no larger.
+  trace = run.go(run.start(), 0, 1)[0].opt_state[2].trace['backbone']
+  norm = sum((x**2).sum() for x in jax.tree.leaves(trace)) ** 0.5
+  np.testing.assert_allclose(norm, 0.05, rtol=0.02)
 
 
 def test_a_pattern_of_no_parameter_is_named_beside_those_that_fit():

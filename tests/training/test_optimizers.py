@@ -229,6 +229,19 @@ def test_clipping_scales_the_gradient_to_its_norm():
   np.testing.assert_allclose(params['logits']['bias'], 3.9, rtol=1e-5)
 
 
+def test_gradients_of_held_parameters_are_clipped_apart():
+  optimizer = make_optimizer('sgd', 1.0, clip_norm=0.2)
+  held = {'backbone': True, 'logits': False}
+  held = {k: jax.tree.map(lambda _, k=k: held[k], PARAMS[k]) for k in PARAMS}
+  none = jax.tree.map(lambda _: False, PARAMS)
+  state = optimizer.init(PARAMS)
+  # Two gradients of 0.5 have the norm 0.5 ** 0.5, and four the norm 1.
+  for mask, expected in ((held, 0.2 * 0.5**0.5), (none, 0.1)):
+    updates, _ = optimizer.update(GRADIENTS, state, PARAMS, held=mask)
+    for update in jax.tree.leaves(updates):
+      np.testing.assert_allclose(update, -expected, rtol=1e-6)
+
+
 def test_without_clipping_no_norm_is_computed():
   def roots(clip_norm):
     optimizer = make_optimizer('sgd', 1.0, clip_norm=clip_norm)
