@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import shlex
@@ -19,7 +20,6 @@ from deeplab_jax.data.images import decode_label, encode_label
 from deeplab_jax.data.labels import Meaning
 from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.load import find_layout
-from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.proposals import Proposal
 from deeplab_jax.data.survey import (
   Finding,
@@ -209,11 +209,10 @@ def _samples(
     return []
 
   order = np.random.default_rng(0).permutation(len(items))[:_SAMPLES].tolist()
-  # Large ones, to be cut, are read one at a time.
-  found = (map if tile else in_background)(read, [items[i] for i in order])
-  source = list(
-    itertools.islice(itertools.chain.from_iterable(found), _SAMPLES)
-  )
+  alone = functools.partial(folder.is_large, tile=tile, as_stored=as_stored)
+  found = records.read_all(read, [items[i] for i in order], alone)
+  every = (record for _, cut in found for record in cut)
+  source = list(itertools.islice(every, _SAMPLES))
   for record in source:
     tally.add(decode_label(record['label']))
   palette = voc_palette(count) if meaning.colors is None else meaning.colors

@@ -5,9 +5,7 @@ OpenCV reads.
 """
 
 import io
-import os
 import pathlib
-from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +32,7 @@ def read_stored(
   that was applied, and the file. Raises `UserError` if it is missing or
   damaged, or has other values or several pages.
   """
+  path, data = image_files.contents(path, data)
   with image_files.reading(path, data):
     if data is None:
       image_files.check_file(path)
@@ -92,26 +91,6 @@ def _by_tifffile(
       raise image_files.unreadable(path, error) from error
   pixels = pixels if series.axes[0] == 'Y' else np.moveaxis(pixels, 0, -1)
   return pixels, int(tag.value) if tag else 1
-
-
-def as_stored(image: Any, like: np.ndarray) -> np.ndarray:
-  """Returns a file, its bytes or an array as [H, W, C] of the pixels `like`.
-
-  Raises `UserError` if it has another type or another number of channels.
-  """
-  name = ''
-  if isinstance(image, str | os.PathLike | bytes):
-    path, data = ('image', image) if isinstance(image, bytes) else (image, None)
-    image, name = read_stored(path, data)[0], f'{path}: '
-  image = np.asarray(image)
-  image = image[..., None] if image.ndim == 2 else image
-  fits = image.ndim == 3 and image.shape[2] == len(like)
-  if not fits or 0 in image.shape or image.dtype != like.dtype:
-    raise UserError(
-      f'{name}an image must be {like.dtype} [H, W, {len(like)}] for this'
-      f' network, got {image.dtype} {list(image.shape)}'
-    )
-  return image
 
 
 def encode_stored(image: np.ndarray) -> bytes:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.data import folder_files, layouts
+from deeplab_jax.data.image_files import Made
 from deeplab_jax.data.images import encode_label
-from deeplab_jax.data.listing import Listing, Made
+from deeplab_jax.data.listing import Listing
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError, first_line, require
 from deeplab_jax.runtime.files import read_bytes

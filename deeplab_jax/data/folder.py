@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from deeplab_jax.data import folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
-from deeplab_jax.data.image_files import turn
+from deeplab_jax.data.image_files import Made, turn
 from deeplab_jax.data.images import (
   Picture,
   encode_image,
@@ -30,7 +30,7 @@ from deeplab_jax.data.images import (
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
-from deeplab_jax.data.listing import Layout, Listing, Made, open_file
+from deeplab_jax.data.listing import Layout, Listing
 from deeplab_jax.runtime.errors import LabelError, UserError
 
 _LARGE = 2**24  # pixels of an image; larger ones are read one at a time
@@ -65,6 +65,7 @@ def load(
   root = folder_files.find_root(directory)
   # All lists are checked before the first is prepared, which may take minutes.
   configs, first = {}, None
+  how = {'on_bad_image': on_bad_image, 'as_stored': as_stored, 'tile': tile}
   for split in splits:
     listing = layout(root, split)
     lines = folder_files.read_classes(listing)
@@ -76,9 +77,7 @@ def load(
     meaning = labels.Meaning(
       lines, ignore_label, label_map or listing.label_map
     )
-    configs[split] = _make_config(
-      root, split, listing, meaning, on_bad_image, as_stored, tile
-    )
+    configs[split] = _make_config(root, split, listing, meaning, how)
   builders: records.Builders = {}
   palettes = labels.Palettes()
   try:
@@ -101,9 +100,7 @@ def _make_config(
   split: str,
   listing: Listing,
   meaning: labels.Meaning,
-  on_bad_image: str,
-  as_stored: bool,
-  tile: int,
+  how: dict[str, Any],
 ) -> FolderConfig:
   """Checks the files of a split, and names their state."""
   found, origin = listing.found, listing.origin
@@ -126,9 +123,9 @@ def _make_config(
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
-  options = [meaning.void_value, label_map, on_bad_image]
-  options += ['as stored'] * as_stored  # older names knew nothing of it
-  options += [['tile', tile]] * bool(tile)
+  options = [meaning.void_value, label_map, how['on_bad_image']]
+  options += ['as stored'] * how['as_stored']  # older names did not know it
+  options += [['tile', how['tile']]] * bool(how['tile'])
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', listing.name or root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
@@ -140,9 +137,7 @@ def _make_config(
     listing=listing,
     meaning=meaning,
     items=items,
-    on_bad_image=on_bad_image,
-    as_stored=as_stored,
-    tile=tile,
+    **how,
   )
 
 
@@ -167,18 +162,13 @@ class FolderSegmentation(records.RecordsBuilder):
   def _generate_examples(self) -> Iterator[records.Sample]:
     config, meaning = self.builder_config, self.builder_config.meaning
     palettes = labels.Palettes()
-    how = meaning, config.tile, config.as_stored
-
-    def read(item: records.Item) -> Any:
-      if is_large(item, config.tile, config.as_stored):
-        return functools.partial(read_pair, item, *how)
-      return read_pair(item, *how)
-
+    how = {'tile': config.tile, 'as_stored': config.as_stored}
     for item, (image, values, colors) in records.readable(
       config.items,
-      read,
+      functools.partial(read_pair, meaning=meaning, **how),
       origin=config.listing.origin,
       on_bad_image=config.on_bad_image,
+      alone=functools.partial(is_large, **how),
     ):
       palettes.add(colors)
       whole = records.Sample(item.name, item.image.name, image, values)
@@ -195,10 +185,10 @@ class FolderSegmentation(records.RecordsBuilder):
 
 def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
   """Whether an image is to be cut, and so large that it is read alone."""
-  if not tile:
-    return False
-  size = functools.partial(read_size, as_stored=as_stored, to_cut=True)
-  return math.prod(open_file(size, item.image)) > _LARGE
+  with contextlib.suppress(UserError):  # which reading it finds again
+    size = tile and read_size(item.image, as_stored=as_stored, to_cut=True)
+    return bool(size) and math.prod(size) > _LARGE
+  return False
 
 
 def read_pair(
@@ -213,20 +203,20 @@ def read_pair(
   colors of the palette, see `Meaning.used_colors`. Of an image that is larger
   than a tile it returns the pixels, for `cut`.
   """
-  cuts = tile > 0
-  see = functools.partial(open_picture, as_stored=as_stored, to_cut=cuts)
-  picture = open_file(see, item.image)
-  label = functools.partial(open_label, to_cut=cuts)
-  file = open_file(label, item.label)
+  picture = open_picture(item.image, as_stored=as_stored, to_cut=tile > 0)
+  file = open_label(item.label, to_cut=tile > 0)
   values = fit_label(item, picture, file, meaning.label_values(file))
-  records.check_values(
-    item,
-    values,
-    len(meaning.lines),
-    meaning.void_value,
-    remedy='the file, classes.txt or config.data.ignore_label, or say what '
-    'the value stands for with config.data.label_map',
-  )
+  counts = labels.count_values(values)
+  counts[: len(meaning.lines)] = counts[meaning.void_value] = 0
+  if counts.any():
+    value = int(counts.argmax())
+    raise LabelError(
+      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
+      f'one of the {len(meaning.lines)} classes nor the ignore label '
+      f'{meaning.void_value}; correct the file, classes.txt or '
+      'config.data.ignore_label, or say what the value stands for with '
+      'config.data.label_map'
+    )
   large = 0 < tile < max(values.shape)
   image = picture.pixels if large else picture.storable()
   return image, values, meaning.used_colors(file)
@@ -281,7 +271,11 @@ def fit_label(
       )
     if values.shape == stored:
       return turn(values, picture.orientation)
-  records.check_size(item, shown, values.shape)
+  if shown != values.shape:
+    raise UserError(
+      f'{item.label}: label is {values.shape[1]}x{values.shape[0]} but its '
+      f'image {item.image} is {shown[1]}x{shown[0]}; make the sizes equal'
+    )
   return values
 
 

@@ -7,8 +7,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -18,7 +18,27 @@ from PIL.TiffImagePlugin import TiffImageFile
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 from deeplab_jax.runtime.files import check_regular
 
-Path: TypeAlias = str | os.PathLike[str]
+
+class Made(NamedTuple):
+  """What stands for an image or label file and is none."""
+
+  origin: str  # names it in messages
+  name: str  # as the name of a file, without a folder
+  state: tuple[Any, ...]  # plain JSON values; others if the content changes
+  read: Callable[[], bytes]  # returns an image file, or raises `UserError`
+
+  def __str__(self) -> str:
+    return self.origin
+
+
+# Also what has a `str` and a function `read`, as `Made`.
+Path: TypeAlias = str | os.PathLike[str] | Any
+
+
+def contents(path: Path, data: bytes | None) -> tuple[Path, bytes | None]:
+  """Returns a file and `data`; reads what only stands for a file."""
+  read = getattr(path, 'read', None)
+  return (str(path), read()) if read else (path, data)
 
 
 def _built_in(feature: str) -> bool:
@@ -68,6 +88,7 @@ def opened(
 
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
+  path, data = contents(path, data)
   with reading(path, data):
     if data is None:
       check_file(path)

@@ -3,29 +3,9 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError
-
-
-class Made(NamedTuple):
-  """What stands for an image or label file and is none, in an `Item`."""
-
-  origin: str  # names it in messages
-  name: str  # as the name of a file, without a folder
-  state: tuple[Any, ...]  # plain JSON values; others if the content changes
-  read: Callable[[], bytes]  # returns an image file, or raises `UserError`
-
-  def __str__(self) -> str:
-    return self.origin
-
-
-def open_file(open_: Callable[..., Any], file: pathlib.Path | Made) -> Any:
-  """Calls `open_picture`, `open_label` or their like."""
-  if isinstance(file, Made):
-    return open_(str(file), file.read())
-  return open_(file)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

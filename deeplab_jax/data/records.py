@@ -22,14 +22,12 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from deeplab_jax.data import labels
 from deeplab_jax.data.bands import kind_of
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.errors import (
-  LabelError,
   UnreadableError,
   UserError,
   first_line,
@@ -166,28 +164,45 @@ def require_ignore_label(info: DatasetInfo, given: int) -> None:
     )
 
 
-def readable(
-  items: Sequence[Item], read: Callable, *, origin: object, on_bad_image: str
+def read_all(
+  read: Callable[[Item], Any],
+  items: Sequence[Item],
+  alone: Callable[[Item], bool] = lambda item: False,
 ) -> Iterator[tuple[Item, Any]]:
-  """Yields each item with what `read` returns for it, in order.
+  """Yields each item with what `read` returns for it, in order, on all cores.
 
-  The items are listed at `origin`. `read` is called on all cores. If it returns
-  a function, that is called when its turn comes, for what takes much memory. An
-  `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
+  What takes much memory, as `alone` tells, is read when its turn comes.
+  """
+
+  def ahead(item: Item) -> list[Any]:
+    return [] if alone(item) else [read(item)]
+
+  for item, found in zip(items, in_background(ahead, items), strict=True):
+    yield item, found[0] if found else read(item)
+
+
+def readable(
+  items: Sequence[Item],
+  read: Callable[[Item], Any],
+  *,
+  origin: object,
+  on_bad_image: str,
+  alone: Callable[[Item], bool] = lambda item: False,
+) -> Iterator[tuple[Item, Any]]:
+  """Yields what `read_all` does of items that are listed at `origin`.
+
+  An `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
   skips the item; if all are skipped, it stops as well.
   """
 
-  def attempt(function: Callable[..., Any], *arguments: Item) -> Any:
+  def attempt(item: Item) -> Any:
     try:
-      return function(*arguments)
+      return read(item)
     except UnreadableError as error:
       return error
 
   skipped = 0
-  first = functools.partial(attempt, read)
-  for item, value in zip(items, in_background(first, items), strict=True):
-    if callable(value):
-      value = attempt(value)
+  for item, value in read_all(attempt, items, alone):
     if not isinstance(value, UnreadableError):
       yield item, value
       value = None  # it may be large, and the next one is read before it ends
@@ -198,33 +213,6 @@ def readable(
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
   if skipped == len(items):
     raise UserError(f'{origin}: every image is unreadable; see the warnings')
-
-
-def check_size(
-  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
-) -> None:
-  """Raises `UserError` unless both sizes (height, width) are the same."""
-  if image_size != label_size:
-    raise UserError(
-      f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
-      f'{item.image} is {image_size[1]}x{image_size[0]}; make the sizes equal'
-    )
-
-
-def check_values(
-  item: Item, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
-) -> None:
-  """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
-  counts = labels.count_values(label)
-  counts[:classes] = 0
-  counts[ignore_label] = 0
-  if counts.any():
-    value = int(counts.argmax())
-    raise LabelError(
-      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
-      f'one of the {classes} classes nor the ignore label {ignore_label}; '
-      f'correct {remedy}'
-    )
 
 
 @contextlib.contextmanager

@@ -4,13 +4,11 @@ Preparing stops at the first problem; a survey reads the same files before.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +18,7 @@ from deeplab_jax.data import folder, folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.data.listing import Layout, Listing, open_file
-from deeplab_jax.data.pipeline import in_background
+from deeplab_jax.data.listing import Layout, Listing
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
@@ -45,7 +42,6 @@ _SHARED = 'ids in two lists, which makes the score worthless'
 _OF_LABELS = _NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
-_ALONE = threading.Lock()  # held while a large image is in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +136,11 @@ def survey_folder(
   found = itertools.chain(*(names.values() for names in listed.values()))
   items = list(dict.fromkeys(filter(None, found)))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  read = functools.partial(
-    _read, meaning=meaning, as_stored=as_stored, tile=tile
-  )
-  results = in_background(read, items)
-  for row, (own, colors, problems) in enumerate(results):
+  how = {'tile': tile, 'as_stored': as_stored}
+  check = functools.partial(_check, meaning=meaning, **how)
+  alone = functools.partial(folder.is_large, **how)
+  results = records.read_all(check, items, alone)
+  for row, (_, (own, colors, problems)) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():
       notes[title] += examples
@@ -243,27 +239,19 @@ def _read_lists(
   return listed
 
 
-def _read(
-  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
-) -> tuple[np.ndarray, list[list[Any]], _Notes]:
-  """Checks a pair of files; large ones, to be cut, one at a time."""
-  with contextlib.suppress(UserError):  # which the check finds again
-    if folder.is_large(item, tile, as_stored):
-      with _ALONE:
-        return _check(item, meaning, as_stored, tile)
-  return _check(item, meaning, as_stored, tile)
-
-
 def _check(
   item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
-  see = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
-  label = functools.partial(open_label, to_cut=tile > 0)
-  read = open_file
-  picture = notes.catch(_NO_PICTURES, read, see, item.image)
-  file = notes.catch(_NO_INDICES, read, label, item.label)
+  picture = notes.catch(
+    _NO_PICTURES,
+    open_picture,
+    item.image,
+    as_stored=as_stored,
+    to_cut=tile > 0,
+  )
+  file = notes.catch(_NO_INDICES, open_label, item.label, to_cut=tile > 0)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
   if picture is None or values is None:
     return np.zeros(256, np.int64), [], notes

@@ -10,7 +10,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from deeplab_jax.data.listing import Listing, Made
+from deeplab_jax.data.image_files import Made
+from deeplab_jax.data.listing import Listing
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError, first_line
 

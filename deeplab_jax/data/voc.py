@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import datasets, images, label_files, records
+from deeplab_jax.data import datasets, folder, images, labels, records
 from deeplab_jax.data import voc_sources as sources
 from deeplab_jax.runtime import download, errors
 
 log = logging.getLogger(__name__)
 
 _INFO = datasets.DATASETS['voc2012']
+_MEANING = labels.Meaning(_INFO.classes, _INFO.ignore_label)
 
 # Images in each split of each variant, where they are the same for everyone.
 PUBLISHED: dict[str, dict[str, int]] = {
@@ -160,19 +161,12 @@ def _require_download_space(config: VocConfig, downloads: pathlib.Path) -> None:
 
 
 def _read(item: records.Item) -> records.Sample:
-  picture = images.open_picture(str(item.image), item.image.read())
-  size = picture.pixels.shape[:2]
-  classes, void = _INFO.num_classes, _INFO.ignore_label
-  label = np.full(size, void, np.uint8)
   if item.label:
-    path, data = str(item.label), item.label.read()
-    if path.endswith('.mat'):
-      label = label_files.read_mat_label(path, data)
-    else:
-      label = label_files.open_label(path, data).indices()
-  records.check_size(item, size, label.shape)
-  records.check_values(item, label, classes, void, remedy='or replace the file')
-  image = picture.storable()
+    image, label, _ = folder.read_pair(item, _MEANING)
+  else:
+    picture = images.open_picture(item.image)
+    image = picture.storable()
+    label = np.full(picture.pixels.shape[:2], _INFO.ignore_label, np.uint8)
   return records.Sample(item.name, f'{item.name}.jpg', image, label)
 
 

@@ -162,11 +162,11 @@ from absl import logging
 from deeplab_jax.data import folder, load
 logging.set_verbosity('info')
 read, calls = folder.read_pair, []
-def counted(*args):
+def counted(*args, **named):
   calls.append(args)
   if 0 < int(sys.argv[3]) <= len(calls):
     os.kill(os.getpid(), 9)
-  return read(*args)
+  return read(*args, **named)
 folder.read_pair = counted
 data = load.load_dataset('folder', directory=sys.argv[1],
                          prepared_dir=sys.argv[2])

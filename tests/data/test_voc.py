@@ -632,14 +632,14 @@ def test_bad_settings_are_named(disk, prepared, tmp_path):
 
 _SCRIPT = """
 import os, sys
-from deeplab_jax.data import images, load
-read, calls = images.open_picture, []
+from deeplab_jax.data import folder, load
+read, calls = folder.read_pair, []
 def counted(*args):
   calls.append(args)
   if len(calls) >= int(sys.argv[3]):
     os.kill(os.getpid(), 9)
   return read(*args)
-images.open_picture = counted
+folder.read_pair = counted
 load.load_dataset('voc2012_segmentation/trainaug', directory=sys.argv[1],
                   prepared_dir=sys.argv[2])
 """
