@@ -35,6 +35,7 @@ from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
 
+_HOW = 'ignore_label', 'label_map', 'on_bad_image', 'as_stored'
 _SAMPLES = 200  # images that a proposal is drawn from
 
 _Show = Callable[..., None]
@@ -144,11 +145,8 @@ def _survey(
   survey = survey_folder(
     data.dir,
     splits,
-    ignore_label=data.ignore_label,
-    label_map=data.label_map,
-    on_bad_image=data.on_bad_image,
-    as_stored=data.as_stored,
     tile=data.tile or 0,
+    **{key: data[key] for key in _HOW},
     layout=layout,
   )
   show(survey.text, *() if survey.findings else ('',))

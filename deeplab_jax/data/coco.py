@@ -68,12 +68,16 @@ def coco(
   # Splits may use the same names: a folder of the split is a part of the id.
   inner = f'{folder.name}/' if folder.name.startswith(split) else ''
   stat = path.stat()
-  found = {}
+  state, found = (stat.st_size, stat.st_mtime_ns), {}
   for name, *of_image in listed:
     draw = functools.partial(_draw, f'{path}: {name}', values, *of_image)
-    state = stat.st_size, stat.st_mtime_ns
     label = Made(f'{path}: {name}', os.path.basename(name), state, draw)
-    found[name] = _item(folder, name, label, inner)
+    try:
+      inside = folder_files.inside(folder, name)
+      image = folder_files.only(name, [folder / inside])
+      found[name] = Item(inner + os.path.splitext(inside)[0], image, label)
+    except UserError as error:
+      found[name] = error
   if '{split}' not in json:
     found = layouts.share(path, split, found, holdout)
   return Listing(
@@ -118,17 +122,6 @@ def _folder(
   folders = [root / x for found in globbed for x in sorted(found)]
   holding = (x for x in folders if (x / name).is_file())
   return next(holding, [*folders, root / given][0])
-
-
-def _item(
-  folder: pathlib.Path, name: str, label: Made, inner: str
-) -> Item | UserError:
-  try:
-    inside = folder_files.inside(folder, name)
-    image = folder_files.only(name, [folder / inside])
-  except UserError as error:
-    return error
-  return Item(inner + os.path.splitext(inside)[0], image, label)
 
 
 def _draw(

@@ -80,6 +80,15 @@ def check_inside(directory: str) -> None:
           )
 
 
+def require_split(place: object, split: str, known: Iterable[str]) -> None:
+  """Raises `UserError` unless a split is known."""
+  if split not in (known := dict.fromkeys(known)):
+    raise UserError(
+      f'{place}: no such split, {split!r}{near(split, known)}; known splits: '
+      f'{", ".join(known) or "none"}'
+    )
+
+
 def read_lines(path: pathlib.Path, most: int) -> list[str]:
   """Reads the lines of a text of at most so many bytes, or `UserError`."""
   try:
@@ -119,11 +128,7 @@ def read_list(folder: pathlib.Path, split: str) -> list[str]:
     for file in sorted(folder.glob('*'))
     if file.suffix.lower() == '.txt' and file.name != 'classes.txt'
   }
-  if normal(split) not in files:
-    raise UserError(
-      f'{path}: no such list{near(split, files)}; known splits: '
-      f'{", ".join(files) or "none"}'
-    )
+  require_split(path, normal(split), files)
   names = [line for line in read_lines(files[normal(split)], 2**28) if line]
   if not names:
     raise UserError(f'{path}: the split is empty; list one id a line')

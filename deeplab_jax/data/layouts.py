@@ -11,7 +11,7 @@ import glob
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from deeplab_jax.data import folder_files
@@ -22,7 +22,6 @@ from deeplab_jax.data.label_files import LABEL_SUFFIXES
 from deeplab_jax.data.listing import Listing
 from deeplab_jax.data.voc_sources import hold_out
 from deeplab_jax.runtime.errors import UserError, naming
-from deeplab_jax.runtime.files import near, near_file
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def images_masks(
     found = [s for s in filled if glob.glob(filled[s], root_dir=root)]
     if '{split}' in forms[0] and found and not known:
       known, places = found, [x.replace('{split}', split) for x in forms]
-      require_split(root / forms[0], split, known)
+      folder_files.require_split(root / forms[0], split, known)
   # Splits may use the same names: a folder of the split is a part of the id.
   own = split if known and all(split in x.split('/') for x in places) else ''
   of_images = _find('image', root, places[0], SUFFIXES, own)
@@ -75,20 +74,11 @@ def images_masks(
   )
 
 
-def require_split(place: object, split: str, known: Iterable[str]) -> None:
-  """Raises `UserError` unless a split is known."""
-  if split not in (known := dict.fromkeys(known)):
-    raise UserError(
-      f'{place}: no such split, {split!r}{near(split, known)}; known splits: '
-      f'{", ".join(known) or "none"}'
-    )
-
-
 def share(
   origin: object, split: str, found: Mapping[str, T], holdout: float
 ) -> dict[str, T]:
   """Returns those of `train`, or the share of `val`, by a hash of their ids."""
-  require_split(origin, split, ('train', 'val'))
+  folder_files.require_split(origin, split, ('train', 'val'))
   with naming('config.data.options.holdout'):
     train, val = hold_out(list(found), holdout)
   chosen = train if split == 'train' else val
@@ -106,13 +96,9 @@ def _find(
   what: str, root: pathlib.Path, place: str, suffixes: Sequence[str], own: str
 ) -> Files:
   """Finds the files of a folder or glob; ids have no fixed folder but `own`."""
-  folder = root / place
   if not glob.has_magic(place):
-    if not folder.is_dir():
-      raise UserError(
-        f'{folder}: no such folder{near_file(folder)}; images and masks lie in '
-        'the folders or globs config.data.options.images and .masks'
-      )
+    also = 'others if config.data.options.images and .masks name them'
+    folder_files.require_folders(root, place, also=also)
     place += '/**/*'
   fixed = {*root.parts, *(x for x in place.split('/') if not glob.has_magic(x))}
   return Files(what, root, place, suffixes, fixed - {own})

@@ -3,16 +3,14 @@
 What TFDS prepared as array_record is read without TensorFlow.
 """
 
-import functools
 import pathlib
 from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from deeplab_jax.data.image_files import Made
 from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, read_features
 from deeplab_jax.runtime.errors import UserError, first_line
 
 
@@ -58,14 +56,15 @@ def tfds_set(
     )
   ]
   stat = (home / 'dataset_info.json').stat()
+  state = stat.st_size, stat.st_mtime_ns
 
   def made(index: int, feature: str) -> Made:
-    origin, file_name = (
-      f'{home}: {feature} of {ids[index]}',
-      f'{ids[index]}.png',
-    )
-    read = functools.partial(_read, source, index, feature, home)
-    return Made(origin, file_name, (stat.st_size, stat.st_mtime_ns), read)
+    def read() -> bytes:
+      features = read_features(source, index, home)
+      return features[feature].bytes_list.value[0]
+
+    name = f'{ids[index]}.png'
+    return Made(f'{home}: {feature} of {ids[index]}', name, state, read)
 
   return Listing(
     origin=f'{home}: {split}',
@@ -93,13 +92,3 @@ def _feature(
       f'{", ".join(sorted(images)) or "none"}'
     )
   return found[0]
-
-
-def _read(source: Any, index: int, feature: str, home: pathlib.Path) -> bytes:
-  try:
-    example = tf_example_pb2.Example.FromString(source[index])
-  except RuntimeError as error:  # by the hashes of array_record
-    raise UserError(
-      f'{home}: a file of records is damaged; build the set again'
-    ) from error
-  return example.features.feature[feature].bytes_list.value[0]

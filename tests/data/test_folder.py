@@ -577,12 +577,15 @@ def test_list_of_any_name_can_be_a_split(voc_folder, prepared, name):
 
 @pytest.mark.parametrize('name', ['../../classes', 'sub/val', '.', ''])
 def test_split_is_no_path(voc_folder, prepared, name):
-  assert 'no such list' in _refused(voc_folder, prepared, splits=(name,))
+  assert 'no such split' in _refused(voc_folder, prepared, splits=(name,))
 
 
 def test_similar_list_is_shown(voc_folder, prepared):
   message = _refused(voc_folder, prepared, splits=('Train',))
-  assert 'no such list; there is train; known splits: train, val' in message
+  assert (
+    "no such split, 'Train'; there is train; known splits: train, val"
+    in message
+  )
 
 
 def test_ids_may_have_the_suffix_of_their_image(voc_folder, prepared):

@@ -388,7 +388,7 @@ def test_every_list_that_fails_is_named(voc_folder):
   write_list(voc_folder, 'val', ['val_0', 'val_0'])
   (finding,) = findings(voc_folder).values()
   assert finding.fatal and finding.count == 2
-  assert 'train.txt: no such list' in finding.examples[0]
+  assert 'train.txt: no such split' in finding.examples[0]
   assert "'val_0' stands 2 times" in finding.examples[1]
 
 
