@@ -61,10 +61,10 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     text.extend(f'{part}\n' for part in parts)
     print(*parts, sep='\n', flush=True)
 
-  named = filter(None, (data.train_split, data.eval_split))
-  splits = list(dict.fromkeys(named))
-  layout = find_layout(data.name, build.set_values(data.options))
-  surveyed = layout if data.dir else None
+  splits = list(
+    dict.fromkeys(filter(None, (data.train_split, data.eval_split)))
+  )
+  surveyed = data.dir and find_layout(data.name, build.set_values(data.options))
   build.check_links(config)
   findings: tuple[Finding, ...] = ()
   if surveyed:
@@ -195,14 +195,13 @@ def _samples(
   def read(item: records.Item) -> list[dict[str, bytes]]:
     with contextlib.suppress(UserError):
       image, values, _ = folder.read_pair(item, meaning, tile, as_stored)
-      whole = records.Sample(item.name, item.image.name, image, values)
       return [
         {
           'image': each.image,
-          'label': encode_label(meaning.to_classes(each.label)),
+          'label': encode_label(each.label),
           'name': each.name.encode(),
         }
-        for each in folder.cut(whole, tile, meaning.void_values)
+        for each in folder.cut(item, image, values, meaning, tile)
       ]
     return []
 

@@ -9,12 +9,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,10 +170,8 @@ class FolderSegmentation(records.RecordsBuilder):
       alone=functools.partial(is_large, **how),
     ):
       palettes.add(colors)
-      whole = records.Sample(item.name, item.image.name, image, values)
-      for sample in cut(whole, config.tile, meaning.void_values):
-        yield sample._replace(label=meaning.to_classes(sample.label))
-      del image, values, whole  # before the next one is read
+      yield from cut(item, image, values, meaning, config.tile)
+      del image, values  # before the next one is read
     if not self.info.metadata['names'][config.split]:
       raise UserError(
         f'{config.directory}: no tile of {config.split} shows a class'
@@ -223,32 +220,33 @@ def read_pair(
 
 
 def cut(
-  whole: records.Sample, tile: int, void: Collection[int]
+  item: records.Item,
+  image: Any,
+  values: np.ndarray,
+  meaning: labels.Meaning,
+  tile: int,
 ) -> Iterator[records.Sample]:
-  """Yields a sample, or its tiles if its image is pixels [H, W, C].
+  """Yields the sample of a pair, or its tiles if `image` is pixels [H, W, C].
 
   Tiles have at most `tile` pixels a side, sizes that differ by at most one, and
   names that end in '@ROW,COLUMN'. Those of void alone are left out.
   """
-  image: Any = whole.image
   if isinstance(image, bytes):
-    yield whole
+    label = meaning.to_classes(values)
+    yield records.Sample(item.name, item.image.name, image, label)
     return
-  edges = [
+  rows, columns = (
     np.linspace(0, side, -(-side // tile) + 1).astype(int).tolist()
-    for side in whole.label.shape
-  ]
-  rows, columns = (list(itertools.pairwise(found)) for found in edges)
-  places = {
-    f'{whole.name}@{row},{column}': (slice(*rows[row]), slice(*columns[column]))
-    for row, column in itertools.product(range(len(rows)), range(len(columns)))
-  }
-  void = list(void)
-  for name, place in places.items():
-    label = whole.label[place]
-    if not np.isin(label, void).all():
-      data = encode_image(np.ascontiguousarray(image[place]))
-      yield records.Sample(name, whole.file_name, data, label)
+    for side in values.shape
+  )
+  for row, top in enumerate(rows[:-1]):
+    for column, left in enumerate(columns[:-1]):
+      place = np.s_[top : rows[row + 1], left : columns[column + 1]]
+      label = meaning.to_classes(values[place])
+      if (label != meaning.stored_ignore_label).any():
+        name = f'{item.name}@{row},{column}'
+        data = encode_image(np.ascontiguousarray(image[place]))
+        yield records.Sample(name, item.image.name, data, label)
 
 
 def fit_label(

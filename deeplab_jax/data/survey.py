@@ -129,12 +129,11 @@ def survey_folder(
     raise UserError(notes[_LIST][0])  # of the folder, not of a split
   default = Listing(origin='', found={}, classes=root / 'classes.txt')
   first = next(iter(listings.values()), default)
-  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first)
-  label_map = label_map or first.label_map
-  meaning = labels.Meaning(lines or (), ignore_label, label_map)
+  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first) or ()
+  meaning = labels.Meaning(lines, ignore_label, label_map or first.label_map)
   listed = _read_lists(listings, notes)
-  found = itertools.chain(*(names.values() for names in listed.values()))
-  items = list(dict.fromkeys(filter(None, found)))
+  known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
+  items = list(dict.fromkeys(itertools.chain(*known_items.values())))
   palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
   how = {'tile': tile, 'as_stored': as_stored}
   check = functools.partial(_check, meaning=meaning, **how)
@@ -162,36 +161,20 @@ def survey_folder(
       tallies[split].class_pixels = of_split[known]
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
-    notes[_HIDDEN] += [
-      str(items[row].label)
-      for row in _hidden(counts[:, known] > 0, counts[:, void].any(1))
-    ]
+    # Void that is probably a class, as 255 in some of many labels of 0 and 1.
+    shown, has_void = (counts[:, known] > 0).sum(1), counts[:, void].any(1)
+    if (shown[has_void] == 1).all() and (shown[~has_void] > 1).any():
+      notes[_HIDDEN] += [str(items[x].label) for x in np.flatnonzero(has_void)]
     if notes[_VALUES]:  # which tell something apart
       of_classes = tuple(x for x in of_classes if x.title != _SAME)
-  findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
-  text = _count_classes(first, meaning, counts.sum(0))
-  findings += of_classes
-  known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
+  allowed = [_UNREADABLE] * (on_bad_image == 'skip')
+  findings = notes.findings(*allowed) + of_classes
+  text, place = _count_classes(first, meaning, counts.sum(0)), first.classes
   proposal = None
   if any(found.fatal and found.title in _OF_LABELS for found in findings):
-    fixed = not isinstance(first.classes, pathlib.Path)
-    proposal = proposals.propose(
-      known_items, lines or (), ignore_label, fixed=fixed
-    )
-  return Survey(
-    root, text, findings, lines or (), first.classes, known_items, proposal
-  )
-
-
-def _hidden(shown: np.ndarray, void: Any) -> list[int]:
-  """Returns labels whose void is probably a class, as 255 in some of 0 and 1.
-
-  `shown` bool [N, C] tells which label shows which class, `void` bool [N] which
-  has void.
-  """
-  classes = shown.sum(1)
-  alone = (classes[void] == 1).all() and (classes[~void] > 1).any()
-  return np.flatnonzero(void & alone).tolist()
+    fixed = not isinstance(place, pathlib.Path)
+    proposal = proposals.propose(known_items, lines, ignore_label, fixed=fixed)
+  return Survey(root, text, findings, lines, place, known_items, proposal)
 
 
 def _count_classes(
@@ -307,10 +290,10 @@ def _remedy(absent: list[int], values: Sequence[int], void_value: int) -> str:
   text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
     return f'{text}ignore_label=255'
+  target, more = max(values) + 1, ' and give it a line in classes.txt'
   if absent:
-    return f'{text}label_map={void_value}:{values[absent[0]]}'
-  text += f'label_map={void_value}:{max(values) + 1}'
-  return f'{text} and give it a line in classes.txt'
+    target, more = values[absent[0]], ''
+  return f'{text}label_map={void_value}:{target}{more}'
 
 
 def check_tallies(

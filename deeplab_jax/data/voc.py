@@ -259,21 +259,21 @@ def _find_items(
   ids: _Ids, files: sources.Files, *, void: bool = False
 ) -> list[records.Item]:
   """Finds the files of each id; masks only if the labels are not `void`."""
-  items, lacking = [], []
-  for name in ids.names:
-    image, label = files.get(('image', name)), files.get(('mask', name))
-    if image is None:
-      lacking.append(f'{name} (no image)')
-    elif label is None and not void:
-      lacking.append(f'{name} (no mask)')
-    else:
-      items.append(records.Item(name, image, None if void else label))
+  items = [
+    records.Item(x, files.get(('image', x)), void or files.get(('mask', x)))
+    for x in ids.names
+  ]
+  lacking = [
+    f'{x.name} (no {"mask" if x.image else "image"})'
+    for x in items
+    if not (x.image and x.label)
+  ]
   if lacking:
     raise errors.UserError(
       f'{ids.origin}: {len(lacking)} of {len(ids.names)} ids have no image or '
       f'no mask: {_some(lacking)}; add the files or take the ids off the list'
     )
-  return items
+  return [item._replace(label=None) for item in items] if void else items
 
 
 def _refuse_val(train: _Ids, val: _Ids) -> None:

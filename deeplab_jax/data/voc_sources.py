@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from os.path import dirname, relpath
 from typing import Any, NamedTuple
 
+from deeplab_jax.data.folder_files import find_root
 from deeplab_jax.runtime import download, errors, files
 
 
@@ -112,11 +113,7 @@ def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
 
   Raises `UserError` if the folder or VOC is missing.
   """
-  root = pathlib.Path(directory).expanduser().resolve()
-  if not root.is_dir():
-    raise errors.UserError(
-      f'{directory}: no such folder{files.near_file(root)}; set config.data.dir'
-    )
+  root = find_root(directory)
   places = {'root': root}
   for source in _PARTS if more else ('voc', 'test'):
     found = [x for name in _LOCATIONS[source] for x in sorted(root.glob(name))]

@@ -599,7 +599,7 @@ def test_damaged_mat_stops_or_is_skipped(disk, prepared, caplog):
     ('', 'VOCdevkit', f'neither {_VOC_TAR} nor'),
     ('', 'VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt', 'no val.txt'),
     ('trainaug', 'benchmark_RELEASE/dataset/val.txt', 'no val.txt'),
-    ('', '.', 'no such folder'),
+    ('', '.', 'no such dataset folder'),
   ],
 )
 def test_what_is_not_on_the_disk_is_named(
