@@ -18,9 +18,9 @@ from deeplab_jax.data import folder, records, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.images import decode_label, encode_label
 from deeplab_jax.data.labels import Meaning
-from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.load import find_layout
 from deeplab_jax.data.proposals import Proposal
+from deeplab_jax.data.records import Layout
 from deeplab_jax.data.survey import (
   Finding,
   Survey,
@@ -182,11 +182,7 @@ def _proposed(
 
 
 def _samples(
-  items: Sequence[records.Item],
-  meaning: Meaning,
-  *,
-  tile: int,
-  as_stored: bool,
+  items: Sequence[records.Item], meaning: Meaning, *, tile: int, as_stored: bool
 ) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
   """Reads some of the items that can be read, as they would be stored."""
   count, void = len(meaning.classes), meaning.stored_ignore_label

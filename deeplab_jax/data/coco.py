@@ -10,8 +10,8 @@ import functools
 import glob
 import json as json_text
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ import numpy as np
 from deeplab_jax.data import folder_files, layouts
 from deeplab_jax.data.image_files import Made
 from deeplab_jax.data.images import encode_label
-from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, Listing
 from deeplab_jax.runtime.errors import UserError, first_line, require
 from deeplab_jax.runtime.files import read_bytes
 
@@ -29,7 +28,7 @@ _Json = Mapping[str, Any]
 
 
 def coco(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   *,
   json: str = 'annotations/instances_{split}*.json',
@@ -113,9 +112,7 @@ def _classes(categories: Sequence[_Json]) -> tuple[list[str], dict[Any, int]]:
   return names, values
 
 
-def _folder(
-  root: pathlib.Path, given: str, split: str, name: str
-) -> pathlib.Path:
+def _folder(root: Path, given: str, split: str, name: str) -> Path:
   """Returns the first folder that holds an image, else the first one."""
   places = [given] if given else [f'{split}*', f'images/{split}*', 'images', '']
   globbed = (glob.glob(place or '.', root_dir=root) for place in places)

@@ -11,9 +11,9 @@ import functools
 import hashlib
 import math
 import os
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from deeplab_jax.data.images import (
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
-from deeplab_jax.data.listing import Layout, Listing
+from deeplab_jax.data.records import Layout, Listing
 from deeplab_jax.runtime.errors import LabelError, UserError
 
 _LARGE = 2**24  # pixels of an image; larger ones are read one at a time
@@ -86,7 +86,7 @@ def load(
       builders[split] = builder
   except LabelError as error:
     listed = {split: config.items for split, config in configs.items()}
-    fixed = not isinstance(listing.classes, pathlib.Path)
+    fixed = not isinstance(listing.classes, Path)
     proposal = proposals.propose(listed, lines, ignore_label, fixed=fixed)
     if not proposal:
       raise
@@ -95,7 +95,7 @@ def load(
 
 
 def _make_config(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   listing: Listing,
   meaning: labels.Meaning,
@@ -140,7 +140,7 @@ def _make_config(
   )
 
 
-def _state(file: pathlib.Path | Made) -> Sequence[Any]:
+def _state(file: Path | Made) -> Sequence[Any]:
   """What changes with the contents of a file."""
   if isinstance(file, Made):
     return file.state
@@ -291,7 +291,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
         palette[index] = first[value]
   free = (v for v in range(255, -1, -1) if v not in values)
   return DatasetInfo(
-    name=config.listing.name or pathlib.Path(config.directory).name,
+    name=config.listing.name or Path(config.directory).name,
     classes=meaning.classes,
     palette=palette,
     ignore_label=meaning.stored_ignore_label,
@@ -300,7 +300,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   )
 
 
-def _first_palette(folder: pathlib.Path | None) -> np.ndarray:
+def _first_palette(folder: Path | None) -> np.ndarray:
   """Returns the colors of the first palette label, uint8 [N, 3]."""
   # Of the whole folder, so that all splits have the same colors.
   for path in sorted(folder.rglob('*')) if folder else ():

@@ -11,9 +11,9 @@ ImageSets/Segmentation/SPLIT.txt     one ID a line
 import collections
 import glob
 import os
-import pathlib
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from deeplab_jax.data import labels
@@ -21,13 +21,12 @@ from deeplab_jax.data.bands import SUFFIXES
 from deeplab_jax.data.datasets import check_class_names
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, Listing
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file, read_bytes
 
 
-def voc_devkit(root: pathlib.Path, split: str) -> Listing:
+def voc_devkit(root: Path, split: str) -> Listing:
   """The layout of a VOC devkit."""
   lists = 'ImageSets/Segmentation'
   parts = 'JPEGImages', 'SegmentationClass', lists
@@ -43,11 +42,11 @@ def voc_devkit(root: pathlib.Path, split: str) -> Listing:
   )
 
 
-def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
+def find_root(directory: str | os.PathLike[str]) -> Path:
   """Returns the absolute path of a folder; raises `UserError` without one."""
   if not directory:
     raise UserError('config.data.dir is empty; name the folder of the data set')
-  root = pathlib.Path(directory).expanduser().resolve()
+  root = Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise UserError(
       f'{directory}: no such dataset folder{near_file(root)}; set '
@@ -56,7 +55,7 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   return root
 
 
-def require_folders(root: pathlib.Path, *parts: str, also: str) -> None:
+def require_folders(root: Path, *parts: str, also: str) -> None:
   """Raises `UserError` unless the folders are there; names `also` with them."""
   for part in parts:
     if not (root / part).is_dir():
@@ -68,11 +67,11 @@ def require_folders(root: pathlib.Path, *parts: str, also: str) -> None:
 
 def check_inside(directory: str) -> None:
   """Raises `UserError` if a link in a folder, at any depth, leads out of it."""
-  root = pathlib.Path(os.path.realpath(os.path.expanduser(directory)))
+  root = Path(os.path.realpath(os.path.expanduser(directory)))
   for folder, folders, names in os.walk(root):
-    for path in (pathlib.Path(folder, name) for name in (*folders, *names)):
+    for path in (Path(folder, name) for name in (*folders, *names)):
       if path.is_symlink() and path.exists():
-        target = pathlib.Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path))
         if not target.is_relative_to(root):
           raise UserError(
             f'{path} leads out of {root}, to {target}; if that is meant, set'
@@ -89,7 +88,7 @@ def require_split(place: object, split: str, known: Iterable[str]) -> None:
     )
 
 
-def read_lines(path: pathlib.Path, most: int) -> list[str]:
+def read_lines(path: Path, most: int) -> list[str]:
   """Reads the lines of a text of at most so many bytes, or `UserError`."""
   try:
     text = read_bytes(path, most).decode('utf-8-sig')
@@ -101,7 +100,7 @@ def read_lines(path: pathlib.Path, most: int) -> list[str]:
 def read_classes(listing: Listing) -> list[str]:
   """Returns the class lines; raises `UserError` if one is wrong."""
   path: Any = listing.origin
-  if not isinstance(listing.classes, pathlib.Path):
+  if not isinstance(listing.classes, Path):
     lines = list(listing.classes)
   else:
     path = listing.classes
@@ -120,7 +119,7 @@ def read_classes(listing: Listing) -> list[str]:
   return lines
 
 
-def read_list(folder: pathlib.Path, split: str) -> list[str]:
+def read_list(folder: Path, split: str) -> list[str]:
   """Returns the ids of a list; raises `UserError` if none, or one repeats."""
   path = folder / f'{split}.txt'
   files = {
@@ -152,7 +151,7 @@ def inside(place: object, listed: str) -> str:
   return name
 
 
-def only(name: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
+def only(name: str, files: Sequence[Path]) -> Path:
   """Returns the file of an id; raises `UserError` for two, or no real one."""
   if len(files) > 1:
     raise UserError(
@@ -167,13 +166,13 @@ def only(name: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
   return files[0]
 
 
-class Files(dict[str, list[pathlib.Path]]):
+class Files(dict[str, list[Path]]):
   """The files of one kind by id, which is their name without suffix."""
 
   def __init__(
     self,
     what: str,
-    root: pathlib.Path,
+    root: Path,
     pattern: str,
     suffixes: Sequence[str],
     fixed: Collection[str] = (),  # folders that are no part of an id
@@ -188,7 +187,7 @@ class Files(dict[str, list[pathlib.Path]]):
     # An array is the image where there is no other.
     for name in sorted(found, key=lambda name: (name.endswith('.npy'), name)):
       path = root / name
-      folders = [x for x in pathlib.Path(name).parent.parts if x not in fixed]
+      folders = [x for x in Path(name).parent.parts if x not in fixed]
       key = normal('/'.join([*folders, path.stem]))
       if path.suffix.lower() not in suffixes:
         self._others[key] = path.name

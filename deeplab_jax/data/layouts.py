@@ -10,8 +10,8 @@ import difflib
 import glob
 import logging
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from deeplab_jax.data import folder_files
@@ -19,7 +19,7 @@ from deeplab_jax.data.bands import SUFFIXES
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.folder_files import Files
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.listing import Listing
+from deeplab_jax.data.records import Listing
 from deeplab_jax.data.voc_sources import hold_out
 from deeplab_jax.runtime.errors import UserError, naming
 
@@ -30,7 +30,7 @@ _SPLITS = ('train', 'val', 'test', 'training', 'validation', 'valid')
 
 
 def images_masks(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   *,
   images: str = 'images',
@@ -93,7 +93,7 @@ def share(
 
 
 def _find(
-  what: str, root: pathlib.Path, place: str, suffixes: Sequence[str], own: str
+  what: str, root: Path, place: str, suffixes: Sequence[str], own: str
 ) -> Files:
   """Finds the files of a folder or glob; ids have no fixed folder but `own`."""
   if not glob.has_magic(place):
@@ -144,7 +144,7 @@ def _mask_of(key: str, affixes: _Affixes) -> str:
   return f'{folder}{slash}{mask_start}{bare}{mask_end}'
 
 
-def ade20k(root: pathlib.Path, split: str) -> Listing:
+def ade20k(root: Path, split: str) -> Listing:
   """ADE20K as of the scene parsing challenge: 150 classes, 0 is void.
 
   Zhou et al., "Scene Parsing through ADE20K Dataset" (CVPR 2017).
@@ -165,7 +165,7 @@ def ade20k(root: pathlib.Path, split: str) -> Listing:
   return dataclasses.replace(listing, classes=classes)
 
 
-def cityscapes(root: pathlib.Path, split: str) -> Listing:
+def cityscapes(root: Path, split: str) -> Listing:
   """Cityscapes, gtFine: its 19 classes, by trainIds or by ids.
 
   Cordts et al., "The Cityscapes Dataset" (CVPR 2016). The table is that of

@@ -20,14 +20,8 @@ from deeplab_jax.data import (
 )
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_label
-from deeplab_jax.data.listing import Layout
-from deeplab_jax.data.records import Builders
-from deeplab_jax.runtime.errors import (
-  UserError,
-  check_choice,
-  naming,
-  require,
-)
+from deeplab_jax.data.records import Builders, Layout
+from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
 
 
 class Records(Sequence[dict[str, Any]]):

@@ -10,11 +10,11 @@ import hashlib
 import io
 import json
 import logging
-import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,7 @@ from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
-from deeplab_jax.runtime.errors import (
-  UnreadableError,
-  UserError,
-  first_line,
-)
+from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +67,23 @@ class Item(NamedTuple):
   name: str  # its id
   image: Any  # the file; its `str` names it in messages
   label: Any  # likewise; None means that all of it is void
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Listing:
+  """What a layout finds of a split: its files, and what their labels mean."""
+
+  origin: object  # where the ids are listed, for messages
+  found: Mapping[str, Item | UserError]  # by listed id; why one has no files
+  classes: Path | Sequence[str]  # lines as of classes.txt, or the file
+  label_map: str = ''  # where `config.data.label_map` says nothing
+  label_folder: Path | None = None  # its first palette gives the colors
+  name: str = ''  # of the data set; empty for that of its folder
+
+
+# A function (root, split, **options) that finds the files of a data set. It
+# raises `UserError` for an unknown or empty split, or wrong options.
+Layout = Callable[..., Listing]
 
 
 class Sample(NamedTuple):
@@ -243,7 +256,7 @@ def _quiet() -> Iterator[None]:
     logger.removeFilter(others)
 
 
-def _state(path: pathlib.Path) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
   """Tells files apart: by digests those that no hash in them protects."""
   return {
     file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -254,7 +267,7 @@ def _state(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _damage(path: pathlib.Path, make: Callable[[], Any]) -> str:
+def _damage(path: Path, make: Callable[[], Any]) -> str:
   """Says what is wrong with a prepared folder; '' if nothing is."""
   try:
     if (path / _STATE).exists():  # older ones have none
@@ -282,7 +295,7 @@ def prepared(
     builder_class, data_dir=prepared_dir or None, config=config
   )
   # <prepared_dir>/<data set>/<config>/<version>
-  home = pathlib.Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
+  home = Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
   if disk.is_remote(prepared_dir):
     raise UserError('config.data.prepared_dir: gs:// needs a mount by gcsfuse')
   home /= builder_class.name
@@ -308,7 +321,7 @@ def prepared(
           aside.rename(path)
         raise
       shutil.rmtree(aside, ignore_errors=True)
-      path = pathlib.Path(builder.data_path)
+      path = Path(builder.data_path)
       disk.write_json(path / _STATE, _state(path))
   except (OSError, RuntimeError) as error:  # the latter of array_record
     named = str(getattr(error, 'filename', error) or home)

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from deeplab_jax.data import folder, folder_files, labels, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.data.listing import Layout, Listing
+from deeplab_jax.data.records import Layout, Listing
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
@@ -72,11 +72,11 @@ class Finding:
 class Survey(NamedTuple):
   """What a survey found."""
 
-  root: pathlib.Path
+  root: Path
   text: str  # how many classes there are, and why
   findings: tuple[Finding, ...]
   lines: Sequence[str]  # of classes.txt
-  classes: pathlib.Path | Sequence[str]  # where they are from
+  classes: Path | Sequence[str]  # where they are from
   items: dict[str, list[records.Item]]  # of each split, those with files
   proposal: proposals.Proposal | None  # what may repair the labels
 
@@ -172,7 +172,7 @@ def survey_folder(
   text, place = _count_classes(first, meaning, counts.sum(0)), first.classes
   proposal = None
   if any(found.fatal and found.title in _OF_LABELS for found in findings):
-    fixed = not isinstance(place, pathlib.Path)
+    fixed = not isinstance(place, Path)
     proposal = proposals.propose(known_items, lines, ignore_label, fixed=fixed)
   return Survey(root, text, findings, lines, place, known_items, proposal)
 
@@ -181,7 +181,7 @@ def _count_classes(
   listing: Listing, meaning: labels.Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
-  in_file = isinstance(path := listing.classes, pathlib.Path)
+  in_file = isinstance(path := listing.classes, Path)
   ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
@@ -228,11 +228,7 @@ def _check(
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
   picture = notes.catch(
-    _NO_PICTURES,
-    open_picture,
-    item.image,
-    as_stored=as_stored,
-    to_cut=tile > 0,
+    _NO_PICTURES, open_picture, item.image, as_stored=as_stored, to_cut=tile > 0
   )
   file = notes.catch(_NO_INDICES, open_label, item.label, to_cut=tile > 0)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
@@ -249,9 +245,7 @@ def _check(
 
 
 def label_findings(
-  info: DatasetInfo | labels.Meaning,
-  tallies: Mapping[str, Tally],
-  trained: str,
+  info: DatasetInfo | labels.Meaning, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
   """Finds splits that lack classes, and labels that nothing is learned from."""
   notes, allowed = _Notes(list), ''

@@ -3,24 +3,18 @@
 What TFDS prepared as array_record is read without TensorFlow.
 """
 
-import pathlib
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from deeplab_jax.data.image_files import Made
-from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item, read_features
+from deeplab_jax.data.records import Item, Listing, read_features
 from deeplab_jax.runtime.errors import UserError, first_line
 
 
 def tfds_set(
-  name: str,
-  root: pathlib.Path,
-  split: str,
-  *,
-  images: str = '',
-  masks: str = '',
+  name: str, root: Path, split: str, *, images: str = '', masks: str = ''
 ) -> Listing:
   """The set `name` in TFDS's folder `root`.
 
@@ -36,7 +30,7 @@ def tfds_set(
       'TensorFlow is installed, run tfds build --file_format=array_record '
       f'--data_dir={root} {name}'
     ) from error
-  home, features = pathlib.Path(builder.data_path), builder.info.features
+  home, features = Path(builder.data_path), builder.info.features
   image = _feature('images', images, features, 3, ())
   mask = _feature('masks', masks, features, 1, ('segmentation_mask', 'label'))
   splits, raw = builder.info.splits, tfds.decode.DeserializeMethod.RAW_BYTES

@@ -15,9 +15,9 @@ are VOCtrainval_11-May-2012.tar (Everingham et al.) and benchmark.tgz of SBD
 import dataclasses
 import functools
 import logging
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ class VocConfig(records.SourceConfig):
   """What to prepare; without `places` the sources are downloaded."""
 
   variant: str = ''
-  places: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+  places: dict[str, Path] = dataclasses.field(default_factory=dict)
   list_file: str = ''
   train: Sequence[str] = dataclasses.field(default=(), repr=False)
   holdout: Sequence[str] = dataclasses.field(default=(), repr=False)
@@ -80,7 +80,7 @@ def load(
     with errors.naming('config.data.options.holdout'):
       config.train, config.holdout = sources.hold_out(ids, holdout)
     config.list_file = list
-    prefix += '-' + re.sub(r'\W+', '_', pathlib.Path(list).stem)
+    prefix += '-' + re.sub(r'\W+', '_', Path(list).stem)
     state += [ids, holdout]
   if directory:
     config.places = sources.find_places(directory, variant != 'voc2012')
@@ -117,7 +117,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     config = self.builder_config
     self.info.metadata['info'] = _INFO.to_json()
-    downloads = pathlib.Path(dl_manager.download_dir) / self.name
+    downloads = Path(dl_manager.download_dir) / self.name
     if not config.places:
       _require_download_space(config, downloads)
     splits = _find_splits(config, downloads)
@@ -128,7 +128,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
         log.warning(message, config.variant, split, number, count)
     found = (x for items in splits.values() for item in items for x in item[1:])
     needed = sum(file.size for file in found if file)
-    folder = pathlib.Path(self.data_dir)
+    folder = Path(self.data_dir)
     download.require_space(folder, needed, 'the prepared set', _OTHER_DISK)
     return {
       split: (
@@ -146,7 +146,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
     return (sample for _, sample in read)
 
 
-def _require_download_space(config: VocConfig, downloads: pathlib.Path) -> None:
+def _require_download_space(config: VocConfig, downloads: Path) -> None:
   """Refuses what would not fit, before the first byte is downloaded."""
   voc, sbd = sources.SOURCES['voc'], sources.SOURCES['sbd']
   wanted = [voc, sbd] if config.variant == 'trainaug' else [voc]
@@ -178,7 +178,7 @@ class _Ids(NamedTuple):
 
 
 def _find_splits(
-  config: VocConfig, downloads: pathlib.Path
+  config: VocConfig, downloads: Path
 ) -> dict[str, list[records.Item]]:
   """Finds the images and the masks of each split."""
   place = config.places.get('voc') or sources.fetch('voc', downloads)
@@ -226,10 +226,7 @@ def _find_splits(
 
 
 def _add_sbd(
-  config: VocConfig,
-  downloads: pathlib.Path,
-  files: sources.Files,
-  why: str = '',
+  config: VocConfig, downloads: Path, files: sources.Files, why: str = ''
 ) -> tuple[_Ids, sources.Files]:
   """Returns the ids of SBD, and `files` with what SBD has beyond them.
 

@@ -6,10 +6,10 @@ disk, and half of an archive could pass for the whole.
 
 import hashlib
 import io
-import pathlib
 import tarfile
 from collections.abc import Container, Sequence
 from os.path import dirname, relpath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from deeplab_jax.data.folder_files import find_root
@@ -84,7 +84,7 @@ class File(NamedTuple):
 
   location: str
   size: int
-  source: pathlib.Path | bytes  # the file that has it at `offset`, or it
+  source: Path | bytes  # the file that has it at `offset`, or it
   offset: int = 0
   time: int = 0  # of the last change in ns, in a folder
 
@@ -108,7 +108,7 @@ class File(NamedTuple):
 Files = dict[tuple[str, str], File]  # by part and id
 
 
-def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
+def find_places(directory: str, more: bool) -> dict[str, Path]:
   """Finds 'voc' and 'test' in a folder, and if `more` 'aug' and 'sbd'.
 
   Raises `UserError` if the folder or VOC is missing.
@@ -128,7 +128,7 @@ def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
   return places
 
 
-def state_of(places: dict[str, pathlib.Path]) -> list[Any]:
+def state_of(places: dict[str, Path]) -> list[Any]:
   """Returns names, sizes and times of the files, which change if they do."""
   state: list[Any] = []
   for source, place in places.items():
@@ -143,7 +143,7 @@ def state_of(places: dict[str, pathlib.Path]) -> list[Any]:
   return state
 
 
-def fetch(source: str, folder: pathlib.Path) -> pathlib.Path:
+def fetch(source: str, folder: Path) -> Path:
   """Downloads the archive of 'voc' or 'sbd', and returns its path."""
   urls, size, digest = SOURCES[source]
   advice = (
@@ -156,7 +156,7 @@ def fetch(source: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def find_files(
-  source: str, place: pathlib.Path, skip: Container[tuple[str, str]] = ()
+  source: str, place: Path, skip: Container[tuple[str, str]] = ()
 ) -> Files:
   """Finds the files of a source in a folder or a tar archive.
 
@@ -166,14 +166,14 @@ def find_files(
   found: Files = {}
   if place.is_dir():
     for part, pattern in _PARTS[source].items():
-      for path in filter(pathlib.Path.is_file, place.glob(pattern)):
+      for path in filter(Path.is_file, place.glob(pattern)):
         size, time = path.stat().st_size, path.stat().st_mtime_ns
         found[part, path.stem] = File(str(path), size, path, 0, time)
     return found
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)
     for member in filter(tarfile.TarInfo.isfile, tar):
-      name = pathlib.PurePosixPath(member.name)
+      name = PurePosixPath(member.name)
       for part, pattern in _PARTS[source].items():
         if name.match(pattern) and (part, name.stem) not in skip:
           offset, size = member.offset_data, member.size
@@ -197,7 +197,7 @@ def read_list_file(list_file: str) -> list[str]:
       'text file of the ids to train on'
     )
   try:
-    data = files.read_bytes(pathlib.Path(list_file).expanduser(), 2**28)
+    data = files.read_bytes(Path(list_file).expanduser(), 2**28)
   except OSError as error:
     raise errors.UserError(
       f'config.data.options.list={list_file}: cannot be read ({error.strerror})'

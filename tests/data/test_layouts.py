@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deeplab_jax.data import images, layouts, load, records, survey
-from deeplab_jax.data.listing import Listing
+from deeplab_jax.data.records import Listing
 from deeplab_jax.runtime.errors import UserError
 
 COUNTS = {'train': 4, 'val': 2}
