@@ -106,9 +106,7 @@ def _classes(categories: Sequence[_Json]) -> tuple[list[str], dict[Any, int]]:
     own = str(each['name']).casefold() == names[0]
     values[each['id']] = _BACKGROUND if own else len(names)
     names += [] if own else [str(each['name'])]
-  require(
-    len(names) <= _VOID, 'there must be at most 254 categories', len(names)
-  )
+  require(len(names) <= _VOID, 'at most 254 categories fit', len(names))
   return names, values
 
 

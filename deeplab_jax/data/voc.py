@@ -127,7 +127,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
         message = '%s is not the published set: %s has %d images, not %d'
         log.warning(message, config.variant, split, number, count)
     found = (x for items in splits.values() for item in items for x in item[1:])
-    needed = sum(file.size for file in found if file)
+    needed = sum(file.state[0] for file in found if file)
     folder = Path(self.data_dir)
     download.require_space(folder, needed, 'the prepared set', _OTHER_DISK)
     return {
@@ -167,7 +167,7 @@ def _read(item: records.Item) -> records.Sample:
     picture = images.open_picture(item.image)
     image = picture.storable()
     label = np.full(picture.pixels.shape[:2], _INFO.ignore_label, np.uint8)
-  return records.Sample(item.name, f'{item.name}.jpg', image, label)
+  return records.Sample(item.name, item.image.name, image, label)
 
 
 class _Ids(NamedTuple):

@@ -8,11 +8,12 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Container, Sequence
-from os.path import dirname, relpath
+from os.path import basename, dirname, relpath
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from deeplab_jax.data.folder_files import find_root
+from deeplab_jax.data.image_files import Made
 from deeplab_jax.runtime import download, errors, files
 
 
@@ -79,33 +80,27 @@ _PARTS = {
 }
 
 
-class File(NamedTuple):
-  """A file in a folder or an archive; its location names it in messages."""
+def _made(
+  location: str, source: Path | bytes, size: int, offset: int = 0, time: int = 0
+) -> Made:
+  """Stands for a file: so many bytes of another one, or `source` itself."""
 
-  location: str
-  size: int
-  source: Path | bytes  # the file that has it at `offset`, or it
-  offset: int = 0
-  time: int = 0  # of the last change in ns, in a folder
-
-  def __str__(self) -> str:
-    return self.location
-
-  def read(self) -> bytes:
-    """Returns the contents; raises `UnreadableError` if the disk fails."""
-    if isinstance(self.source, bytes):
-      return self.source
+  def read() -> bytes:
+    if isinstance(source, bytes):
+      return source
     try:
-      with self.source.open('rb') as file:
-        file.seek(self.offset)
-        return file.read(self.size)
+      with source.open('rb') as file:
+        file.seek(offset)
+        return file.read(size)
     except OSError as error:
       raise errors.UnreadableError(
-        f'{self}: cannot be read ({error.strerror}); replace the file'
+        f'{location}: cannot be read ({error.strerror}); replace the file'
       ) from error
 
+  return Made(location, basename(location), (size, time), read)
 
-Files = dict[tuple[str, str], File]  # by part and id
+
+Files = dict[tuple[str, str], Made]  # by part and id
 
 
 def find_places(directory: str, more: bool) -> dict[str, Path]:
@@ -137,7 +132,7 @@ def state_of(places: dict[str, Path]) -> list[Any]:
       state.append((place.name, stat.st_size, stat.st_mtime_ns))
     elif source != 'root':
       state += sorted(
-        (relpath(dirname(file.location), place), name, file.size, file.time)
+        (relpath(dirname(file.origin), place), name, *file.state)
         for (_, name), file in find_files(source, place).items()
       )
   return state
@@ -168,7 +163,7 @@ def find_files(
     for part, pattern in _PARTS[source].items():
       for path in filter(Path.is_file, place.glob(pattern)):
         size, time = path.stat().st_size, path.stat().st_mtime_ns
-        found[part, path.stem] = File(str(path), size, path, 0, time)
+        found[part, path.stem] = _made(str(path), path, size, 0, time)
     return found
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)
@@ -179,7 +174,7 @@ def find_files(
           offset, size = member.offset_data, member.size
           file = tar.extractfile(member) if compressed else None
           data = file.read() if file else place
-          found[part, name.stem] = File(f'{place}/{name}', size, data, offset)
+          found[part, name.stem] = _made(f'{place}/{name}', data, size, offset)
     # tarfile takes a damaged header for the end, which is a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
