@@ -14,13 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.data import folder, records, voc
+from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.images import decode_label, encode_label
 from deeplab_jax.data.labels import Meaning
 from deeplab_jax.data.load import find_layout
 from deeplab_jax.data.proposals import Proposal
-from deeplab_jax.data.records import Layout
+from deeplab_jax.data.records import Item, Layout, readable
 from deeplab_jax.data.survey import (
   Finding,
   Survey,
@@ -28,7 +28,7 @@ from deeplab_jax.data.survey import (
   survey_folder,
 )
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import replacing, write_json
+from deeplab_jax.runtime.files import write, write_json
 from deeplab_jax.training.losses import median_frequency_weights
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import sample_page
@@ -40,6 +40,7 @@ _SAMPLES = 200  # images that a proposal is drawn from
 
 _Show = Callable[..., None]
 _Tallies = Mapping[str, Tally]  # by split
+_Counts = Mapping[str, int]
 
 
 def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
@@ -61,9 +62,8 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     text.extend(f'{part}\n' for part in parts)
     print(*parts, sep='\n', flush=True)
 
-  splits = list(
-    dict.fromkeys(filter(None, (data.train_split, data.eval_split)))
-  )
+  named = filter(None, (data.train_split, data.eval_split))
+  splits = list(dict.fromkeys(named))
   surveyed = data.dir and find_layout(data.name, build.set_values(data.options))
   build.check_links(config)
   findings: tuple[Finding, ...] = ()
@@ -106,8 +106,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   home = Path(dataset.builders[data.train_split].data_path).parent
   output = _make_folder((workdir or home) / 'prepare')
   write_json(output / 'prepare.json', result)
-  with replacing(output / 'prepare.txt') as temporary:
-    Path(temporary).write_text(''.join(text), encoding='utf-8')
+  write(output / 'prepare.txt', ''.join(text))
   for split, tally in pairs:
     title = f'{name}, {split}: {tally.num_images:,} images'
     page = sample_page(dataset.source(split), info, tally, title)
@@ -182,13 +181,13 @@ def _proposed(
 
 
 def _samples(
-  items: Sequence[records.Item], meaning: Meaning, *, tile: int, as_stored: bool
+  items: Sequence[Item], meaning: Meaning, *, tile: int, as_stored: bool
 ) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
   """Reads some of the items that can be read, as they would be stored."""
   count, void = len(meaning.classes), meaning.stored_ignore_label
   tally = Tally(count, void)
 
-  def read(item: records.Item) -> list[dict[str, bytes]]:
+  def read(item: Item) -> list[dict[str, bytes]]:
     with contextlib.suppress(UserError):
       image, values, _ = folder.read_pair(item, meaning, tile, as_stored)
       return [
@@ -203,7 +202,7 @@ def _samples(
 
   order = np.random.default_rng(0).permutation(len(items))[:_SAMPLES].tolist()
   alone = functools.partial(folder.is_large, tile=tile, as_stored=as_stored)
-  found = records.read_all(read, [items[i] for i in order], alone)
+  found = readable([items[i] for i in order], read, alone=alone)
   every = (record for _, cut in found for record in cut)
   source = list(itertools.islice(every, _SAMPLES))
   for record in source:
@@ -232,9 +231,7 @@ def _show_findings(
     )
 
 
-def _compare(
-  tallies: _Tallies, published: Mapping[str, int]
-) -> tuple[Finding, ...]:
+def _compare(tallies: _Tallies, published: _Counts) -> tuple[Finding, ...]:
   """Finds splits of more or fewer images than published."""
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
@@ -263,9 +260,7 @@ def _class_columns(
   return columns
 
 
-def _size_columns(
-  tallies: _Tallies, published: Mapping[str, int]
-) -> list[list[str]]:
+def _size_columns(tallies: _Tallies, published: _Counts) -> list[list[str]]:
   """The number of images of each split, and their sizes."""
   of_sizes = 'smallest', 'largest', 'most common size', 'images of that size'
   columns = [['split', 'images', 'published images', *of_sizes, 'sizes']]

@@ -13,6 +13,7 @@ import numpy as np
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import check_regular
 
 SUFFIXES = (*image_files.IMAGE_SUFFIXES, '.npy')
 RECORD = b'bands'  # begins a record; the number of channels follows
@@ -35,7 +36,7 @@ def read_stored(
   path, data = image_files.contents(path, data)
   with image_files.reading(path, data):
     if data is None:
-      image_files.check_file(path)
+      check_regular(path, image_files.MOST_BYTES)
       data = pathlib.Path(path).read_bytes()
     if data.startswith(image_files.ARRAY):
       pixels, orientation = np.load(io.BytesIO(data), allow_pickle=False), 1

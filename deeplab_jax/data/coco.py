@@ -67,7 +67,8 @@ def coco(
   # Splits may use the same names: a folder of the split is a part of the id.
   inner = f'{folder.name}/' if folder.name.startswith(split) else ''
   stat = path.stat()
-  state, found = (stat.st_size, stat.st_mtime_ns), {}
+  state = stat.st_size, stat.st_mtime_ns
+  found: dict[str, Item | UserError] = {}
   for name, *of_image in listed:
     draw = functools.partial(_draw, f'{path}: {name}', values, *of_image)
     label = Made(f'{path}: {name}', os.path.basename(name), state, draw)

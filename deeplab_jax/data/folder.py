@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import folder_files, labels, proposals, records
+from deeplab_jax.data import folder_files, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.image_files import Made, turn
 from deeplab_jax.data.images import (
@@ -29,7 +29,8 @@ from deeplab_jax.data.images import (
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
-from deeplab_jax.data.records import Layout, Listing
+from deeplab_jax.data.labels import Meaning, Palettes, count_values
+from deeplab_jax.data.records import Builders, Item, Layout, Listing, Sample
 from deeplab_jax.runtime.errors import LabelError, UserError
 
 _LARGE = 2**24  # pixels of an image; larger ones are read one at a time
@@ -42,8 +43,8 @@ class FolderConfig(records.SourceConfig):
   directory: str
   split: str
   listing: Listing = dataclasses.field(repr=False)
-  meaning: labels.Meaning = dataclasses.field(repr=False)
-  items: tuple[records.Item, ...] = dataclasses.field(repr=False)
+  meaning: Meaning = dataclasses.field(repr=False)
+  items: tuple[Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
   tile: int
 
@@ -59,7 +60,7 @@ def load(
   as_stored: bool = False,
   tile: int = 0,
   layout: Layout = folder_files.voc_devkit,
-) -> records.Builders:
+) -> Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   root = folder_files.find_root(directory)
   # All lists are checked before the first is prepared, which may take minutes.
@@ -73,12 +74,10 @@ def load(
         f'{listing.origin}: its classes are not those of {splits[0]} ('
         f'{len(lines)} and {len(first)}); give all splits the same classes'
       )
-    meaning = labels.Meaning(
-      lines, ignore_label, label_map or listing.label_map
-    )
+    meaning = Meaning(lines, ignore_label, label_map or listing.label_map)
     configs[split] = _make_config(root, split, listing, meaning, how)
-  builders: records.Builders = {}
-  palettes = labels.Palettes()
+  builders: Builders = {}
+  palettes = Palettes()
   try:
     for split, config in configs.items():
       builder = records.prepared(FolderSegmentation, prepared_dir, config)
@@ -98,7 +97,7 @@ def _make_config(
   root: Path,
   split: str,
   listing: Listing,
-  meaning: labels.Meaning,
+  meaning: Meaning,
   how: dict[str, Any],
 ) -> FolderConfig:
   """Checks the files of a split, and names their state."""
@@ -113,7 +112,7 @@ def _make_config(
       f'{origin}: {len(missing)} listed ids without exactly one image and a '
       f'label ({some}), the first: {first}'
     )
-  items = tuple(x for x in found.values() if isinstance(x, records.Item))
+  items = tuple(x for x in found.values() if isinstance(x, Item))
   folder_files.refuse_repeats(origin, [item.name for item in items])
   rows = [
     [x.name, x.image.name, x.label.name, *_state(x.image), *_state(x.label)]
@@ -158,9 +157,9 @@ class FolderSegmentation(records.RecordsBuilder):
     tally = Tally(len(meaning.classes), meaning.stored_ignore_label)
     return {config.split: (tally, self._generate_examples())}
 
-  def _generate_examples(self) -> Iterator[records.Sample]:
+  def _generate_examples(self) -> Iterator[Sample]:
     config, meaning = self.builder_config, self.builder_config.meaning
-    palettes = labels.Palettes()
+    palettes = Palettes()
     how = {'tile': config.tile, 'as_stored': config.as_stored}
     for item, (image, values, colors) in records.readable(
       config.items,
@@ -180,19 +179,17 @@ class FolderSegmentation(records.RecordsBuilder):
     self.info.metadata.update(info=info, colors=list(palettes.values()))
 
 
-def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
+def is_large(item: Item, tile: int, as_stored: bool) -> bool:
   """Whether an image is to be cut, and so large that it is read alone."""
   with contextlib.suppress(UserError):  # which reading it finds again
-    size = tile and read_size(item.image, as_stored=as_stored, to_cut=True)
-    return bool(size) and math.prod(size) > _LARGE
+    if tile:
+      size = read_size(item.image, as_stored=as_stored, to_cut=True)
+      return math.prod(size) > _LARGE
   return False
 
 
 def read_pair(
-  item: records.Item,
-  meaning: labels.Meaning,
-  tile: int = 0,
-  as_stored: bool = False,
+  item: Item, meaning: Meaning, tile: int = 0, as_stored: bool = False
 ) -> tuple[Any, np.ndarray, list[list[Any]]]:
   """Reads both files of an id; raises `UserError` if they cannot be used.
 
@@ -203,7 +200,7 @@ def read_pair(
   picture = open_picture(item.image, as_stored=as_stored, to_cut=tile > 0)
   file = open_label(item.label, to_cut=tile > 0)
   values = fit_label(item, picture, file, meaning.label_values(file))
-  counts = labels.count_values(values)
+  counts = count_values(values)
   counts[: len(meaning.lines)] = counts[meaning.void_value] = 0
   if counts.any():
     value = int(counts.argmax())
@@ -220,12 +217,8 @@ def read_pair(
 
 
 def cut(
-  item: records.Item,
-  image: Any,
-  values: np.ndarray,
-  meaning: labels.Meaning,
-  tile: int,
-) -> Iterator[records.Sample]:
+  item: Item, image: Any, values: np.ndarray, meaning: Meaning, tile: int
+) -> Iterator[Sample]:
   """Yields the sample of a pair, or its tiles if `image` is pixels [H, W, C].
 
   Tiles have at most `tile` pixels a side, sizes that differ by at most one, and
@@ -233,7 +226,7 @@ def cut(
   """
   if isinstance(image, bytes):
     label = meaning.to_classes(values)
-    yield records.Sample(item.name, item.image.name, image, label)
+    yield Sample(item.name, item.image.name, image, label)
     return
   rows, columns = (
     np.linspace(0, side, -(-side // tile) + 1).astype(int).tolist()
@@ -246,11 +239,11 @@ def cut(
       if (label != meaning.stored_ignore_label).any():
         name = f'{item.name}@{row},{column}'
         data = encode_image(np.ascontiguousarray(image[place]))
-        yield records.Sample(name, item.image.name, data, label)
+        yield Sample(name, item.image.name, data, label)
 
 
 def fit_label(
-  item: records.Item, picture: Picture, file: LabelFile, values: np.ndarray
+  item: Item, picture: Picture, file: LabelFile, values: np.ndarray
 ) -> np.ndarray:
   """Returns the label values [H, W] with the same side up as the picture.
 
@@ -277,7 +270,7 @@ def fit_label(
   return values
 
 
-def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
+def _make_info(config: FolderConfig, palettes: Palettes) -> DatasetInfo:
   meaning = config.meaning
   values, void = meaning.file_values(), meaning.void_value
   palette = meaning.colors

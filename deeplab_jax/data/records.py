@@ -191,45 +191,32 @@ def require_ignore_label(info: DatasetInfo, given: int) -> None:
     )
 
 
-def read_all(
-  read: Callable[[Item], Any],
-  items: Sequence[Item],
-  alone: Callable[[Item], bool] = lambda item: False,
-) -> Iterator[tuple[Item, Any]]:
-  """Yields each item with what `read` returns for it, in order, on all cores.
-
-  What takes much memory, as `alone` tells, is read when its turn comes.
-  """
-
-  def ahead(item: Item) -> list[Any]:
-    return [] if alone(item) else [read(item)]
-
-  for item, found in zip(items, in_background(ahead, items), strict=True):
-    yield item, found[0] if found else read(item)
-
-
 def readable(
   items: Sequence[Item],
   read: Callable[[Item], Any],
   *,
-  origin: object,
-  on_bad_image: str,
+  origin: object = '',
+  on_bad_image: str = 'stop',
   alone: Callable[[Item], bool] = lambda item: False,
 ) -> Iterator[tuple[Item, Any]]:
-  """Yields what `read_all` does of items that are listed at `origin`.
+  """Yields each item with what `read` returns for it, in order.
 
-  An `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
-  skips the item; if all are skipped, it stops as well.
+  `read` is called on all cores, and when its turn comes for what takes much
+  memory, as `alone` tells. An `UnreadableError` stops with a `UserError`, or
+  with `on_bad_image='skip'` skips the item, listed at `origin`; if all are
+  skipped, it stops as well.
   """
 
-  def attempt(item: Item) -> Any:
+  def attempt(item: Item, ahead: bool) -> Any:
     try:
-      return read(item)
+      return None if ahead and alone(item) else read(item)
     except UnreadableError as error:
       return error
 
   skipped = 0
-  for item, value in read_all(attempt, items, alone):
+  first = functools.partial(attempt, ahead=True)
+  for item, value in zip(items, in_background(first, items), strict=True):
+    value = attempt(item, ahead=False) if value is None else value
     if not isinstance(value, UnreadableError):
       yield item, value
       value = None  # it may be large, and the next one is read before it ends
@@ -238,7 +225,7 @@ def readable(
     else:
       skipped += 1
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
-  if skipped == len(items):
+  if 0 < skipped == len(items):
     raise UserError(f'{origin}: every image is unreadable; see the warnings')
 
 

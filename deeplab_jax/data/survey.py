@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplab_jax.data import folder, folder_files, labels, proposals, records
+from deeplab_jax.data import folder, folder_files, proposals
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.data.records import Layout, Listing
+from deeplab_jax.data.labels import Meaning, Palettes, count_values
+from deeplab_jax.data.records import Item, Layout, Listing, readable
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
@@ -77,7 +78,7 @@ class Survey(NamedTuple):
   findings: tuple[Finding, ...]
   lines: Sequence[str]  # of classes.txt
   classes: Path | Sequence[str]  # where they are from
-  items: dict[str, list[records.Item]]  # of each split, those with files
+  items: dict[str, list[Item]]  # of each split, those with files
   proposal: proposals.Proposal | None  # what may repair the labels
 
 
@@ -130,15 +131,15 @@ def survey_folder(
   default = Listing(origin='', found={}, classes=root / 'classes.txt')
   first = next(iter(listings.values()), default)
   lines = notes.catch(_NO_NAMES, folder_files.read_classes, first) or ()
-  meaning = labels.Meaning(lines, ignore_label, label_map or first.label_map)
+  meaning = Meaning(lines, ignore_label, label_map or first.label_map)
   listed = _read_lists(listings, notes)
   known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
   items = list(dict.fromkeys(itertools.chain(*known_items.values())))
-  palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  how = {'tile': tile, 'as_stored': as_stored}
+  palettes, counts = Palettes(), np.zeros((len(items), 256), np.int64)
+  how: dict[str, Any] = {'tile': tile, 'as_stored': as_stored}
   check = functools.partial(_check, meaning=meaning, **how)
   alone = functools.partial(folder.is_large, **how)
-  results = records.read_all(check, items, alone)
+  results = readable(items, check, alone=alone)
   for row, (_, (own, colors, problems)) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():
@@ -178,7 +179,7 @@ def survey_folder(
 
 
 def _count_classes(
-  listing: Listing, meaning: labels.Meaning, pixels: np.ndarray
+  listing: Listing, meaning: Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
   in_file = isinstance(path := listing.classes, Path)
@@ -202,13 +203,13 @@ def _count_classes(
 
 def _read_lists(
   listings: Mapping[str, Listing], notes: _Notes
-) -> dict[str, dict[str, records.Item | None]]:
+) -> dict[str, dict[str, Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
-  listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in listings}
+  listed: dict[str, dict[str, Item | None]] = {s: {} for s in listings}
   missing: dict[str, str] = {}
   for split, listing in listings.items():
     for name, found in listing.found.items():
-      item = found if isinstance(found, records.Item) else None
+      item = found if isinstance(found, Item) else None
       if item is None:
         missing.setdefault(name, str(found))
       own = item.name if item else name
@@ -223,7 +224,7 @@ def _read_lists(
 
 
 def _check(
-  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
+  item: Item, meaning: Meaning, as_stored: bool, tile: int
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
@@ -241,11 +242,11 @@ def _check(
     notes[_TINY].append(size)
   if max(height, width) > HUGE and not tile:
     notes[_HUGE].append(size)
-  return labels.count_values(values), meaning.used_colors(file), notes
+  return count_values(values), meaning.used_colors(file), notes
 
 
 def label_findings(
-  info: DatasetInfo | labels.Meaning, tallies: Mapping[str, Tally], trained: str
+  info: DatasetInfo | Meaning, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
   """Finds splits that lack classes, and labels that nothing is learned from."""
   notes, allowed = _Notes(list), ''

@@ -25,7 +25,9 @@ import tensorflow_datasets as tfds
 
 from deeplab_jax.data import datasets, folder, images, labels, records
 from deeplab_jax.data import voc_sources as sources
-from deeplab_jax.runtime import download, errors
+from deeplab_jax.data.records import Builders, Item, Sample
+from deeplab_jax.runtime.download import missing_bytes, require_space
+from deeplab_jax.runtime.errors import UserError, naming
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def load(
   on_bad_image: str,
   list: str = '',
   holdout: float = 0.1,
-) -> records.Builders:
+) -> Builders:
   """Loads all splits of a variant, see `load.load_dataset`.
 
   `list` is a text file of one id a line, with or without folder and suffix;
@@ -77,7 +79,7 @@ def load(
   prefix = variant
   if variant == 'list':
     ids = sources.read_list_file(list)
-    with errors.naming('config.data.options.holdout'):
+    with naming('config.data.options.holdout'):
       config.train, config.holdout = sources.hold_out(ids, holdout)
     config.list_file = list
     prefix += '-' + re.sub(r'\W+', '_', Path(list).stem)
@@ -92,7 +94,7 @@ def load(
   config.name = config.prefix + records.fingerprint(*state)
   builder = records.prepared(Voc2012Segmentation, prepared_dir, config)
   if 'test' in splits and 'test' not in builder.info.splits:
-    raise errors.UserError(
+    raise UserError(
       f"no split 'test' in {variant}: its images are for registered users; "
       'put VOC2012test.tar beside the rest, set config.data.dir to that '
       "folder, and config.data.name='voc2012_segmentation'"
@@ -129,7 +131,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
     found = (x for items in splits.values() for item in items for x in item[1:])
     needed = sum(file.state[0] for file in found if file)
     folder = Path(self.data_dir)
-    download.require_space(folder, needed, 'the prepared set', _OTHER_DISK)
+    require_space(folder, needed, 'the prepared set', _OTHER_DISK)
     return {
       split: (
         datasets.Tally(_INFO.num_classes, _INFO.ignore_label),
@@ -139,8 +141,8 @@ class Voc2012Segmentation(records.RecordsBuilder):
     }
 
   def _generate_examples(
-    self, split: str, items: Sequence[records.Item]
-  ) -> Iterator[records.Sample]:
+    self, split: str, items: Sequence[Item]
+  ) -> Iterator[Sample]:
     skip, origin = self.builder_config.on_bad_image, f'split {split!r}'
     read = records.readable(items, _read, origin=origin, on_bad_image=skip)
     return (sample for _, sample in read)
@@ -150,24 +152,22 @@ def _require_download_space(config: VocConfig, downloads: Path) -> None:
   """Refuses what would not fit, before the first byte is downloaded."""
   voc, sbd = sources.SOURCES['voc'], sources.SOURCES['sbd']
   wanted = [voc, sbd] if config.variant == 'trainaug' else [voc]
-  missing = sum(
-    download.missing_bytes(downloads / x.name, x.size) for x in wanted
-  )
+  missing = sum(missing_bytes(downloads / x.name, x.size) for x in wanted)
   counts = PUBLISHED[config.variant] | {'test': 0}  # not in the downloads
   count = sum(counts.values()) + len(config.train) + len(config.holdout)
   prepared = count * voc.size // _VOC_IMAGES
   what = 'the download and preparation of PASCAL VOC 2012'
-  download.require_space(downloads, missing + prepared, what, _OTHER_DISK)
+  require_space(downloads, missing + prepared, what, _OTHER_DISK)
 
 
-def _read(item: records.Item) -> records.Sample:
+def _read(item: Item) -> Sample:
   if item.label:
     image, label, _ = folder.read_pair(item, _MEANING)
   else:
     picture = images.open_picture(item.image)
     image = picture.storable()
     label = np.full(picture.pixels.shape[:2], _INFO.ignore_label, np.uint8)
-  return records.Sample(item.name, item.image.name, image, label)
+  return Sample(item.name, item.image.name, image, label)
 
 
 class _Ids(NamedTuple):
@@ -177,9 +177,7 @@ class _Ids(NamedTuple):
   origin: str
 
 
-def _find_splits(
-  config: VocConfig, downloads: Path
-) -> dict[str, list[records.Item]]:
+def _find_splits(config: VocConfig, downloads: Path) -> dict[str, list[Item]]:
   """Finds the images and the masks of each split."""
   place = config.places.get('voc') or sources.fetch('voc', downloads)
   files = sources.find_files('voc', place)
@@ -191,7 +189,7 @@ def _find_splits(
     if part == 'list'
   }
   if not lists.keys() >= {'train', 'val'}:
-    raise errors.UserError(f'{place}: no train.txt or no val.txt in ImageSets')
+    raise UserError(f'{place}: no train.txt or no val.txt in ImageSets')
   train, val = lists['train'], lists['val']
   items = {'train': [], 'val': _find_items(val, files)}  # without SBD's masks
   if config.variant == 'voc2012':
@@ -237,7 +235,7 @@ def _add_sbd(
     added = sources.find_files('aug', places['aug'])
     return _Ids([name for _, name in added], str(places['aug'])), added | files
   if places and 'sbd' not in places:
-    raise errors.UserError(
+    raise UserError(
       f'{places["root"]}: neither {sources.SOURCES["sbd"].name} nor '
       f'benchmark_RELEASE/dataset nor SegmentationClassAug is there{why}; put '
       'one of them in, or leave config.data.dir empty to download'
@@ -247,17 +245,17 @@ def _add_sbd(
   names = []
   for split in ('train', 'val'):
     if ('sbd list', split) not in added:
-      raise errors.UserError(f'{place}: no {split}.txt in it')
+      raise UserError(f'{place}: no {split}.txt in it')
     names += sources.parse_ids(added['sbd list', split].read())
   return _Ids(names, str(place)), added | files
 
 
 def _find_items(
   ids: _Ids, files: sources.Files, *, void: bool = False
-) -> list[records.Item]:
+) -> list[Item]:
   """Finds the files of each id; masks only if the labels are not `void`."""
   items = [
-    records.Item(x, files.get(('image', x)), void or files.get(('mask', x)))
+    Item(x, files.get(('image', x)), void or files.get(('mask', x)))
     for x in ids.names
   ]
   lacking = [
@@ -266,7 +264,7 @@ def _find_items(
     if not (x.image and x.label)
   ]
   if lacking:
-    raise errors.UserError(
+    raise UserError(
       f'{ids.origin}: {len(lacking)} of {len(ids.names)} ids have no image or '
       f'no mask: {_some(lacking)}; add the files or take the ids off the list'
     )
@@ -275,7 +273,7 @@ def _find_items(
 
 def _refuse_val(train: _Ids, val: _Ids) -> None:
   if shared := sorted({*train.names}.intersection(val.names)):
-    raise errors.UserError(
+    raise UserError(
       f'{train.origin}: {len(shared)} of {len(train.names)} ids are images of '
       f'VOC val, which would make its score worthless: {_some(shared)}; take '
       'them off the list'
