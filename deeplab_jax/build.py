@@ -63,17 +63,13 @@ def open_dataset(config: ConfigDict, *splits: str) -> Dataset:
   """Opens the data set of `config.data`, prepared, with these splits."""
   data = config.data
   check_links(config)
+  own = 'prepared_dir', 'ignore_label', 'label_map', 'on_bad_image', 'as_stored'
   return load_dataset(
     data.name,
     directory=data.dir,
-    prepared_dir=data.prepared_dir,
     splits=tuple(dict.fromkeys(filter(None, splits))),
-    ignore_label=data.ignore_label,
-    label_map=data.label_map,
-    on_bad_image=data.on_bad_image,
-    as_stored=data.as_stored,
-    tile=data.tile,
     options=set_values(data.options),
+    **{key: data[key] for key in (*own, 'tile')},
   )
 
 
@@ -204,16 +200,14 @@ def make_evaluator(
   model: DeepLabV3, dataset: Dataset, config: ConfigDict
 ) -> Evaluator:
   """Builds the evaluator of `config.data.eval_split` from `config.eval`."""
-  split = config.data.eval_split
+  own = 'batch_size', 'buckets', 'boundary_iou'
   return Evaluator(
     model,
     dataset,
-    split,
+    config.data.eval_split,
     make_protocol(config),
-    batch_size=config.eval.batch_size,
-    buckets=config.eval.buckets,
     threads=config.data.threads,
-    boundary_iou=config.eval.boundary_iou,
+    **{key: config.eval[key] for key in own},
   )
 
 
@@ -231,12 +225,9 @@ def make_writer(config: ConfigDict, workdir: Path, start_step: int) -> Writer:
 def make_protocol(config: ConfigDict) -> Protocol:
   """Builds the evaluation protocol of `config.eval`."""
   with naming('config.eval'):
-    return choose('protocol', config.eval.protocol, PROTOCOLS)(
-      crop_size=config.eval.crop_size,
-      overlap=config.eval.overlap,
-      scales=config.eval.scales,
-      flip=config.eval.flip,
-    )
+    own = 'crop_size', 'overlap', 'scales', 'flip'
+    make = choose('protocol', config.eval.protocol, PROTOCOLS)
+    return make(**{key: config.eval[key] for key in own})
 
 
 def class_weights(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import shlex
@@ -13,14 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deeplab_jax import build
-from deeplab_jax.data import folder, records, voc
+from deeplab_jax.data import folder, voc
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
 from deeplab_jax.data.images import decode_label, encode_label
 from deeplab_jax.data.labels import Meaning
-from deeplab_jax.data.listing import Layout
 from deeplab_jax.data.load import find_layout
-from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.proposals import Proposal
+from deeplab_jax.data.records import Item, Layout, readable
 from deeplab_jax.data.survey import (
   Finding,
   Survey,
@@ -28,17 +28,19 @@ from deeplab_jax.data.survey import (
   survey_folder,
 )
 from deeplab_jax.runtime.errors import UserError
-from deeplab_jax.runtime.files import replacing, write_json
+from deeplab_jax.runtime.files import write, write_json
 from deeplab_jax.training.losses import median_frequency_weights
 from deeplab_jax.visualize import labels as visualize
 from deeplab_jax.visualize.figures import sample_page
 
 log = logging.getLogger(__name__)
 
+_HOW = 'ignore_label', 'label_map', 'on_bad_image', 'as_stored'
 _SAMPLES = 200  # images that a proposal is drawn from
 
 _Show = Callable[..., None]
 _Tallies = Mapping[str, Tally]  # by split
+_Counts = Mapping[str, int]
 
 
 def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
@@ -62,8 +64,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
 
   named = filter(None, (data.train_split, data.eval_split))
   splits = list(dict.fromkeys(named))
-  layout = find_layout(data.name, build.set_values(data.options))
-  surveyed = layout if data.dir else None
+  surveyed = data.dir and find_layout(data.name, build.set_values(data.options))
   build.check_links(config)
   findings: tuple[Finding, ...] = ()
   if surveyed:
@@ -105,8 +106,7 @@ def prepare(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
   home = Path(dataset.builders[data.train_split].data_path).parent
   output = _make_folder((workdir or home) / 'prepare')
   write_json(output / 'prepare.json', result)
-  with replacing(output / 'prepare.txt') as temporary:
-    Path(temporary).write_text(''.join(text), encoding='utf-8')
+  write(output / 'prepare.txt', ''.join(text))
   for split, tally in pairs:
     title = f'{name}, {split}: {tally.num_images:,} images'
     page = sample_page(dataset.source(split), info, tally, title)
@@ -144,11 +144,8 @@ def _survey(
   survey = survey_folder(
     data.dir,
     splits,
-    ignore_label=data.ignore_label,
-    label_map=data.label_map,
-    on_bad_image=data.on_bad_image,
-    as_stored=data.as_stored,
     tile=data.tile or 0,
+    **{key: data[key] for key in _HOW},
     layout=layout,
   )
   show(survey.text, *() if survey.findings else ('',))
@@ -184,36 +181,30 @@ def _proposed(
 
 
 def _samples(
-  items: Sequence[records.Item],
-  meaning: Meaning,
-  *,
-  tile: int,
-  as_stored: bool,
+  items: Sequence[Item], meaning: Meaning, *, tile: int, as_stored: bool
 ) -> tuple[DatasetInfo, list[dict[str, bytes]], Tally]:
   """Reads some of the items that can be read, as they would be stored."""
   count, void = len(meaning.classes), meaning.stored_ignore_label
   tally = Tally(count, void)
 
-  def read(item: records.Item) -> list[dict[str, bytes]]:
+  def read(item: Item) -> list[dict[str, bytes]]:
     with contextlib.suppress(UserError):
       image, values, _ = folder.read_pair(item, meaning, tile, as_stored)
-      whole = records.Sample(item.name, item.image.name, image, values)
       return [
         {
           'image': each.image,
-          'label': encode_label(meaning.to_classes(each.label)),
+          'label': encode_label(each.label),
           'name': each.name.encode(),
         }
-        for each in folder.cut(whole, tile, meaning.void_values)
+        for each in folder.cut(item, image, values, meaning, tile)
       ]
     return []
 
   order = np.random.default_rng(0).permutation(len(items))[:_SAMPLES].tolist()
-  # Large ones, to be cut, are read one at a time.
-  found = (map if tile else in_background)(read, [items[i] for i in order])
-  source = list(
-    itertools.islice(itertools.chain.from_iterable(found), _SAMPLES)
-  )
+  alone = functools.partial(folder.is_large, tile=tile, as_stored=as_stored)
+  found = readable([items[i] for i in order], read, alone=alone)
+  every = (record for _, cut in found for record in cut)
+  source = list(itertools.islice(every, _SAMPLES))
   for record in source:
     tally.add(decode_label(record['label']))
   palette = voc_palette(count) if meaning.colors is None else meaning.colors
@@ -240,9 +231,7 @@ def _show_findings(
     )
 
 
-def _compare(
-  tallies: _Tallies, published: Mapping[str, int]
-) -> tuple[Finding, ...]:
+def _compare(tallies: _Tallies, published: _Counts) -> tuple[Finding, ...]:
   """Finds splits of more or fewer images than published."""
   other = tuple(
     f'{split}: {tallies[split].num_images:,}, and {count:,} published'
@@ -271,9 +260,7 @@ def _class_columns(
   return columns
 
 
-def _size_columns(
-  tallies: _Tallies, published: Mapping[str, int]
-) -> list[list[str]]:
+def _size_columns(tallies: _Tallies, published: _Counts) -> list[list[str]]:
   """The number of images of each split, and their sizes."""
   of_sizes = 'smallest', 'largest', 'most common size', 'images of that size'
   columns = [['split', 'images', 'published images', *of_sizes, 'sizes']]

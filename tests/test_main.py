@@ -746,7 +746,7 @@ def test_prepare_ends_a_report_of_errors_with_one_line(
   (folder / 'JPEGImages' / 'val_1.jpg').unlink()
   settings = {**trained.settings, 'data.dir': folder}
   status, output, errors = command('--mode=prepare', *as_options(settings))
-  assert status == 1 and 'val_1: listed, but there is no image' in output
+  assert status == 1 and "there is no image 'val_1'" in output
   assert errors.splitlines()[-1] == (
     f'error: {folder}: cannot be used; correct the 1 error listed above'
   )

@@ -5,7 +5,6 @@ OpenCV reads.
 """
 
 import io
-import os
 import pathlib
 from typing import IO, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from deeplab_jax.data import image_files
 from deeplab_jax.data.image_files import Path, Unusable
 from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.files import check_regular
 
 SUFFIXES = (*image_files.IMAGE_SUFFIXES, '.npy')
 RECORD = b'bands'  # begins a record; the number of channels follows
@@ -34,9 +34,10 @@ def read_stored(
   that was applied, and the file. Raises `UserError` if it is missing or
   damaged, or has other values or several pages.
   """
+  path, data = image_files.contents(path, data)
   with image_files.reading(path, data):
     if data is None:
-      image_files.check_file(path)
+      check_regular(path, image_files.MOST_BYTES)
       data = pathlib.Path(path).read_bytes()
     if data.startswith(image_files.ARRAY):
       pixels, orientation = np.load(io.BytesIO(data), allow_pickle=False), 1
@@ -115,26 +116,6 @@ def _open_tiff(path: Path, file: IO[bytes], to_cut: bool) -> tuple[Any, int]:
   image_files.check_pixels(width, series.size // width, to_cut=to_cut)
   tag = series.keyframe.tags.get(274)
   return series, int(tag.value) if tag else 1
-
-
-def as_stored(image: Any, like: np.ndarray) -> np.ndarray:
-  """Returns a file, its bytes or an array as [H, W, C] of the pixels `like`.
-
-  Raises `UserError` if it has another type or another number of channels.
-  """
-  name = ''
-  if isinstance(image, str | os.PathLike | bytes):
-    path, data = ('image', image) if isinstance(image, bytes) else (image, None)
-    image, name = read_stored(path, data)[0], f'{path}: '
-  image = np.asarray(image)
-  image = image[..., None] if image.ndim == 2 else image
-  fits = image.ndim == 3 and image.shape[2] == len(like)
-  if not fits or 0 in image.shape or image.dtype != like.dtype:
-    raise UserError(
-      f'{name}an image must be {like.dtype} [H, W, {len(like)}] for this'
-      f' network, got {image.dtype} {list(image.shape)}'
-    )
-  return image
 
 
 def encode_stored(image: np.ndarray) -> bytes:

@@ -10,16 +10,16 @@ import functools
 import glob
 import json as json_text
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deeplab_jax.data import folder_files, layouts
+from deeplab_jax.data.image_files import Made
 from deeplab_jax.data.images import encode_label
-from deeplab_jax.data.listing import Listing, Made
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, Listing
 from deeplab_jax.runtime.errors import UserError, first_line, require
 from deeplab_jax.runtime.files import read_bytes
 
@@ -28,7 +28,7 @@ _Json = Mapping[str, Any]
 
 
 def coco(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   *,
   json: str = 'annotations/instances_{split}*.json',
@@ -67,12 +67,17 @@ def coco(
   # Splits may use the same names: a folder of the split is a part of the id.
   inner = f'{folder.name}/' if folder.name.startswith(split) else ''
   stat = path.stat()
-  found = {}
+  state = stat.st_size, stat.st_mtime_ns
+  found: dict[str, Item | UserError] = {}
   for name, *of_image in listed:
     draw = functools.partial(_draw, f'{path}: {name}', values, *of_image)
-    state = stat.st_size, stat.st_mtime_ns
     label = Made(f'{path}: {name}', os.path.basename(name), state, draw)
-    found[name] = _item(folder, name, label, inner)
+    try:
+      inside = folder_files.inside(folder, name)
+      image = folder_files.only(name, [folder / inside])
+      found[name] = Item(inner + os.path.splitext(inside)[0], image, label)
+    except UserError as error:
+      found[name] = error
   if '{split}' not in json:
     found = layouts.share(path, split, found, holdout)
   return Listing(
@@ -102,32 +107,17 @@ def _classes(categories: Sequence[_Json]) -> tuple[list[str], dict[Any, int]]:
     own = str(each['name']).casefold() == names[0]
     values[each['id']] = _BACKGROUND if own else len(names)
     names += [] if own else [str(each['name'])]
-  require(
-    len(names) <= _VOID, 'there must be at most 254 categories', len(names)
-  )
+  require(len(names) <= _VOID, 'at most 254 categories fit', len(names))
   return names, values
 
 
-def _folder(
-  root: pathlib.Path, given: str, split: str, name: str
-) -> pathlib.Path:
+def _folder(root: Path, given: str, split: str, name: str) -> Path:
   """Returns the first folder that holds an image, else the first one."""
   places = [given] if given else [f'{split}*', f'images/{split}*', 'images', '']
   globbed = (glob.glob(place or '.', root_dir=root) for place in places)
   folders = [root / x for found in globbed for x in sorted(found)]
   holding = (x for x in folders if (x / name).is_file())
   return next(holding, [*folders, root / given][0])
-
-
-def _item(
-  folder: pathlib.Path, name: str, label: Made, inner: str
-) -> Item | UserError:
-  try:
-    inside = folder_files.inside(folder, name)
-    image = folder_files.only(name, [folder / inside])
-  except UserError as error:
-    return error
-  return Item(inner + os.path.splitext(inside)[0], image, label)
 
 
 def _draw(

@@ -9,20 +9,19 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import os
-import pathlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import folder_files, labels, proposals, records
+from deeplab_jax.data import folder_files, proposals, records
 from deeplab_jax.data.datasets import DatasetInfo, Tally, voc_palette
-from deeplab_jax.data.image_files import turn
+from deeplab_jax.data.image_files import Made, turn
 from deeplab_jax.data.images import (
   Picture,
   encode_image,
@@ -30,7 +29,8 @@ from deeplab_jax.data.images import (
   read_size,
 )
 from deeplab_jax.data.label_files import LABEL_SUFFIXES, LabelFile, open_label
-from deeplab_jax.data.listing import Layout, Listing, Made, open_file
+from deeplab_jax.data.labels import Meaning, Palettes, count_values
+from deeplab_jax.data.records import Builders, Item, Layout, Listing, Sample
 from deeplab_jax.runtime.errors import LabelError, UserError
 
 _LARGE = 2**24  # pixels of an image; larger ones are read one at a time
@@ -43,8 +43,8 @@ class FolderConfig(records.SourceConfig):
   directory: str
   split: str
   listing: Listing = dataclasses.field(repr=False)
-  meaning: labels.Meaning = dataclasses.field(repr=False)
-  items: tuple[records.Item, ...] = dataclasses.field(repr=False)
+  meaning: Meaning = dataclasses.field(repr=False)
+  items: tuple[Item, ...] = dataclasses.field(repr=False)
   on_bad_image: str
   tile: int
 
@@ -60,11 +60,12 @@ def load(
   as_stored: bool = False,
   tile: int = 0,
   layout: Layout = folder_files.voc_devkit,
-) -> records.Builders:
+) -> Builders:
   """Loads the splits of a folder, see `load.load_dataset`."""
   root = folder_files.find_root(directory)
   # All lists are checked before the first is prepared, which may take minutes.
   configs, first = {}, None
+  how = {'on_bad_image': on_bad_image, 'as_stored': as_stored, 'tile': tile}
   for split in splits:
     listing = layout(root, split)
     lines = folder_files.read_classes(listing)
@@ -73,14 +74,10 @@ def load(
         f'{listing.origin}: its classes are not those of {splits[0]} ('
         f'{len(lines)} and {len(first)}); give all splits the same classes'
       )
-    meaning = labels.Meaning(
-      lines, ignore_label, label_map or listing.label_map
-    )
-    configs[split] = _make_config(
-      root, split, listing, meaning, on_bad_image, as_stored, tile
-    )
-  builders: records.Builders = {}
-  palettes = labels.Palettes()
+    meaning = Meaning(lines, ignore_label, label_map or listing.label_map)
+    configs[split] = _make_config(root, split, listing, meaning, how)
+  builders: Builders = {}
+  palettes = Palettes()
   try:
     for split, config in configs.items():
       builder = records.prepared(FolderSegmentation, prepared_dir, config)
@@ -88,7 +85,7 @@ def load(
       builders[split] = builder
   except LabelError as error:
     listed = {split: config.items for split, config in configs.items()}
-    fixed = not isinstance(listing.classes, pathlib.Path)
+    fixed = not isinstance(listing.classes, Path)
     proposal = proposals.propose(listed, lines, ignore_label, fixed=fixed)
     if not proposal:
       raise
@@ -97,13 +94,11 @@ def load(
 
 
 def _make_config(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   listing: Listing,
-  meaning: labels.Meaning,
-  on_bad_image: str,
-  as_stored: bool,
-  tile: int,
+  meaning: Meaning,
+  how: dict[str, Any],
 ) -> FolderConfig:
   """Checks the files of a split, and names their state."""
   found, origin = listing.found, listing.origin
@@ -117,7 +112,7 @@ def _make_config(
       f'{origin}: {len(missing)} listed ids without exactly one image and a '
       f'label ({some}), the first: {first}'
     )
-  items = tuple(x for x in found.values() if isinstance(x, records.Item))
+  items = tuple(x for x in found.values() if isinstance(x, Item))
   folder_files.refuse_repeats(origin, [item.name for item in items])
   rows = [
     [x.name, x.image.name, x.label.name, *_state(x.image), *_state(x.label)]
@@ -126,9 +121,9 @@ def _make_config(
   colors = meaning.line_colors
   classes = meaning.lines, None if colors is None else colors.tolist()
   label_map = list(meaning.label_map.items())
-  options = [meaning.void_value, label_map, on_bad_image]
-  options += ['as stored'] * as_stored  # older names knew nothing of it
-  options += [['tile', tile]] * bool(tile)
+  options = [meaning.void_value, label_map, how['on_bad_image']]
+  options += ['as stored'] * how['as_stored']  # older names did not know it
+  options += [['tile', how['tile']]] * bool(how['tile'])
   place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
   name = re.sub(r'[^A-Za-z0-9_]+', '_', listing.name or root.name)
   prefix = f'{name}-{place}-{records.split_key(split)}-'
@@ -140,13 +135,11 @@ def _make_config(
     listing=listing,
     meaning=meaning,
     items=items,
-    on_bad_image=on_bad_image,
-    as_stored=as_stored,
-    tile=tile,
+    **how,
   )
 
 
-def _state(file: pathlib.Path | Made) -> Sequence[Any]:
+def _state(file: Path | Made) -> Sequence[Any]:
   """What changes with the contents of a file."""
   if isinstance(file, Made):
     return file.state
@@ -164,27 +157,20 @@ class FolderSegmentation(records.RecordsBuilder):
     tally = Tally(len(meaning.classes), meaning.stored_ignore_label)
     return {config.split: (tally, self._generate_examples())}
 
-  def _generate_examples(self) -> Iterator[records.Sample]:
+  def _generate_examples(self) -> Iterator[Sample]:
     config, meaning = self.builder_config, self.builder_config.meaning
-    palettes = labels.Palettes()
-    how = meaning, config.tile, config.as_stored
-
-    def read(item: records.Item) -> Any:
-      if is_large(item, config.tile, config.as_stored):
-        return functools.partial(read_pair, item, *how)
-      return read_pair(item, *how)
-
+    palettes = Palettes()
+    how = {'tile': config.tile, 'as_stored': config.as_stored}
     for item, (image, values, colors) in records.readable(
       config.items,
-      read,
+      functools.partial(read_pair, meaning=meaning, **how),
       origin=config.listing.origin,
       on_bad_image=config.on_bad_image,
+      alone=functools.partial(is_large, **how),
     ):
       palettes.add(colors)
-      whole = records.Sample(item.name, item.image.name, image, values)
-      for sample in cut(whole, config.tile, meaning.void_values):
-        yield sample._replace(label=meaning.to_classes(sample.label))
-      del image, values, whole  # before the next one is read
+      yield from cut(item, image, values, meaning, config.tile)
+      del image, values  # before the next one is read
     if not self.info.metadata['names'][config.split]:
       raise UserError(
         f'{config.directory}: no tile of {config.split} shows a class'
@@ -193,19 +179,17 @@ class FolderSegmentation(records.RecordsBuilder):
     self.info.metadata.update(info=info, colors=list(palettes.values()))
 
 
-def is_large(item: records.Item, tile: int, as_stored: bool) -> bool:
+def is_large(item: Item, tile: int, as_stored: bool) -> bool:
   """Whether an image is to be cut, and so large that it is read alone."""
-  if not tile:
-    return False
-  size = functools.partial(read_size, as_stored=as_stored, to_cut=True)
-  return math.prod(open_file(size, item.image)) > _LARGE
+  with contextlib.suppress(UserError):  # which reading it finds again
+    if tile:
+      size = read_size(item.image, as_stored=as_stored, to_cut=True)
+      return math.prod(size) > _LARGE
+  return False
 
 
 def read_pair(
-  item: records.Item,
-  meaning: labels.Meaning,
-  tile: int = 0,
-  as_stored: bool = False,
+  item: Item, meaning: Meaning, tile: int = 0, as_stored: bool = False
 ) -> tuple[Any, np.ndarray, list[list[Any]]]:
   """Reads both files of an id; raises `UserError` if they cannot be used.
 
@@ -213,56 +197,53 @@ def read_pair(
   colors of the palette, see `Meaning.used_colors`. Of an image that is larger
   than a tile it returns the pixels, for `cut`.
   """
-  cuts = tile > 0
-  see = functools.partial(open_picture, as_stored=as_stored, to_cut=cuts)
-  picture = open_file(see, item.image)
-  label = functools.partial(open_label, to_cut=cuts)
-  file = open_file(label, item.label)
+  picture = open_picture(item.image, as_stored=as_stored, to_cut=tile > 0)
+  file = open_label(item.label, to_cut=tile > 0)
   values = fit_label(item, picture, file, meaning.label_values(file))
-  records.check_values(
-    item,
-    values,
-    len(meaning.lines),
-    meaning.void_value,
-    remedy='the file, classes.txt or config.data.ignore_label, or say what '
-    'the value stands for with config.data.label_map',
-  )
+  counts = count_values(values)
+  counts[: len(meaning.lines)] = counts[meaning.void_value] = 0
+  if counts.any():
+    value = int(counts.argmax())
+    raise LabelError(
+      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
+      f'one of the {len(meaning.lines)} classes nor the ignore label '
+      f'{meaning.void_value}; correct the file, classes.txt or '
+      'config.data.ignore_label, or say what the value stands for with '
+      'config.data.label_map'
+    )
   large = 0 < tile < max(values.shape)
   image = picture.pixels if large else picture.storable()
   return image, values, meaning.used_colors(file)
 
 
 def cut(
-  whole: records.Sample, tile: int, void: Collection[int]
-) -> Iterator[records.Sample]:
-  """Yields a sample, or its tiles if its image is pixels [H, W, C].
+  item: Item, image: Any, values: np.ndarray, meaning: Meaning, tile: int
+) -> Iterator[Sample]:
+  """Yields the sample of a pair, or its tiles if `image` is pixels [H, W, C].
 
   Tiles have at most `tile` pixels a side, sizes that differ by at most one, and
   names that end in '@ROW,COLUMN'. Those of void alone are left out.
   """
-  image: Any = whole.image
   if isinstance(image, bytes):
-    yield whole
+    label = meaning.to_classes(values)
+    yield Sample(item.name, item.image.name, image, label)
     return
-  edges = [
+  rows, columns = (
     np.linspace(0, side, -(-side // tile) + 1).astype(int).tolist()
-    for side in whole.label.shape
-  ]
-  rows, columns = (list(itertools.pairwise(found)) for found in edges)
-  places = {
-    f'{whole.name}@{row},{column}': (slice(*rows[row]), slice(*columns[column]))
-    for row, column in itertools.product(range(len(rows)), range(len(columns)))
-  }
-  void = list(void)
-  for name, place in places.items():
-    label = whole.label[place]
-    if not np.isin(label, void).all():
-      data = encode_image(np.ascontiguousarray(image[place]))
-      yield records.Sample(name, whole.file_name, data, label)
+    for side in values.shape
+  )
+  for row, top in enumerate(rows[:-1]):
+    for column, left in enumerate(columns[:-1]):
+      place = np.s_[top : rows[row + 1], left : columns[column + 1]]
+      label = meaning.to_classes(values[place])
+      if (label != meaning.stored_ignore_label).any():
+        name = f'{item.name}@{row},{column}'
+        data = encode_image(np.ascontiguousarray(image[place]))
+        yield Sample(name, item.image.name, data, label)
 
 
 def fit_label(
-  item: records.Item, picture: Picture, file: LabelFile, values: np.ndarray
+  item: Item, picture: Picture, file: LabelFile, values: np.ndarray
 ) -> np.ndarray:
   """Returns the label values [H, W] with the same side up as the picture.
 
@@ -281,11 +262,15 @@ def fit_label(
       )
     if values.shape == stored:
       return turn(values, picture.orientation)
-  records.check_size(item, shown, values.shape)
+  if shown != values.shape:
+    raise UserError(
+      f'{item.label}: label is {values.shape[1]}x{values.shape[0]} but its '
+      f'image {item.image} is {shown[1]}x{shown[0]}; make the sizes equal'
+    )
   return values
 
 
-def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
+def _make_info(config: FolderConfig, palettes: Palettes) -> DatasetInfo:
   meaning = config.meaning
   values, void = meaning.file_values(), meaning.void_value
   palette = meaning.colors
@@ -299,7 +284,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
         palette[index] = first[value]
   free = (v for v in range(255, -1, -1) if v not in values)
   return DatasetInfo(
-    name=config.listing.name or pathlib.Path(config.directory).name,
+    name=config.listing.name or Path(config.directory).name,
     classes=meaning.classes,
     palette=palette,
     ignore_label=meaning.stored_ignore_label,
@@ -308,7 +293,7 @@ def _make_info(config: FolderConfig, palettes: labels.Palettes) -> DatasetInfo:
   )
 
 
-def _first_palette(folder: pathlib.Path | None) -> np.ndarray:
+def _first_palette(folder: Path | None) -> np.ndarray:
   """Returns the colors of the first palette label, uint8 [N, 3]."""
   # Of the whole folder, so that all splits have the same colors.
   for path in sorted(folder.rglob('*')) if folder else ():

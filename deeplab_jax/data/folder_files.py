@@ -9,47 +9,44 @@ ImageSets/Segmentation/SPLIT.txt     one ID a line
 """
 
 import collections
-import functools
+import glob
 import os
-import pathlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from deeplab_jax.data import labels
+from deeplab_jax.data.bands import SUFFIXES
 from deeplab_jax.data.datasets import check_class_names
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Item, Listing
 from deeplab_jax.runtime.errors import UserError, naming
 from deeplab_jax.runtime.files import near, near_file, read_bytes
 
-# The folder of each kind of file, and the suffixes that count there.
-_Kind = tuple[str, str, Sequence[str]]
-_IMAGES = 'image', 'JPEGImages', IMAGE_SUFFIXES
-_ARRAYS = 'image', 'JPEGImages', ['.npy']  # where there is no other
-_LABELS = 'label', 'SegmentationClass', LABEL_SUFFIXES
 
-
-def voc_devkit(root: pathlib.Path, split: str) -> Listing:
+def voc_devkit(root: Path, split: str) -> Listing:
   """The layout of a VOC devkit."""
   lists = 'ImageSets/Segmentation'
   parts = 'JPEGImages', 'SegmentationClass', lists
   require_folders(root, *parts, also='classes.txt')
+  ids = read_list(root / lists, split)
+  images = Files('image', root / parts[0], '**/*', SUFFIXES)
+  masks = Files('label', root / parts[1], '**/*', LABEL_SUFFIXES)
   return Listing(
     origin=root / lists / f'{split}.txt',
-    found=find_items(root, read_list(root / lists, split)),
+    found=find_items(ids, images, masks, lambda x: [x, f'{x}_mask']),
     classes=root / 'classes.txt',
     label_folder=root / 'SegmentationClass',
   )
 
 
-def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
+def find_root(directory: str | os.PathLike[str]) -> Path:
   """Returns the absolute path of a folder; raises `UserError` without one."""
   if not directory:
     raise UserError('config.data.dir is empty; name the folder of the data set')
-  root = pathlib.Path(directory).expanduser().resolve()
+  root = Path(directory).expanduser().resolve()
   if not root.is_dir():
     raise UserError(
       f'{directory}: no such dataset folder{near_file(root)}; set '
@@ -58,7 +55,7 @@ def find_root(directory: str | os.PathLike[str]) -> pathlib.Path:
   return root
 
 
-def require_folders(root: pathlib.Path, *parts: str, also: str) -> None:
+def require_folders(root: Path, *parts: str, also: str) -> None:
   """Raises `UserError` unless the folders are there; names `also` with them."""
   for part in parts:
     if not (root / part).is_dir():
@@ -70,11 +67,11 @@ def require_folders(root: pathlib.Path, *parts: str, also: str) -> None:
 
 def check_inside(directory: str) -> None:
   """Raises `UserError` if a link in a folder, at any depth, leads out of it."""
-  root = pathlib.Path(os.path.realpath(os.path.expanduser(directory)))
+  root = Path(os.path.realpath(os.path.expanduser(directory)))
   for folder, folders, names in os.walk(root):
-    for path in (pathlib.Path(folder, name) for name in (*folders, *names)):
+    for path in (Path(folder, name) for name in (*folders, *names)):
       if path.is_symlink() and path.exists():
-        target = pathlib.Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path))
         if not target.is_relative_to(root):
           raise UserError(
             f'{path} leads out of {root}, to {target}; if that is meant, set'
@@ -82,7 +79,16 @@ def check_inside(directory: str) -> None:
           )
 
 
-def read_lines(path: pathlib.Path, most: int) -> list[str]:
+def require_split(place: object, split: str, known: Iterable[str]) -> None:
+  """Raises `UserError` unless a split is known."""
+  if split not in (known := dict.fromkeys(known)):
+    raise UserError(
+      f'{place}: no such split, {split!r}{near(split, known)}; known splits: '
+      f'{", ".join(known) or "none"}'
+    )
+
+
+def read_lines(path: Path, most: int) -> list[str]:
   """Reads the lines of a text of at most so many bytes, or `UserError`."""
   try:
     text = read_bytes(path, most).decode('utf-8-sig')
@@ -94,7 +100,7 @@ def read_lines(path: pathlib.Path, most: int) -> list[str]:
 def read_classes(listing: Listing) -> list[str]:
   """Returns the class lines; raises `UserError` if one is wrong."""
   path: Any = listing.origin
-  if not isinstance(listing.classes, pathlib.Path):
+  if not isinstance(listing.classes, Path):
     lines = list(listing.classes)
   else:
     path = listing.classes
@@ -113,7 +119,7 @@ def read_classes(listing: Listing) -> list[str]:
   return lines
 
 
-def read_list(folder: pathlib.Path, split: str) -> list[str]:
+def read_list(folder: Path, split: str) -> list[str]:
   """Returns the ids of a list; raises `UserError` if none, or one repeats."""
   path = folder / f'{split}.txt'
   files = {
@@ -121,11 +127,7 @@ def read_list(folder: pathlib.Path, split: str) -> list[str]:
     for file in sorted(folder.glob('*'))
     if file.suffix.lower() == '.txt' and file.name != 'classes.txt'
   }
-  if normal(split) not in files:
-    raise UserError(
-      f'{path}: no such list{near(split, files)}; known splits: '
-      f'{", ".join(files) or "none"}'
-    )
+  require_split(path, normal(split), files)
   names = [line for line in read_lines(files[normal(split)], 2**28) if line]
   if not names:
     raise UserError(f'{path}: the split is empty; list one id a line')
@@ -140,23 +142,6 @@ def refuse_repeats(path: object, names: Sequence[str]) -> None:
     raise UserError(f'{path}: {name!r} stands {count} times; keep one')
 
 
-def find_items(
-  root: pathlib.Path, names: Iterable[str]
-) -> dict[str, Item | UserError]:
-  """Finds the files of ids, or errors that say what is missing.
-
-  Ids may have the suffix of their image. Names are compared in Unicode's
-  composed form (NFC): other systems write 'ü' as two characters.
-  """
-  files, found = _Files(root), dict[str, Item | UserError]()
-  for name in names:
-    try:
-      found[name] = files.item(name)
-    except UserError as error:
-      found[name] = error
-  return found
-
-
 def inside(place: object, listed: str) -> str:
   """Returns a listed id in one spelling; raises `UserError` if it leads out."""
   name = normal(os.path.normpath(listed))
@@ -166,7 +151,7 @@ def inside(place: object, listed: str) -> str:
   return name
 
 
-def only(name: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
+def only(name: str, files: Sequence[Path]) -> Path:
   """Returns the file of an id; raises `UserError` for two, or no real one."""
   if len(files) > 1:
     raise UserError(
@@ -181,62 +166,88 @@ def only(name: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
   return files[0]
 
 
-class _Files:
-  """The images and labels of a folder."""
+class Files(dict[str, list[Path]]):
+  """The files of one kind by id, which is their name without suffix."""
 
-  def __init__(self, root: pathlib.Path) -> None:
-    self._root = root
-    self._listing = functools.cache(_listing)  # reads every directory once
+  def __init__(
+    self,
+    what: str,
+    root: Path,
+    pattern: str,
+    suffixes: Sequence[str],
+    fixed: Collection[str] = (),  # folders that are no part of an id
+  ) -> None:
+    """Finds what fits a glob; raises `UserError` if no file has a suffix."""
+    super().__init__()
+    self.what, self.suffixes = what, ' '.join(suffixes)
+    self.place = str(root / pattern).removesuffix('/**/*')
+    self._others: dict[str, str] = {}  # names of files of no such suffix
     self._hints = 5  # comparing with all names takes its time
+    found = glob.glob(pattern, root_dir=root, recursive=True)
+    # An array is the image where there is no other.
+    for name in sorted(found, key=lambda name: (name.endswith('.npy'), name)):
+      path = root / name
+      folders = [x for x in Path(name).parent.parts if x not in fixed]
+      key = normal('/'.join([*folders, path.stem]))
+      if path.suffix.lower() not in suffixes:
+        self._others[key] = path.name
+      elif path.suffix != '.npy' or key not in self:
+        self.setdefault(key, []).append(path)
+    if not self:
+      raise UserError(
+        f'{self.place}: no {what} there; suffixes are {self.suffixes}'
+      )
 
-  def item(self, name: str) -> Item:
-    """Raises `UserError` if a file is missing, or two files have that id."""
-    name = inside(self._root / 'JPEGImages', name)
-    bare, suffix = os.path.splitext(name)
-    found = self._find(_IMAGES, name) or self._find(_ARRAYS, name)
-    if not found and suffix.lower() in IMAGE_SUFFIXES:
-      found = self._find(_IMAGES, bare)
-      own = [f for f in found if normal(f.name) == os.path.basename(name)]
-      found, name = own or found, bare if found else name
-    masks = self._find(_LABELS, name) or self._find(_LABELS, f'{name}_mask')
-    for kind, files in ((_IMAGES, found), (_LABELS, masks)):
-      if not files:
-        raise self._missing(kind, name)
-    return Item(name, only(name, found), only(name, masks))
-
-  def _find(self, kind: _Kind, name: str) -> list[pathlib.Path]:
-    _, part, suffixes = kind
-    path = self._root / part / name  # an id may name a subfolder
-    files = self._listing(path.parent).get(path.name, ())
-    return [file for file in files if file.suffix.lower() in suffixes]
-
-  def _missing(self, kind: _Kind, name: str) -> UserError:
-    """Says what is there instead."""
-    what, part, suffixes = kind
-    path, hint = self._root / part / name, ''
-    listing = self._listing(path.parent)
-    if path.name in listing:
-      other = listing[path.name][0].name
-      hint = f'; there is {other}, but {what} files end in {" ".join(suffixes)}'
+  def missing(self, key: str, name: str) -> UserError:
+    """Says what is there instead of the file `key` of the id `name`."""
+    hint = ''
+    if key in self._others:
+      hint = f'; there is {self._others[key]}, but its suffix is none of '
+      hint += self.suffixes
     elif self._hints > 0:
       self._hints -= 1
-      # An id with a folder too many is looked for without it.
-      listing = listing or self._listing(self._root / part)
-      hint = near(path.name, (f.name for fs in listing.values() for f in fs))
+      names = (file.name for files in self.values() for file in files)
+      hint = near(os.path.basename(key), names)
     return UserError(
-      f'{path}{".png" if what == "label" else ""}: listed, but there is no '
-      f'{what} file of that name{hint}; add it or take {name!r} off the list'
+      f'{self.place}: there is no {self.what} {key!r}{hint}; add it or take '
+      f'{name!r} off the list'
     )
 
 
-def _listing(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """The entries of a folder by stem; none where there is no such folder."""
-  files: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
-  forms = (unicodedata.normalize(x, str(folder)) for x in ('NFC', 'NFD'))
-  place = next(filter(os.path.isdir, forms), None)
-  for file in sorted(pathlib.Path(place).iterdir()) if place else ():
-    files[normal(file.stem)].append(file)
-  return files
+def find_items(
+  listed: Iterable[str],
+  images: Files,
+  masks: Files,
+  mask_ids: Callable[[str], Sequence[str]],
+) -> dict[str, Item | UserError]:
+  """Finds the files of ids, or errors that say what is missing.
+
+  Ids may have the suffix of their image. `mask_ids` returns those that a mask
+  may have, the first that is there counts. Names are compared in Unicode's
+  composed form (NFC): other systems write 'ü' as two characters.
+  """
+
+  def find(name: str) -> Item:
+    name = inside(images.place, name)
+    bare, suffix = os.path.splitext(name)
+    files = images.get(name, [])
+    if not files and suffix.lower() in IMAGE_SUFFIXES and bare in images:
+      own = [file for file in images[bare] if file.suffix == suffix]
+      files, name = own or images[bare], bare
+    if not files:
+      raise images.missing(name, name)
+    keys = mask_ids(name)
+    if not (own := next((masks[key] for key in keys if key in masks), [])):
+      raise masks.missing(keys[0], name)
+    return Item(name, only(name, files), only(name, own))
+
+  found = dict[str, Item | UserError]()
+  for name in listed:
+    try:
+      found[name] = find(name)
+    except UserError as error:
+      found[name] = error
+  return found
 
 
 def normal(name: str) -> str:

@@ -7,8 +7,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -18,7 +18,25 @@ from PIL.TiffImagePlugin import TiffImageFile
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 from deeplab_jax.runtime.files import check_regular
 
-Path: TypeAlias = str | os.PathLike[str]
+
+class Made(NamedTuple):
+  """What stands for an image or label file and is none."""
+
+  origin: str  # names it in messages
+  name: str  # as the name of a file, without a folder
+  state: tuple[Any, ...]  # plain JSON values; others if the content changes
+  read: Callable[[], bytes]  # returns an image file, or raises `UserError`
+
+  def __str__(self) -> str:
+    return self.origin
+
+
+Path: TypeAlias = str | os.PathLike[str] | Any  # or `Made`
+
+
+def contents(path: Path, data: bytes | None) -> tuple[Path, bytes | None]:
+  """Returns a file and `data`; reads what only stands for a file."""
+  return (str(path), path.read()) if isinstance(path, Made) else (path, data)
 
 
 def _built_in(feature: str) -> bool:
@@ -36,7 +54,7 @@ IMAGE_SUFFIXES = (
 )
 # OpenCV decodes no more, so no more can be trained on.
 _MOST_PIXELS, _LONGEST_SIDE = 2**30, 2**20
-_MOST_BYTES = 2**32  # of a file
+MOST_BYTES = 2**32  # of a file
 ARRAY = b'\x93NUMPY'  # begins an array of NumPy
 _MOST_TO_CUT = _MOST_PIXELS  # of an image that is cut into tiles
 with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -68,9 +86,10 @@ def opened(
 
   Raises `UserError` if it is missing or damaged, or the body raises `Unusable`.
   """
+  path, data = contents(path, data)
   with reading(path, data):
     if data is None:
-      check_file(path)
+      check_regular(path, MOST_BYTES)
     with (
       # Not by its name: then Pillow 13 mixes up the pixels of a turned TIFF.
       open(path, 'rb') if data is None else io.BytesIO(data) as file,
@@ -85,11 +104,6 @@ def opened(
         )
       check_pixels(*image.size, to_cut=to_cut)
       yield image
-
-
-def check_file(path: Path) -> None:
-  """Raises `UserError` unless it is a regular file, and not too large."""
-  check_regular(path, _MOST_BYTES)
 
 
 def check_pixels(width: int, height: int, *, to_cut: bool = False) -> None:
@@ -117,7 +131,7 @@ def reading(path: Path, data: bytes | None) -> Iterator[None]:
   except Image.UnidentifiedImageError as error:
     if data is None:
       with open(path, 'rb') as file:
-        data = file.read(_MOST_BYTES // 16)
+        data = file.read(MOST_BYTES // 16)
     raise _unidentified(path, data) from error
   except _BROKEN as error:
     raise unreadable(path, error) from error

@@ -15,6 +15,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from deeplab_jax.data import bands, image_files
 from deeplab_jax.data.datasets import DatasetInfo
 from deeplab_jax.data.image_files import IMAGE_SUFFIXES, Path, Unusable
+from deeplab_jax.data.transforms import RGB_FILL
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.files import near_file
 
@@ -66,22 +67,24 @@ def as_pixels(image: Any, info: DatasetInfo | None = None) -> np.ndarray:
   It is the path or the bytes of a file, read by `read_image`, or a PIL image or
   an array uint8 [H, W, 3], taken as they are. Raises `UserError` for all else.
 
-  If `info` says that images are kept as they are stored, see `bands.as_stored`.
+  If `info` says that images are kept as they are stored, they are as theirs.
   """
-  if info and info.mean:
-    return bands.as_stored(image, info.fill)
+  like, stored = (info.fill, bool(info.mean)) if info else (RGB_FILL, False)
+  name = ''
   if isinstance(image, str | os.PathLike):
-    return read_image(image)
-  if isinstance(image, bytes):
-    return open_picture('image', image).pixels
-  if isinstance(image, Image.Image):
+    name, image = f'{image}: ', open_picture(image, as_stored=stored).pixels
+  elif isinstance(image, bytes):
+    image = open_picture('image', image, as_stored=stored).pixels
+  elif isinstance(image, Image.Image) and not stored:
     image = image.convert('RGB')
   image = np.asarray(image)
-  fits = image.ndim == 3 and image.shape[2] == 3 and 0 not in image.shape
-  if not fits or image.dtype != np.uint8:
+  image = image[..., None] if image.ndim == 2 else image
+  fits = image.shape[2:] == like.shape and 0 not in image.shape
+  if not fits or image.dtype != like.dtype:
     raise UserError(
-      'an image must be a path, bytes, a PIL image, or an array uint8'
-      f' [H, W, 3], got {image.dtype} {list(image.shape)}'
+      f'{name}an image must be {like.dtype} [H, W, {len(like)}] for this '
+      'network, or a path, bytes or a PIL image, got '
+      f'{image.dtype} {list(image.shape)}'
     )
   return image
 
@@ -100,6 +103,7 @@ def open_picture(
   """
   if as_stored:
     return Picture(*bands.read_stored(path, data, to_cut=to_cut))
+  path, data = image_files.contents(path, data)
   with image_files.opened(path, data, to_cut=to_cut) as image:
     data = pathlib.Path(path).read_bytes() if data is None else data
     _refuse_pages(image)

@@ -68,10 +68,14 @@ def open_label(
 ) -> LabelFile:
   """Reads gray values, palette indices or colors; `data` is the file, if known.
 
+  Of a file .mat it reads the mask of SBD, see `read_mat_label`.
   Raises `UserError` if the file is missing, truncated, no image, of a lossy
   format, of several pages, of a mode that is no label or has values beyond 16
   bits.
   """
+  path, data = image_files.contents(path, data)
+  if data is not None and str(path).endswith('.mat'):
+    return LabelFile(path, read_mat_label(path, data), None, turned=False)
   with image_files.opened(path, data, to_cut=to_cut) as image:
     _refuse_lossy(image)
     if (frames := getattr(image, 'n_frames', 1)) > 1:

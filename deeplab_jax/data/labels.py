@@ -137,9 +137,7 @@ class Meaning:
         f'config.data.ignore_label={ignore_label}; add a line for each class'
       )
     colors = () if self.line_colors is None else self.line_colors.tolist()
-    self.color_values: dict[Any, int] = {
-      tuple(c): v for v, c in enumerate(colors)
-    }
+    self.color_values = {tuple(c): v for v, c in enumerate(colors)}
     self._table = np.arange(2**16).astype(np.uint8)
     if (other := self.label_map.get(OTHER)) is not None:
       self._table[:] = other
@@ -148,9 +146,7 @@ class Meaning:
         self._table[key] = target
       elif isinstance(key, tuple):
         self.color_values[key] = target
-    first = {
-      value: color for color, value in reversed(self.color_values.items())
-    }
+    first = {v: color for color, v in reversed(self.color_values.items())}
     found = [first[value] for value in self.values if value in first]
     complete = found and len(found) == len(self.values)
     self.colors = np.array(found, np.uint8) if complete else None

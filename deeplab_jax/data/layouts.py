@@ -10,30 +10,27 @@ import difflib
 import glob
 import logging
 import os
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from deeplab_jax.data import folder_files
 from deeplab_jax.data.bands import SUFFIXES
 from deeplab_jax.data.datasets import voc_palette
-from deeplab_jax.data.image_files import IMAGE_SUFFIXES
+from deeplab_jax.data.folder_files import Files
 from deeplab_jax.data.label_files import LABEL_SUFFIXES
-from deeplab_jax.data.listing import Listing
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.records import Listing
 from deeplab_jax.data.voc_sources import hold_out
 from deeplab_jax.runtime.errors import UserError, naming
-from deeplab_jax.runtime.files import near, near_file
 
 log = logging.getLogger(__name__)
 
 T = TypeVar('T')
-_Files = dict[str, list[pathlib.Path]]  # by what tells them apart
 _SPLITS = ('train', 'val', 'test', 'training', 'validation', 'valid')
 
 
 def images_masks(
-  root: pathlib.Path,
+  root: Path,
   split: str,
   *,
   images: str = 'images',
@@ -53,11 +50,11 @@ def images_masks(
     found = [s for s in filled if glob.glob(filled[s], root_dir=root)]
     if '{split}' in forms[0] and found and not known:
       known, places = found, [x.replace('{split}', split) for x in forms]
-      require_split(root / forms[0], split, known)
+      folder_files.require_split(root / forms[0], split, known)
   # Splits may use the same names: a folder of the split is a part of the id.
   own = split if known and all(split in x.split('/') for x in places) else ''
-  of_images = _find(root, places[0], SUFFIXES, own)
-  of_masks = _find(root, places[1], LABEL_SUFFIXES, own)
+  of_images = _find('image', root, places[0], SUFFIXES, own)
+  of_masks = _find('mask', root, places[1], LABEL_SUFFIXES, own)
   origin, ids = root / places[0], dict.fromkeys(of_images)
   lists = (root / f'{name}.txt' for name in (split, *_SPLITS))
   if not known and any(path.is_file() for path in lists):
@@ -65,29 +62,23 @@ def images_masks(
     ids = dict.fromkeys(folder_files.read_list(root, split))
   elif not known:
     ids = share(origin, split, ids, holdout)
-  affixes = _affixes(of_images, of_masks, root / places[1])
+  affixes = _affixes(of_images, of_masks)
+  pairs = folder_files.find_items(
+    ids, of_images, of_masks, lambda name: [_mask_of(name, affixes)]
+  )
   return Listing(
     origin=origin,
-    found={x: _pair(x, origin, of_images, of_masks, affixes) for x in ids},
+    found=pairs,
     classes=root / 'classes.txt',
     label_folder=root / masks if (root / masks).is_dir() else None,
   )
-
-
-def require_split(place: object, split: str, known: Iterable[str]) -> None:
-  """Raises `UserError` unless a split is known."""
-  if split not in (known := dict.fromkeys(known)):
-    raise UserError(
-      f'{place}: no such split, {split!r}{near(split, known)}; known splits: '
-      f'{", ".join(known) or "none"}'
-    )
 
 
 def share(
   origin: object, split: str, found: Mapping[str, T], holdout: float
 ) -> dict[str, T]:
   """Returns those of `train`, or the share of `val`, by a hash of their ids."""
-  require_split(origin, split, ('train', 'val'))
+  folder_files.require_split(origin, split, ('train', 'val'))
   with naming('config.data.options.holdout'):
     train, val = hold_out(list(found), holdout)
   chosen = train if split == 'train' else val
@@ -102,41 +93,22 @@ def share(
 
 
 def _find(
-  root: pathlib.Path, place: str, suffixes: Sequence[str], own: str
-) -> _Files:
+  what: str, root: Path, place: str, suffixes: Sequence[str], own: str
+) -> Files:
   """Finds the files of a folder or glob; ids have no fixed folder but `own`."""
-  folder = root / place
   if not glob.has_magic(place):
-    if not folder.is_dir():
-      raise UserError(
-        f'{folder}: no such folder{near_file(folder)}; images and masks lie in '
-        'the folders or globs config.data.options.images and .masks'
-      )
+    also = 'others if config.data.options.images and .masks name them'
+    folder_files.require_folders(root, place, also=also)
     place += '/**/*'
   fixed = {*root.parts, *(x for x in place.split('/') if not glob.has_magic(x))}
-  files: _Files = {}
-  found = glob.glob(place, root_dir=root, recursive=True)
-  # An array is the image where there is no other.
-  for name in sorted(found, key=lambda name: (name.endswith('.npy'), name)):
-    path = root / name
-    if path.suffix.lower() in suffixes:
-      folders = pathlib.Path(name).parent.parts
-      above = [x for x in folders if x == own or x not in fixed]
-      key = folder_files.normal('/'.join([*above, path.stem]))
-      if path.suffix != '.npy' or key not in files:
-        files.setdefault(key, []).append(path)
-  if not files:
-    raise UserError(
-      f'{folder}: no image there; suffixes are {" ".join(suffixes)}'
-    )
-  return files
+  return Files(what, root, place, suffixes, fixed - {own})
 
 
 # What begins and ends the names of images, and those of masks.
 _Affixes = tuple[str, str, str, str]
 
 
-def _affixes(images: _Files, masks: _Files, place: object) -> _Affixes:
+def _affixes(images: Files, masks: Files) -> _Affixes:
   """Finds what names have around the part that an image and its mask share."""
   matcher = difflib.SequenceMatcher(autojunk=False)
   tries = {('', '', '', '')}
@@ -155,8 +127,9 @@ def _affixes(images: _Files, masks: _Files, place: object) -> _Affixes:
   best = max(scores, key=scores.__getitem__)
   if not scores[best]:
     raise UserError(
-      f'{place}: no name there, as {min(masks)!r}, is that of an image, as '
-      f'{min(images)!r}, but for a beginning or end that all have; rename them'
+      f'{masks.place}: no name there, as {min(masks)!r}, is that of an image, '
+      f'as {min(images)!r}, but for a beginning or end that all have; rename '
+      'them'
     )
   return best
 
@@ -171,26 +144,7 @@ def _mask_of(key: str, affixes: _Affixes) -> str:
   return f'{folder}{slash}{mask_start}{bare}{mask_end}'
 
 
-def _pair(
-  listed: str, origin: object, images: _Files, masks: _Files, affixes: _Affixes
-) -> Item | UserError:
-  """Returns the two files of an id, or why there are not exactly two."""
-  try:
-    name = folder_files.inside(origin, listed)
-    bare, suffix = os.path.splitext(name)
-    if name not in images and suffix.lower() in IMAGE_SUFFIXES:
-      name = bare
-    if name not in images:
-      raise UserError(f'{origin}: there is no image {name!r}; add it')
-    image = folder_files.only(name, images[name])
-    if (key := _mask_of(name, affixes)) not in masks:
-      raise UserError(f'{image}: there is no mask {key!r}; add it')
-    return Item(name, image, folder_files.only(name, masks[key]))
-  except UserError as error:
-    return error
-
-
-def ade20k(root: pathlib.Path, split: str) -> Listing:
+def ade20k(root: Path, split: str) -> Listing:
   """ADE20K as of the scene parsing challenge: 150 classes, 0 is void.
 
   Zhou et al., "Scene Parsing through ADE20K Dataset" (CVPR 2017).
@@ -211,7 +165,7 @@ def ade20k(root: pathlib.Path, split: str) -> Listing:
   return dataclasses.replace(listing, classes=classes)
 
 
-def cityscapes(root: pathlib.Path, split: str) -> Listing:
+def cityscapes(root: Path, split: str) -> Listing:
   """Cityscapes, gtFine: its 19 classes, by trainIds or by ids.
 
   Cordts et al., "The Cityscapes Dataset" (CVPR 2016). The table is that of

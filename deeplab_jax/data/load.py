@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from deeplab_jax.data import (
   coco,
@@ -21,9 +20,8 @@ from deeplab_jax.data import (
 )
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_label
-from deeplab_jax.data.listing import Layout
-from deeplab_jax.data.records import Builders
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.data.records import Builders, Layout
+from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -39,17 +37,10 @@ class Records(Sequence[dict[str, Any]]):
     return map(self.__getitem__, range(len(self)))
 
   def __getitem__(self, index: Any) -> Any:
-    # TFDS's own parser takes several times as long: it makes arrays of all.
-    try:
-      example = tf_example_pb2.Example.FromString(self._serialized[index])
-    except RuntimeError as error:  # by the hashes of array_record
-      raise UserError(
-        f'{self._folder}: a file of records is damaged or missing; remove the'
-        ' folder to prepare it again'
-      ) from error
+    features = records.read_features(self._serialized, index, self._folder)
     return {
       name: (feature.bytes_list.value or feature.int64_list.value)[0]
-      for name, feature in example.features.feature.items()
+      for name, feature in features.items()
     }
 
 
@@ -173,14 +164,11 @@ def load_dataset(
   if loader is None:
     known = ', '.join([*LOADERS, 'tfds/NAME'])
     raise UserError(f'config.data.name: no data set {name!r}; known: {known}')
-  if not 0 <= ignore_label <= 255:
-    raise UserError(f'config.data.ignore_label={ignore_label} is not in 0..255')
-  if on_bad_image not in ('stop', 'skip'):
-    raise UserError(
-      f"config.data.on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}"
-    )
-  if not splits:
-    raise ValueError('splits must name at least one split')
+  with naming('config.data'):
+    fits = 0 <= ignore_label <= 255
+    require(fits, 'ignore_label must be 0 to 255', ignore_label)
+    check_choice('on_bad_image', on_bad_image, ('stop', 'skip'))
+    require(bool(splits), 'splits must name at least one', splits)
   arguments = {
     'directory': directory or '',
     'prepared_dir': prepared_dir or '',

@@ -17,7 +17,6 @@ import numpy as np
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.label_files import open_label
 from deeplab_jax.data.labels import OTHER, Meaning, word
-from deeplab_jax.data.listing import open_file
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError
@@ -105,7 +104,7 @@ def _sum(parts: Iterable[Mapping[str, _Pixels]]) -> dict[str, _Pixels]:
 def _read(item: Item, skipped: int) -> dict[str, _Pixels]:
   """Counts a file; in palettes the index `skipped` is void of any color."""
   try:
-    file = open_file(open_label, item.label)
+    file = open_label(item.label)
   except UserError:  # which the survey shows
     return {}
   held: dict[str, _Pixels] = collections.defaultdict(_Pixels)

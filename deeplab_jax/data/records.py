@@ -10,30 +10,25 @@ import hashlib
 import io
 import json
 import logging
-import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from deeplab_jax.data import labels
 from deeplab_jax.data.bands import kind_of
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import decode_image, encode_label
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.runtime import files as disk
-from deeplab_jax.runtime.errors import (
-  LabelError,
-  UnreadableError,
-  UserError,
-  first_line,
-)
+from deeplab_jax.runtime.errors import UnreadableError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +69,23 @@ class Item(NamedTuple):
   label: Any  # likewise; None means that all of it is void
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Listing:
+  """What a layout finds of a split: its files, and what their labels mean."""
+
+  origin: object  # where the ids are listed, for messages
+  found: Mapping[str, Item | UserError]  # by listed id; why one has no files
+  classes: Path | Sequence[str]  # lines as of classes.txt, or the file
+  label_map: str = ''  # where `config.data.label_map` says nothing
+  label_folder: Path | None = None  # its first palette gives the colors
+  name: str = ''  # of the data set; empty for that of its folder
+
+
+# A function (root, split, **options) that finds the files of a data set. It
+# raises `UserError` for an unknown or empty split, or wrong options.
+Layout = Callable[..., Listing]
+
+
 class Sample(NamedTuple):
   """What a builder generates of one image."""
 
@@ -81,6 +93,19 @@ class Sample(NamedTuple):
   file_name: str  # of the original image, without its folder
   image: bytes  # for `images.decode_image`
   label: np.ndarray  # uint8 [H, W], classes and the ignore label
+
+
+def read_features(source: Sequence[bytes], index: Any, folder: object) -> Any:
+  """Returns the features of a record; raises `UserError` if it is damaged."""
+  # TFDS's own parser takes several times as long: it makes arrays of all.
+  try:
+    example = tf_example_pb2.Example.FromString(source[index])
+  except RuntimeError as error:  # by the hashes of array_record
+    raise UserError(
+      f'{folder}: a file of records is damaged or missing; remove the folder'
+      ' to prepare it again'
+    ) from error
+  return example.features.feature
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
@@ -167,27 +192,31 @@ def require_ignore_label(info: DatasetInfo, given: int) -> None:
 
 
 def readable(
-  items: Sequence[Item], read: Callable, *, origin: object, on_bad_image: str
+  items: Sequence[Item],
+  read: Callable[[Item], Any],
+  *,
+  origin: object = '',
+  on_bad_image: str = 'stop',
+  alone: Callable[[Item], bool] = lambda item: False,
 ) -> Iterator[tuple[Item, Any]]:
   """Yields each item with what `read` returns for it, in order.
 
-  The items are listed at `origin`. `read` is called on all cores. If it returns
-  a function, that is called when its turn comes, for what takes much memory. An
-  `UnreadableError` stops with a `UserError`, or with `on_bad_image='skip'`
-  skips the item; if all are skipped, it stops as well.
+  `read` is called on all cores, and when its turn comes for what takes much
+  memory, as `alone` tells. An `UnreadableError` stops with a `UserError`, or
+  with `on_bad_image='skip'` skips the item, listed at `origin`; if all are
+  skipped, it stops as well.
   """
 
-  def attempt(function: Callable[..., Any], *arguments: Item) -> Any:
+  def attempt(item: Item, ahead: bool) -> Any:
     try:
-      return function(*arguments)
+      return None if ahead and alone(item) else read(item)
     except UnreadableError as error:
       return error
 
   skipped = 0
-  first = functools.partial(attempt, read)
+  first = functools.partial(attempt, ahead=True)
   for item, value in zip(items, in_background(first, items), strict=True):
-    if callable(value):
-      value = attempt(value)
+    value = attempt(item, ahead=False) if value is None else value
     if not isinstance(value, UnreadableError):
       yield item, value
       value = None  # it may be large, and the next one is read before it ends
@@ -196,35 +225,8 @@ def readable(
     else:
       skipped += 1
       log.warning('Skipped %r of %s: %s', item.name, origin, value)
-  if skipped == len(items):
+  if 0 < skipped == len(items):
     raise UserError(f'{origin}: every image is unreadable; see the warnings')
-
-
-def check_size(
-  item: Item, image_size: tuple[int, ...], label_size: tuple[int, ...]
-) -> None:
-  """Raises `UserError` unless both sizes (height, width) are the same."""
-  if image_size != label_size:
-    raise UserError(
-      f'{item.label}: label is {label_size[1]}x{label_size[0]} but its image '
-      f'{item.image} is {image_size[1]}x{image_size[0]}; make the sizes equal'
-    )
-
-
-def check_values(
-  item: Item, label: np.ndarray, classes: int, ignore_label: int, *, remedy: str
-) -> None:
-  """Raises `UserError` unless a label uint8 [H, W] holds classes and void."""
-  counts = labels.count_values(label)
-  counts[:classes] = 0
-  counts[ignore_label] = 0
-  if counts.any():
-    value = int(counts.argmax())
-    raise LabelError(
-      f'{item.label}: label value {value} ({counts[value]} pixels) is neither '
-      f'one of the {classes} classes nor the ignore label {ignore_label}; '
-      f'correct {remedy}'
-    )
 
 
 @contextlib.contextmanager
@@ -241,7 +243,7 @@ def _quiet() -> Iterator[None]:
     logger.removeFilter(others)
 
 
-def _state(path: pathlib.Path) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
   """Tells files apart: by digests those that no hash in them protects."""
   return {
     file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -252,7 +254,7 @@ def _state(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _damage(path: pathlib.Path, make: Callable[[], Any]) -> str:
+def _damage(path: Path, make: Callable[[], Any]) -> str:
   """Says what is wrong with a prepared folder; '' if nothing is."""
   try:
     if (path / _STATE).exists():  # older ones have none
@@ -280,7 +282,7 @@ def prepared(
     builder_class, data_dir=prepared_dir or None, config=config
   )
   # <prepared_dir>/<data set>/<config>/<version>
-  home = pathlib.Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
+  home = Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser()
   if disk.is_remote(prepared_dir):
     raise UserError('config.data.prepared_dir: gs:// needs a mount by gcsfuse')
   home /= builder_class.name
@@ -306,7 +308,7 @@ def prepared(
           aside.rename(path)
         raise
       shutil.rmtree(aside, ignore_errors=True)
-      path = pathlib.Path(builder.data_path)
+      path = Path(builder.data_path)
       disk.write_json(path / _STATE, _state(path))
   except (OSError, RuntimeError) as error:  # the latter of array_record
     named = str(getattr(error, 'filename', error) or home)

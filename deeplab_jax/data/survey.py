@@ -4,24 +4,22 @@ Preparing stops at the first problem; a survey reads the same files before.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
-import pathlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplab_jax.data import folder, folder_files, labels, proposals, records
+from deeplab_jax.data import folder, folder_files, proposals
 from deeplab_jax.data.datasets import DatasetInfo, Tally
 from deeplab_jax.data.images import open_picture
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.data.listing import Layout, Listing, open_file
-from deeplab_jax.data.pipeline import in_background
+from deeplab_jax.data.labels import Meaning, Palettes, count_values
+from deeplab_jax.data.records import Item, Layout, Listing, readable
 from deeplab_jax.runtime.errors import UnreadableError, UserError
 
 TINY = 64  # pixels; a tiny image has a shorter side
@@ -45,7 +43,6 @@ _SHARED = 'ids in two lists, which makes the score worthless'
 _OF_LABELS = _NO_NAMES, _NO_INDICES, _PALETTES, _VALUES, _SAME, _ALL_VOID
 _TINY = f'tiny images, with a side below {TINY} pixels'
 _HUGE = f'huge images, with a side above {HUGE} pixels: slow, and much memory'
-_ALONE = threading.Lock()  # held while a large image is in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +73,12 @@ class Finding:
 class Survey(NamedTuple):
   """What a survey found."""
 
-  root: pathlib.Path
+  root: Path
   text: str  # how many classes there are, and why
   findings: tuple[Finding, ...]
   lines: Sequence[str]  # of classes.txt
-  classes: pathlib.Path | Sequence[str]  # where they are from
-  items: dict[str, list[records.Item]]  # of each split, those with files
+  classes: Path | Sequence[str]  # where they are from
+  items: dict[str, list[Item]]  # of each split, those with files
   proposal: proposals.Proposal | None  # what may repair the labels
 
 
@@ -133,18 +130,17 @@ def survey_folder(
     raise UserError(notes[_LIST][0])  # of the folder, not of a split
   default = Listing(origin='', found={}, classes=root / 'classes.txt')
   first = next(iter(listings.values()), default)
-  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first)
-  label_map = label_map or first.label_map
-  meaning = labels.Meaning(lines or (), ignore_label, label_map)
+  lines = notes.catch(_NO_NAMES, folder_files.read_classes, first) or ()
+  meaning = Meaning(lines, ignore_label, label_map or first.label_map)
   listed = _read_lists(listings, notes)
-  found = itertools.chain(*(names.values() for names in listed.values()))
-  items = list(dict.fromkeys(filter(None, found)))
-  palettes, counts = labels.Palettes(), np.zeros((len(items), 256), np.int64)
-  read = functools.partial(
-    _read, meaning=meaning, as_stored=as_stored, tile=tile
-  )
-  results = in_background(read, items)
-  for row, (own, colors, problems) in enumerate(results):
+  known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
+  items = list(dict.fromkeys(itertools.chain(*known_items.values())))
+  palettes, counts = Palettes(), np.zeros((len(items), 256), np.int64)
+  how: dict[str, Any] = {'tile': tile, 'as_stored': as_stored}
+  check = functools.partial(_check, meaning=meaning, **how)
+  alone = functools.partial(folder.is_large, **how)
+  results = readable(items, check, alone=alone)
+  for row, (_, (own, colors, problems)) in enumerate(results):
     counts[row] = own
     for title, examples in problems.items():
       notes[title] += examples
@@ -166,43 +162,27 @@ def survey_folder(
       tallies[split].class_pixels = of_split[known]
       tallies[split].void_pixels = int(of_split[void].sum())
     of_classes = label_findings(meaning, tallies, splits[0])
-    notes[_HIDDEN] += [
-      str(items[row].label)
-      for row in _hidden(counts[:, known] > 0, counts[:, void].any(1))
-    ]
+    # Void that is probably a class, as 255 in some of many labels of 0 and 1.
+    shown, has_void = (counts[:, known] > 0).sum(1), counts[:, void].any(1)
+    if (shown[has_void] == 1).all() and (shown[~has_void] > 1).any():
+      notes[_HIDDEN] += [str(items[x].label) for x in np.flatnonzero(has_void)]
     if notes[_VALUES]:  # which tell something apart
       of_classes = tuple(x for x in of_classes if x.title != _SAME)
-  findings = notes.findings(*[_UNREADABLE] * (on_bad_image == 'skip'))
-  text = _count_classes(first, meaning, counts.sum(0))
-  findings += of_classes
-  known_items = {s: [*filter(None, x.values())] for s, x in listed.items()}
+  allowed = [_UNREADABLE] * (on_bad_image == 'skip')
+  findings = notes.findings(*allowed) + of_classes
+  text, place = _count_classes(first, meaning, counts.sum(0)), first.classes
   proposal = None
   if any(found.fatal and found.title in _OF_LABELS for found in findings):
-    fixed = not isinstance(first.classes, pathlib.Path)
-    proposal = proposals.propose(
-      known_items, lines or (), ignore_label, fixed=fixed
-    )
-  return Survey(
-    root, text, findings, lines or (), first.classes, known_items, proposal
-  )
-
-
-def _hidden(shown: np.ndarray, void: Any) -> list[int]:
-  """Returns labels whose void is probably a class, as 255 in some of 0 and 1.
-
-  `shown` bool [N, C] tells which label shows which class, `void` bool [N] which
-  has void.
-  """
-  classes = shown.sum(1)
-  alone = (classes[void] == 1).all() and (classes[~void] > 1).any()
-  return np.flatnonzero(void & alone).tolist()
+    fixed = not isinstance(place, Path)
+    proposal = proposals.propose(known_items, lines, ignore_label, fixed=fixed)
+  return Survey(root, text, findings, lines, place, known_items, proposal)
 
 
 def _count_classes(
-  listing: Listing, meaning: labels.Meaning, pixels: np.ndarray
+  listing: Listing, meaning: Meaning, pixels: np.ndarray
 ) -> str:
   """Tells the number of classes for so many pixels of each value, and why."""
-  in_file = isinstance(path := listing.classes, pathlib.Path)
+  in_file = isinstance(path := listing.classes, Path)
   ignored, names = meaning.void_value, len(meaning.lines)
   values = [v for v in np.flatnonzero(pixels).tolist() if v != ignored]
   count = max(names, max(values, default=-1) + 1)
@@ -223,13 +203,13 @@ def _count_classes(
 
 def _read_lists(
   listings: Mapping[str, Listing], notes: _Notes
-) -> dict[str, dict[str, records.Item | None]]:
+) -> dict[str, dict[str, Item | None]]:
   """Returns, for every list that can be used, its ids and their files."""
-  listed: dict[str, dict[str, records.Item | None]] = {s: {} for s in listings}
+  listed: dict[str, dict[str, Item | None]] = {s: {} for s in listings}
   missing: dict[str, str] = {}
   for split, listing in listings.items():
     for name, found in listing.found.items():
-      item = found if isinstance(found, records.Item) else None
+      item = found if isinstance(found, Item) else None
       if item is None:
         missing.setdefault(name, str(found))
       own = item.name if item else name
@@ -243,27 +223,15 @@ def _read_lists(
   return listed
 
 
-def _read(
-  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
-) -> tuple[np.ndarray, list[list[Any]], _Notes]:
-  """Checks a pair of files; large ones, to be cut, one at a time."""
-  with contextlib.suppress(UserError):  # which the check finds again
-    if folder.is_large(item, tile, as_stored):
-      with _ALONE:
-        return _check(item, meaning, as_stored, tile)
-  return _check(item, meaning, as_stored, tile)
-
-
 def _check(
-  item: records.Item, meaning: labels.Meaning, as_stored: bool, tile: int
+  item: Item, meaning: Meaning, as_stored: bool, tile: int
 ) -> tuple[np.ndarray, list[list[Any]], _Notes]:
   """Returns pixels by label value, int64 [256], colors used, and problems."""
   notes = _Notes(list)
-  see = functools.partial(open_picture, as_stored=as_stored, to_cut=tile > 0)
-  label = functools.partial(open_label, to_cut=tile > 0)
-  read = open_file
-  picture = notes.catch(_NO_PICTURES, read, see, item.image)
-  file = notes.catch(_NO_INDICES, read, label, item.label)
+  picture = notes.catch(
+    _NO_PICTURES, open_picture, item.image, as_stored=as_stored, to_cut=tile > 0
+  )
+  file = notes.catch(_NO_INDICES, open_label, item.label, to_cut=tile > 0)
   values = file and notes.catch(_NO_INDICES, meaning.label_values, file)
   if picture is None or values is None:
     return np.zeros(256, np.int64), [], notes
@@ -274,13 +242,11 @@ def _check(
     notes[_TINY].append(size)
   if max(height, width) > HUGE and not tile:
     notes[_HUGE].append(size)
-  return labels.count_values(values), meaning.used_colors(file), notes
+  return count_values(values), meaning.used_colors(file), notes
 
 
 def label_findings(
-  info: DatasetInfo | labels.Meaning,
-  tallies: Mapping[str, Tally],
-  trained: str,
+  info: DatasetInfo | Meaning, tallies: Mapping[str, Tally], trained: str
 ) -> tuple[Finding, ...]:
   """Finds splits that lack classes, and labels that nothing is learned from."""
   notes, allowed = _Notes(list), ''
@@ -319,10 +285,10 @@ def _remedy(absent: list[int], values: Sequence[int], void_value: int) -> str:
   text = f'if {void_value} marks a class, set --config.data.'
   if void_value <= max(values):
     return f'{text}ignore_label=255'
+  target, more = max(values) + 1, ' and give it a line in classes.txt'
   if absent:
-    return f'{text}label_map={void_value}:{values[absent[0]]}'
-  text += f'label_map={void_value}:{max(values) + 1}'
-  return f'{text} and give it a line in classes.txt'
+    target, more = values[absent[0]], ''
+  return f'{text}label_map={void_value}:{target}{more}'
 
 
 def check_tallies(

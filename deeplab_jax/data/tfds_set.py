@@ -3,25 +3,18 @@
 What TFDS prepared as array_record is read without TensorFlow.
 """
 
-import functools
-import pathlib
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
-from deeplab_jax.data.listing import Listing, Made
-from deeplab_jax.data.records import Item
+from deeplab_jax.data.image_files import Made
+from deeplab_jax.data.records import Item, Listing, read_features
 from deeplab_jax.runtime.errors import UserError, first_line
 
 
 def tfds_set(
-  name: str,
-  root: pathlib.Path,
-  split: str,
-  *,
-  images: str = '',
-  masks: str = '',
+  name: str, root: Path, split: str, *, images: str = '', masks: str = ''
 ) -> Listing:
   """The set `name` in TFDS's folder `root`.
 
@@ -37,7 +30,7 @@ def tfds_set(
       'TensorFlow is installed, run tfds build --file_format=array_record '
       f'--data_dir={root} {name}'
     ) from error
-  home, features = pathlib.Path(builder.data_path), builder.info.features
+  home, features = Path(builder.data_path), builder.info.features
   image = _feature('images', images, features, 3, ())
   mask = _feature('masks', masks, features, 1, ('segmentation_mask', 'label'))
   splits, raw = builder.info.splits, tfds.decode.DeserializeMethod.RAW_BYTES
@@ -57,14 +50,15 @@ def tfds_set(
     )
   ]
   stat = (home / 'dataset_info.json').stat()
+  state = stat.st_size, stat.st_mtime_ns
 
   def made(index: int, feature: str) -> Made:
-    origin, file_name = (
-      f'{home}: {feature} of {ids[index]}',
-      f'{ids[index]}.png',
-    )
-    read = functools.partial(_read, source, index, feature, home)
-    return Made(origin, file_name, (stat.st_size, stat.st_mtime_ns), read)
+    def read() -> bytes:
+      features = read_features(source, index, home)
+      return features[feature].bytes_list.value[0]
+
+    name = f'{ids[index]}.png'
+    return Made(f'{home}: {feature} of {ids[index]}', name, state, read)
 
   return Listing(
     origin=f'{home}: {split}',
@@ -92,13 +86,3 @@ def _feature(
       f'{", ".join(sorted(images)) or "none"}'
     )
   return found[0]
-
-
-def _read(source: Any, index: int, feature: str, home: pathlib.Path) -> bytes:
-  try:
-    example = tf_example_pb2.Example.FromString(source[index])
-  except RuntimeError as error:  # by the hashes of array_record
-    raise UserError(
-      f'{home}: a file of records is damaged; build the set again'
-    ) from error
-  return example.features.feature[feature].bytes_list.value[0]

@@ -15,21 +15,24 @@ are VOCtrainval_11-May-2012.tar (Everingham et al.) and benchmark.tgz of SBD
 import dataclasses
 import functools
 import logging
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from deeplab_jax.data import datasets, images, label_files, records
+from deeplab_jax.data import datasets, folder, images, labels, records
 from deeplab_jax.data import voc_sources as sources
-from deeplab_jax.runtime import download, errors
+from deeplab_jax.data.records import Builders, Item, Sample
+from deeplab_jax.runtime.download import missing_bytes, require_space
+from deeplab_jax.runtime.errors import UserError, naming
 
 log = logging.getLogger(__name__)
 
 _INFO = datasets.DATASETS['voc2012']
+_MEANING = labels.Meaning(_INFO.classes, _INFO.ignore_label)
 
 # Images in each split of each variant, where they are the same for everyone.
 PUBLISHED: dict[str, dict[str, int]] = {
@@ -46,7 +49,7 @@ class VocConfig(records.SourceConfig):
   """What to prepare; without `places` the sources are downloaded."""
 
   variant: str = ''
-  places: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+  places: dict[str, Path] = dataclasses.field(default_factory=dict)
   list_file: str = ''
   train: Sequence[str] = dataclasses.field(default=(), repr=False)
   holdout: Sequence[str] = dataclasses.field(default=(), repr=False)
@@ -63,7 +66,7 @@ def load(
   on_bad_image: str,
   list: str = '',
   holdout: float = 0.1,
-) -> records.Builders:
+) -> Builders:
   """Loads all splits of a variant, see `load.load_dataset`.
 
   `list` is a text file of one id a line, with or without folder and suffix;
@@ -76,10 +79,10 @@ def load(
   prefix = variant
   if variant == 'list':
     ids = sources.read_list_file(list)
-    with errors.naming('config.data.options.holdout'):
+    with naming('config.data.options.holdout'):
       config.train, config.holdout = sources.hold_out(ids, holdout)
     config.list_file = list
-    prefix += '-' + re.sub(r'\W+', '_', pathlib.Path(list).stem)
+    prefix += '-' + re.sub(r'\W+', '_', Path(list).stem)
     state += [ids, holdout]
   if directory:
     config.places = sources.find_places(directory, variant != 'voc2012')
@@ -91,7 +94,7 @@ def load(
   config.name = config.prefix + records.fingerprint(*state)
   builder = records.prepared(Voc2012Segmentation, prepared_dir, config)
   if 'test' in splits and 'test' not in builder.info.splits:
-    raise errors.UserError(
+    raise UserError(
       f"no split 'test' in {variant}: its images are for registered users; "
       'put VOC2012test.tar beside the rest, set config.data.dir to that '
       "folder, and config.data.name='voc2012_segmentation'"
@@ -116,7 +119,7 @@ class Voc2012Segmentation(records.RecordsBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     config = self.builder_config
     self.info.metadata['info'] = _INFO.to_json()
-    downloads = pathlib.Path(dl_manager.download_dir) / self.name
+    downloads = Path(dl_manager.download_dir) / self.name
     if not config.places:
       _require_download_space(config, downloads)
     splits = _find_splits(config, downloads)
@@ -126,9 +129,9 @@ class Voc2012Segmentation(records.RecordsBuilder):
         message = '%s is not the published set: %s has %d images, not %d'
         log.warning(message, config.variant, split, number, count)
     found = (x for items in splits.values() for item in items for x in item[1:])
-    needed = sum(file.size for file in found if file)
-    folder = pathlib.Path(self.data_dir)
-    download.require_space(folder, needed, 'the prepared set', _OTHER_DISK)
+    needed = sum(file.state[0] for file in found if file)
+    folder = Path(self.data_dir)
+    require_space(folder, needed, 'the prepared set', _OTHER_DISK)
     return {
       split: (
         datasets.Tally(_INFO.num_classes, _INFO.ignore_label),
@@ -138,42 +141,33 @@ class Voc2012Segmentation(records.RecordsBuilder):
     }
 
   def _generate_examples(
-    self, split: str, items: Sequence[records.Item]
-  ) -> Iterator[records.Sample]:
+    self, split: str, items: Sequence[Item]
+  ) -> Iterator[Sample]:
     skip, origin = self.builder_config.on_bad_image, f'split {split!r}'
     read = records.readable(items, _read, origin=origin, on_bad_image=skip)
     return (sample for _, sample in read)
 
 
-def _require_download_space(config: VocConfig, downloads: pathlib.Path) -> None:
+def _require_download_space(config: VocConfig, downloads: Path) -> None:
   """Refuses what would not fit, before the first byte is downloaded."""
   voc, sbd = sources.SOURCES['voc'], sources.SOURCES['sbd']
   wanted = [voc, sbd] if config.variant == 'trainaug' else [voc]
-  missing = sum(
-    download.missing_bytes(downloads / x.name, x.size) for x in wanted
-  )
+  missing = sum(missing_bytes(downloads / x.name, x.size) for x in wanted)
   counts = PUBLISHED[config.variant] | {'test': 0}  # not in the downloads
   count = sum(counts.values()) + len(config.train) + len(config.holdout)
   prepared = count * voc.size // _VOC_IMAGES
   what = 'the download and preparation of PASCAL VOC 2012'
-  download.require_space(downloads, missing + prepared, what, _OTHER_DISK)
+  require_space(downloads, missing + prepared, what, _OTHER_DISK)
 
 
-def _read(item: records.Item) -> records.Sample:
-  picture = images.open_picture(str(item.image), item.image.read())
-  size = picture.pixels.shape[:2]
-  classes, void = _INFO.num_classes, _INFO.ignore_label
-  label = np.full(size, void, np.uint8)
+def _read(item: Item) -> Sample:
   if item.label:
-    path, data = str(item.label), item.label.read()
-    if path.endswith('.mat'):
-      label = label_files.read_mat_label(path, data)
-    else:
-      label = label_files.open_label(path, data).indices()
-  records.check_size(item, size, label.shape)
-  records.check_values(item, label, classes, void, remedy='or replace the file')
-  image = picture.storable()
-  return records.Sample(item.name, f'{item.name}.jpg', image, label)
+    image, label, _ = folder.read_pair(item, _MEANING)
+  else:
+    picture = images.open_picture(item.image)
+    image = picture.storable()
+    label = np.full(picture.pixels.shape[:2], _INFO.ignore_label, np.uint8)
+  return Sample(item.name, item.image.name, image, label)
 
 
 class _Ids(NamedTuple):
@@ -183,9 +177,7 @@ class _Ids(NamedTuple):
   origin: str
 
 
-def _find_splits(
-  config: VocConfig, downloads: pathlib.Path
-) -> dict[str, list[records.Item]]:
+def _find_splits(config: VocConfig, downloads: Path) -> dict[str, list[Item]]:
   """Finds the images and the masks of each split."""
   place = config.places.get('voc') or sources.fetch('voc', downloads)
   files = sources.find_files('voc', place)
@@ -197,7 +189,7 @@ def _find_splits(
     if part == 'list'
   }
   if not lists.keys() >= {'train', 'val'}:
-    raise errors.UserError(f'{place}: no train.txt or no val.txt in ImageSets')
+    raise UserError(f'{place}: no train.txt or no val.txt in ImageSets')
   train, val = lists['train'], lists['val']
   items = {'train': [], 'val': _find_items(val, files)}  # without SBD's masks
   if config.variant == 'voc2012':
@@ -232,10 +224,7 @@ def _find_splits(
 
 
 def _add_sbd(
-  config: VocConfig,
-  downloads: pathlib.Path,
-  files: sources.Files,
-  why: str = '',
+  config: VocConfig, downloads: Path, files: sources.Files, why: str = ''
 ) -> tuple[_Ids, sources.Files]:
   """Returns the ids of SBD, and `files` with what SBD has beyond them.
 
@@ -246,7 +235,7 @@ def _add_sbd(
     added = sources.find_files('aug', places['aug'])
     return _Ids([name for _, name in added], str(places['aug'])), added | files
   if places and 'sbd' not in places:
-    raise errors.UserError(
+    raise UserError(
       f'{places["root"]}: neither {sources.SOURCES["sbd"].name} nor '
       f'benchmark_RELEASE/dataset nor SegmentationClassAug is there{why}; put '
       'one of them in, or leave config.data.dir empty to download'
@@ -256,35 +245,35 @@ def _add_sbd(
   names = []
   for split in ('train', 'val'):
     if ('sbd list', split) not in added:
-      raise errors.UserError(f'{place}: no {split}.txt in it')
+      raise UserError(f'{place}: no {split}.txt in it')
     names += sources.parse_ids(added['sbd list', split].read())
   return _Ids(names, str(place)), added | files
 
 
 def _find_items(
   ids: _Ids, files: sources.Files, *, void: bool = False
-) -> list[records.Item]:
+) -> list[Item]:
   """Finds the files of each id; masks only if the labels are not `void`."""
-  items, lacking = [], []
-  for name in ids.names:
-    image, label = files.get(('image', name)), files.get(('mask', name))
-    if image is None:
-      lacking.append(f'{name} (no image)')
-    elif label is None and not void:
-      lacking.append(f'{name} (no mask)')
-    else:
-      items.append(records.Item(name, image, None if void else label))
+  items = [
+    Item(x, files.get(('image', x)), void or files.get(('mask', x)))
+    for x in ids.names
+  ]
+  lacking = [
+    f'{x.name} (no {"mask" if x.image else "image"})'
+    for x in items
+    if not (x.image and x.label)
+  ]
   if lacking:
-    raise errors.UserError(
+    raise UserError(
       f'{ids.origin}: {len(lacking)} of {len(ids.names)} ids have no image or '
       f'no mask: {_some(lacking)}; add the files or take the ids off the list'
     )
-  return items
+  return [item._replace(label=None) for item in items] if void else items
 
 
 def _refuse_val(train: _Ids, val: _Ids) -> None:
   if shared := sorted({*train.names}.intersection(val.names)):
-    raise errors.UserError(
+    raise UserError(
       f'{train.origin}: {len(shared)} of {len(train.names)} ids are images of '
       f'VOC val, which would make its score worthless: {_some(shared)}; take '
       'them off the list'

@@ -6,12 +6,14 @@ disk, and half of an archive could pass for the whole.
 
 import hashlib
 import io
-import pathlib
 import tarfile
 from collections.abc import Container, Sequence
-from os.path import dirname, relpath
+from os.path import basename, dirname, relpath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from deeplab_jax.data.folder_files import find_root
+from deeplab_jax.data.image_files import Made
 from deeplab_jax.runtime import download, errors, files
 
 
@@ -78,45 +80,35 @@ _PARTS = {
 }
 
 
-class File(NamedTuple):
-  """A file in a folder or an archive; its location names it in messages."""
+def _made(
+  location: str, source: Path | bytes, size: int, offset: int = 0, time: int = 0
+) -> Made:
+  """Stands for a file: so many bytes of another one, or `source` itself."""
 
-  location: str
-  size: int
-  source: pathlib.Path | bytes  # the file that has it at `offset`, or it
-  offset: int = 0
-  time: int = 0  # of the last change in ns, in a folder
-
-  def __str__(self) -> str:
-    return self.location
-
-  def read(self) -> bytes:
-    """Returns the contents; raises `UnreadableError` if the disk fails."""
-    if isinstance(self.source, bytes):
-      return self.source
+  def read() -> bytes:
+    if isinstance(source, bytes):
+      return source
     try:
-      with self.source.open('rb') as file:
-        file.seek(self.offset)
-        return file.read(self.size)
+      with source.open('rb') as file:
+        file.seek(offset)
+        return file.read(size)
     except OSError as error:
       raise errors.UnreadableError(
-        f'{self}: cannot be read ({error.strerror}); replace the file'
+        f'{location}: cannot be read ({error.strerror}); replace the file'
       ) from error
 
+  return Made(location, basename(location), (size, time), read)
 
-Files = dict[tuple[str, str], File]  # by part and id
+
+Files = dict[tuple[str, str], Made]  # by part and id
 
 
-def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
+def find_places(directory: str, more: bool) -> dict[str, Path]:
   """Finds 'voc' and 'test' in a folder, and if `more` 'aug' and 'sbd'.
 
   Raises `UserError` if the folder or VOC is missing.
   """
-  root = pathlib.Path(directory).expanduser().resolve()
-  if not root.is_dir():
-    raise errors.UserError(
-      f'{directory}: no such folder{files.near_file(root)}; set config.data.dir'
-    )
+  root = find_root(directory)
   places = {'root': root}
   for source in _PARTS if more else ('voc', 'test'):
     found = [x for name in _LOCATIONS[source] for x in sorted(root.glob(name))]
@@ -131,7 +123,7 @@ def find_places(directory: str, more: bool) -> dict[str, pathlib.Path]:
   return places
 
 
-def state_of(places: dict[str, pathlib.Path]) -> list[Any]:
+def state_of(places: dict[str, Path]) -> list[Any]:
   """Returns names, sizes and times of the files, which change if they do."""
   state: list[Any] = []
   for source, place in places.items():
@@ -140,13 +132,13 @@ def state_of(places: dict[str, pathlib.Path]) -> list[Any]:
       state.append((place.name, stat.st_size, stat.st_mtime_ns))
     elif source != 'root':
       state += sorted(
-        (relpath(dirname(file.location), place), name, file.size, file.time)
+        (relpath(dirname(file.origin), place), name, *file.state)
         for (_, name), file in find_files(source, place).items()
       )
   return state
 
 
-def fetch(source: str, folder: pathlib.Path) -> pathlib.Path:
+def fetch(source: str, folder: Path) -> Path:
   """Downloads the archive of 'voc' or 'sbd', and returns its path."""
   urls, size, digest = SOURCES[source]
   advice = (
@@ -159,7 +151,7 @@ def fetch(source: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def find_files(
-  source: str, place: pathlib.Path, skip: Container[tuple[str, str]] = ()
+  source: str, place: Path, skip: Container[tuple[str, str]] = ()
 ) -> Files:
   """Finds the files of a source in a folder or a tar archive.
 
@@ -169,20 +161,20 @@ def find_files(
   found: Files = {}
   if place.is_dir():
     for part, pattern in _PARTS[source].items():
-      for path in filter(pathlib.Path.is_file, place.glob(pattern)):
+      for path in filter(Path.is_file, place.glob(pattern)):
         size, time = path.stat().st_size, path.stat().st_mtime_ns
-        found[part, path.stem] = File(str(path), size, path, 0, time)
+        found[part, path.stem] = _made(str(path), path, size, 0, time)
     return found
   with files.reading_archive(place), tarfile.open(place) as tar:
     compressed = not isinstance(tar.fileobj, io.BufferedReader)
     for member in filter(tarfile.TarInfo.isfile, tar):
-      name = pathlib.PurePosixPath(member.name)
+      name = PurePosixPath(member.name)
       for part, pattern in _PARTS[source].items():
         if name.match(pattern) and (part, name.stem) not in skip:
           offset, size = member.offset_data, member.size
           file = tar.extractfile(member) if compressed else None
           data = file.read() if file else place
-          found[part, name.stem] = File(f'{place}/{name}', size, data, offset)
+          found[part, name.stem] = _made(f'{place}/{name}', data, size, offset)
     # tarfile takes a damaged header for the end, which is a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -200,7 +192,7 @@ def read_list_file(list_file: str) -> list[str]:
       'text file of the ids to train on'
     )
   try:
-    data = files.read_bytes(pathlib.Path(list_file).expanduser(), 2**28)
+    data = files.read_bytes(Path(list_file).expanduser(), 2**28)
   except OSError as error:
     raise errors.UserError(
       f'config.data.options.list={list_file}: cannot be read ({error.strerror})'

@@ -50,9 +50,7 @@ def softmax_cross_entropy(
 
 def _check_shapes(logits: jax.Array, labels: jax.Array) -> None:
   shape, found = list(logits.shape), list(labels.shape)
-  rule = (
-    f'labels must be {shape[:-1]}, one for each pixel of the logits {shape}'
-  )
+  rule = f'labels must be {shape[:-1]}, one per pixel of the logits {shape}'
   require(found == shape[:-1], rule, found)
 
 

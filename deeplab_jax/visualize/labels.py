@@ -230,10 +230,7 @@ def indexed_png(
 
 
 def encode(
-  kind: str,
-  info: DatasetInfo,
-  label: np.ndarray,
-  probabilities: Any = None,
+  kind: str, info: DatasetInfo, label: np.ndarray, probabilities: Any = None
 ) -> bytes:
   """Encodes classes uint8 [H, W] as one of `MEDIA_TYPES`.
 

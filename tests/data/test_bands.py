@@ -233,11 +233,11 @@ def test_descriptions_of_older_versions_mean_rgb():
 
 
 def test_only_images_of_the_networks_kind_are_taken(tmp_path):
-  like = np.zeros(1, np.uint16)
+  info = DatasetInfo('set', ('a',), voc_palette(1), bits=16, mean=[9], std=[1])
   image = noise(1)
-  np.testing.assert_array_equal(bands.as_stored(image[..., 0], like), image)
+  np.testing.assert_array_equal(images.as_pixels(image[..., 0], info), image)
   np.save(tmp_path / 'a.npy', noise(4))
   for given in (noise(1, np.uint8), noise(3), tmp_path / 'a.npy'):
     with pytest.raises(UserError, match=r'must be uint16 \[H, W, 1\]') as error:
-      bands.as_stored(given, like)
+      images.as_pixels(given, info)
   assert str(error.value).startswith(str(tmp_path / 'a.npy'))

@@ -162,11 +162,11 @@ from absl import logging
 from deeplab_jax.data import folder, load
 logging.set_verbosity('info')
 read, calls = folder.read_pair, []
-def counted(*args):
+def counted(*args, **named):
   calls.append(args)
   if 0 < int(sys.argv[3]) <= len(calls):
     os.kill(os.getpid(), 9)
-  return read(*args)
+  return read(*args, **named)
 folder.read_pair = counted
 data = load.load_dataset('folder', directory=sys.argv[1],
                          prepared_dir=sys.argv[2])
@@ -275,7 +275,8 @@ def test_listed_file_that_is_missing_is_named(voc_folder, prepared, file):
   (voc_folder / file).unlink()
   for action in ('stop', 'skip'):
     message = _refused(voc_folder, prepared, on_bad_image=action)
-    assert file.removesuffix('.jpg') in message
+    folder, name = file.split('/')
+    assert f'{folder}: there is no' in message and name[:5] in message
 
 
 def test_listed_files_that_are_missing_are_counted(voc_folder, prepared):
@@ -285,8 +286,8 @@ def test_listed_files_that_are_missing_are_counted(voc_folder, prepared):
   assert message == (
     f'{voc_folder}/ImageSets/Segmentation/train.txt: 6 listed ids without '
     'exactly one image and a label (train_0, train_1, train_2, train_3, '
-    f'train_4, ...), the first: {voc_folder}/JPEGImages/train_0: listed, but '
-    "there is no image file of that name; add it or take 'train_0' off the list"
+    f'train_4, ...), the first: {voc_folder}/JPEGImages: there is no '
+    "image 'train_0'; add it or take 'train_0' off the list"
   )
 
 
@@ -576,12 +577,15 @@ def test_list_of_any_name_can_be_a_split(voc_folder, prepared, name):
 
 @pytest.mark.parametrize('name', ['../../classes', 'sub/val', '.', ''])
 def test_split_is_no_path(voc_folder, prepared, name):
-  assert 'no such list' in _refused(voc_folder, prepared, splits=(name,))
+  assert 'no such split' in _refused(voc_folder, prepared, splits=(name,))
 
 
 def test_similar_list_is_shown(voc_folder, prepared):
   message = _refused(voc_folder, prepared, splits=('Train',))
-  assert 'no such list; there is train; known splits: train, val' in message
+  assert (
+    "no such split, 'Train'; there is train; known splits: train, val"
+    in message
+  )
 
 
 def test_ids_may_have_the_suffix_of_their_image(voc_folder, prepared):
@@ -672,7 +676,7 @@ def test_broken_link_is_named_with_its_target(voc_folder, prepared, file):
   'file, other, words',
   [
     ('JPEGImages/val_0.jpg', 'Val-0.jpg', 'there is Val-0.jpg;'),
-    ('JPEGImages/val_0.jpg', 'val_0.heic', 'there is val_0.heic, but image'),
+    ('JPEGImages/val_0.jpg', 'val_0.heic', 'there is val_0.heic, but its'),
     ('JPEGImages/val_0.jpg', 'val_0_rgb.jpg', 'there is val_0_rgb.jpg;'),
     ('SegmentationClass/val_0.png', 'val_0.jpg', 'there is val_0.jpg, but'),
     ('SegmentationClass/val_0.png', 'val_0_gt.png', 'there is val_0_gt.png;'),

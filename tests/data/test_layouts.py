@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deeplab_jax.data import images, layouts, load, records, survey
-from deeplab_jax.data.listing import Listing
+from deeplab_jax.data.records import Listing
 from deeplab_jax.runtime.errors import UserError
 
 COUNTS = {'train': 4, 'val': 2}
@@ -145,7 +145,7 @@ def test_lists_choose_ids_with_or_without_suffix(tmp_path):
   }.items():
     (tmp_path / 'train.txt').write_text(text)
     message = refused(tmp_path)
-    assert 'train.txt' in message and words in message
+    assert words in message
   (tmp_path / 'train.txt').write_text('2\n2.png\n')
   with pytest.raises(UserError, match="'2' stands 2 times"):
     load.load_dataset('images_masks', directory=str(tmp_path), splits=['train'])
@@ -185,7 +185,7 @@ def no_suffix(root):
 @pytest.mark.parametrize(
   'damage, words',
   [
-    (remove_mask, ['images/img_002.jpg: there is no mask', "'mask_002'"]),
+    (remove_mask, ['/masks: there is no mask', "'mask_002'", "'img_002'"]),
     (two_images, ['img_002.jpg', 'img_002.png', 'keep one']),
     (two_masks, ['mask_002.png', 'mask_002.tif', 'keep one']),
     (dangling, ['mask_002.png', 'a symbolic link to gone.png']),

@@ -183,8 +183,8 @@ def test_an_unknown_option_is_refused_with_the_known_ones(name, known):
     ({'directory': '/data'}, 'config.data.dir=/data is for'),
     ({'label_map': '0:1'}, 'config.data.label_map=0:1 is for'),
     ({'tile': 64}, 'config.data.tile=64 is for'),
-    ({'ignore_label': 256}, 'config.data.ignore_label=256 is not in 0..255'),
-    ({'on_bad_image': 'drop'}, "on_bad_image must be 'stop' or 'skip'"),
+    ({'ignore_label': 256}, 'ignore_label must be 0 to 255, got 256'),
+    ({'on_bad_image': 'drop'}, 'on_bad_image must be one of stop, skip, got'),
   ],
 )
 def test_a_setting_that_would_not_be_read_is_refused(arguments, words):

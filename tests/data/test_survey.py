@@ -85,7 +85,7 @@ def test_all_problems_are_found_at_once(voc_folder):
   (missing_image, missing_label) = found[
     'listed ids without exactly one image and a label'
   ].examples
-  assert 'train_0' in missing_image and 'train_1.png' in missing_label
+  assert 'train_0' in missing_image and 'train_1' in missing_label
 
 
 def test_first_five_of_many_are_named(tmp_path):
@@ -98,7 +98,7 @@ def test_first_five_of_many_are_named(tmp_path):
   assert lines[0] == (
     'error: listed ids without exactly one image and a label: 8'
   )
-  assert [f'train_{i}:' in line for i, line in enumerate(lines[1:6])] == [
+  assert [f"'train_{i}'" in line for i, line in enumerate(lines[1:6])] == [
     True
   ] * 5
   assert lines[6:] == ['  and 3 more']
@@ -388,7 +388,7 @@ def test_every_list_that_fails_is_named(voc_folder):
   write_list(voc_folder, 'val', ['val_0', 'val_0'])
   (finding,) = findings(voc_folder).values()
   assert finding.fatal and finding.count == 2
-  assert 'train.txt: no such list' in finding.examples[0]
+  assert 'train.txt: no such split' in finding.examples[0]
   assert "'val_0' stands 2 times" in finding.examples[1]
 
 

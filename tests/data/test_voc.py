@@ -599,7 +599,7 @@ def test_damaged_mat_stops_or_is_skipped(disk, prepared, caplog):
     ('', 'VOCdevkit', f'neither {_VOC_TAR} nor'),
     ('', 'VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt', 'no val.txt'),
     ('trainaug', 'benchmark_RELEASE/dataset/val.txt', 'no val.txt'),
-    ('', '.', 'no such folder'),
+    ('', '.', 'no such dataset folder'),
   ],
 )
 def test_what_is_not_on_the_disk_is_named(
@@ -632,14 +632,14 @@ def test_bad_settings_are_named(disk, prepared, tmp_path):
 
 _SCRIPT = """
 import os, sys
-from deeplab_jax.data import images, load
-read, calls = images.open_picture, []
+from deeplab_jax.data import folder, load
+read, calls = folder.read_pair, []
 def counted(*args):
   calls.append(args)
   if len(calls) >= int(sys.argv[3]):
     os.kill(os.getpid(), 9)
   return read(*args)
-images.open_picture = counted
+folder.read_pair = counted
 load.load_dataset('voc2012_segmentation/trainaug', directory=sys.argv[1],
                   prepared_dir=sys.argv[2])
 """

@@ -81,7 +81,7 @@ def test_loss_equals_that_of_optax_on_one_hot_labels(smoothing):
 def test_labels_of_another_shape_are_refused(shape):
   labels = jnp.zeros(shape, jnp.uint8)
   words = re.escape(
-    'labels must be [2, 4, 5], one for each pixel of the logits'
+    'labels must be [2, 4, 5], one per pixel of the logits'
     f' [2, 4, 5, 6], got {list(shape)}'
   )
   with pytest.raises(ValueError, match=words):
