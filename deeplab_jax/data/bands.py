@@ -68,9 +68,10 @@ def read_size(
   path: Path, data: bytes | None = None, *, to_cut: bool = False
 ) -> tuple[int, int] | None:
   """Returns (height, width) by the head of an array or a TIFF; else None."""
+  path, data = image_files.contents(path, data)
   with image_files.reading(path, data):
     if data is None:
-      image_files.check_file(path)
+      check_regular(path, image_files.MOST_BYTES)
     with open(path, 'rb') if data is None else io.BytesIO(data) as file:
       start = file.read(len(image_files.ARRAY))
       file.seek(0)

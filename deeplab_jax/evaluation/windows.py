@@ -2,7 +2,8 @@
 
 The features of a window are those of the whole image, except near the window's
 edges, which are cut off. The head then reads them in windows of its own, and
-its image pooling takes the mean of all features: no seam remains.
+its image pooling takes the mean of all features: no seam remains. The decoder
+of v3+ reads finer features, too, so a cell of the features then gives several.
 """
 
 import functools
@@ -18,9 +19,9 @@ import scipy.special
 from flax import linen as nn
 
 from deeplab_jax.evaluation.protocols import Protocol, SlidingWindow
-from deeplab_jax.models.aspp import ASPP, ImagePooling
+from deeplab_jax.models.aspp import ASPP, Decoder, ImagePooling
 from deeplab_jax.models.deeplab import DeepLabV3
-from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.layers import Conv, resample
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.runtime.progress import logged
 
@@ -42,8 +43,9 @@ def check(model: DeepLabV3, protocol: Protocol, size: Size, side: int) -> None:
   if not protocol.gives_logits:
     what = f'the protocol {protocol.name} with these scales and flip'
     raise UserError(f'{place} {what}; {advice}')
-  if not isinstance(model.aspp, ASPP):
-    raise UserError(f'{place} the head {type(model.aspp).__name__}; {advice}')
+  for module, kind in ((model.aspp, ASPP), (model.decoder, Decoder | None)):
+    if not isinstance(module, kind):
+      raise UserError(f'{place} the head {type(module).__name__}; {advice}')
   stride = model.backbone.output_stride
   least = 2 * stride * max(-(-MARGIN // stride), *model.aspp.rates)
   if side // stride * stride <= least:
@@ -73,11 +75,12 @@ def scores_in_windows(
     return sliding_rows(scores, image, protocol.crop_size, protocol.overlap)
   check(model, protocol, image.shape[:2], side)
   maps = map_logits(model, variables, image, side)
-  places = []
+  stride = 4 if model.low_level else model.backbone.output_stride
+  center, places = model.pixel_center, []
   for length, cells in zip(image.shape[:2], maps.shape, strict=False):
-    stride = model.backbone.output_stride
     step = 1 / stride if model.pads_freely else cells / length
-    places.append(np.minimum(np.arange(length) * step, cells - 1))
+    rows = (np.arange(length) + center) * step - center
+    places.append(np.clip(rows, 0, cells - 1))
   return interpolated_rows(maps, places, softmax=softmax)
 
 
@@ -102,6 +105,7 @@ def map_logits(
     float32 [h, w, num_classes], the map that `DeepLabV3` upsamples.
   """
   stride, halo = model.backbone.output_stride, max(model.aspp.rates)
+  halo += model.decoder is not None  # a cell is no less than its 3x3 reaches
   most, edge = side // stride, -(-MARGIN // stride)
   # A window ends where the image would, or strided layers would differ.
   rest = [1 if model.pads_freely else (n - 1) % stride + 1 for n in image.shape]
@@ -110,7 +114,15 @@ def map_logits(
     for n, r in zip(image.shape[:2], rest, strict=False)
   )
 
-  def features(place: tuple[slice, ...]) -> jax.Array:
+  factor = stride // 4 if model.low_level else 1  # finer cells in one
+  fine = cells
+  if model.low_level:
+    sides = ((n - 1) * stride + r for n, r in zip(cells, rest, strict=False))
+    fine = tuple(-(-n // 4) for n in sides)
+  step = [n / m for n, m in zip(cells, fine, strict=True)]
+  step = [1 / factor] * 2 if model.pads_freely else step
+
+  def features(place: tuple[slice, ...], name: str) -> jax.Array:
     starts = [cut.start * stride for cut in place]
     ends = [
       (cut.stop - 1) * stride + r for cut, r in zip(place, rest, strict=False)
@@ -120,35 +132,56 @@ def map_logits(
     shape = (1, *np.subtract(ends, starts), image.shape[2])
     window = np.full(shape, model.mean, np.float32)
     window[0, : pixels.shape[0], : pixels.shape[1]] = pixels
-    return _features(model, variables, window)
+    return _features(model, variables, window, name)
 
   def logits(place: tuple[slice, ...]) -> jax.Array:
-    return _logits(model, variables, maps[place][None], mean)
+    low, shift = (
+      None,
+      [
+        cut.start * (factor * by - 1)
+        for cut, by in zip(place, step, strict=True)
+      ],
+    )
+    if model.low_level:  # depends on fewer pixels than the halo has
+      low = features(place, 'low_level')
+    given = maps[place][None], low, mean, np.array(shift)
+    return _logits(model, variables, *given, tuple(step))
 
-  def computed(compute: Callable[..., jax.Array], margin: int) -> np.ndarray:
+  def computed(
+    compute: Callable[..., jax.Array], margin: int, size: Size, factor: int = 1
+  ) -> np.ndarray:
     result, windows = np.zeros(0), _windows(cells, most, margin)
     for place, kept in logged(windows, len(windows), _words(image)):
       part = jax.device_get(compute(place))[0]
       if not result.size:
-        result = np.empty((*cells, part.shape[-1]), part.dtype)
-      own = tuple(
-        slice(k.start - p.start, k.stop - p.start)
-        for k, p in zip(kept, place, strict=True)
+        result = np.empty((*size, part.shape[-1]), part.dtype)
+      ends = [
+        whole if k.stop == n else k.stop * factor
+        for k, n, whole in zip(kept, cells, size, strict=True)
+      ]
+      there, own = (
+        tuple(
+          slice((k.start - p) * factor, end - p * factor)
+          for k, p, end in zip(kept, starts, ends, strict=True)
+        )
+        for starts in ((0, 0), [p.start for p in place])
       )
-      result[kept] = part[own]
+      result[there] = part[own]
     return result
 
-  maps = computed(features, edge)
+  maps = computed(lambda place: features(place, model.features), edge, cells)
   mean = maps.mean((0, 1), dtype=np.float32)
-  return computed(logits, halo)
+  return computed(logits, halo, fine, factor)
 
 
 def _words(image: np.ndarray) -> str:
   return f'windows of {image.shape[0]}x{image.shape[1]} pixels'
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _features(model: DeepLabV3, variables: Any, window: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _features(
+  model: DeepLabV3, variables: Any, window: Any, name: str
+) -> jax.Array:
   # The head is not computed, since nothing depends on it.
   _, seen = model.apply(
     variables,
@@ -157,21 +190,35 @@ def _features(model: DeepLabV3, variables: Any, window: jax.Array) -> jax.Array:
     capture_intermediates=lambda module, _: module.name == 'backbone',
   )
   (maps,) = seen['intermediates']['backbone']['__call__']
-  return maps[model.features]
+  return maps[name]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _logits(
-  model: DeepLabV3, variables: Any, maps: jax.Array, mean: jax.Array
+  model: DeepLabV3,
+  variables: Any,
+  maps: jax.Array,
+  low: jax.Array | None,
+  mean: jax.Array,
+  shift: jax.Array,
+  step: tuple[float, float],
 ) -> jax.Array:
   def pool(next_: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if isinstance(context.module, ImagePooling):
       args = (jnp.broadcast_to(mean, args[0].shape),)
     return next_(*args, **kwargs)
 
-  own = {kind: tree['aspp'] for kind, tree in variables.items()}
+  def variables_of(name: str) -> Any:
+    return {kind: tree[name] for kind, tree in variables.items()}
+
+  x: Any
   with nn.intercept_methods(pool):
-    x = model.aspp.apply(own, maps, train=False)
+    x = model.aspp.apply(variables_of('aspp'), maps, train=False)
+  if low is not None:
+    center = model.pixel_center
+    x = resample(x, low.shape[1:3], step, center=center, shift=shift)
+  if model.decoder:
+    x = model.decoder.apply(variables_of('decoder'), x, low, train=False)
   layer = Conv(model.num_classes, use_bias=True)
   logits: Any = layer.apply({'params': variables['params']['logits']}, x)
   return logits

@@ -114,6 +114,11 @@ class DeepLabV3(nn.Module):
     """Whether padding images to a common size leaves their logits unchanged."""
     return self.upsampling == 'align_corners'
 
+  @property
+  def pixel_center(self) -> float:
+    """Where a pixel of a map is sampled, from its upper left corner."""
+    return 0.5 if self.upsampling == 'half_pixel' else 0.0
+
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool, sizes: jax.Array | None = None
@@ -183,8 +188,7 @@ class DeepLabV3(nn.Module):
     """Reads a map at `size` points, `step` of its pixels apart if aligned."""
     if self.upsampling != 'align_corners':
       step = x.shape[1] / size[0], x.shape[2] / size[1]
-    center = 0.5 if self.upsampling == 'half_pixel' else 0.0
-    return resample(x, size, step, center=center)
+    return resample(x, size, step, center=self.pixel_center)
 
   def _extended(self, size: Any) -> Any:
     stride = self.backbone.output_stride

@@ -67,28 +67,32 @@ def resample(
   sizes: jax.Array | None = None,
   *,
   center: float = 0.0,
+  shift: Any = (0.0, 0.0),
 ) -> jax.Array:
   """Reads a map on another grid, by linear interpolation.
 
   Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at row
-  (i + center) * step[0] - center, columns alike. A `center` of 0.5 aligns the
-  corners of pixels, 0 the centers of the first ones. Outside a map, its nearest
-  row or column is repeated. `sizes`, int [B, 2], are the sizes of the maps
-  before padding at the bottom and right.
+  (i + center) * step[0] - center + shift[0], columns alike. A `center` of 0.5
+  aligns the corners of pixels, 0 the centers of the first ones. Outside a map,
+  its nearest row or column is repeated. `sizes`, int [B, 2], are the sizes of
+  the maps before padding at the bottom and right.
   """
   batch, height, width, channels = x.shape
   heights, widths = (None, None) if sizes is None else sizes.T
+  rows, columns = (
+    (jnp.arange(n) + center) * by - center + start
+    for n, by, start in zip(size, step, shift, strict=True)
+  )
   if (size[1], step[1]) != (width, 1):
     x = jnp.einsum(
       '...ow,...hwc->...hoc' if sizes is not None else 'ow,bhwc->bhoc',
-      _interpolation(width, size[1], step[1], widths, center).astype(x.dtype),
+      _interpolation(width, columns, widths).astype(x.dtype),
       x,
       precision=lax.Precision.HIGHEST,
     )
   if (size[0], step[0]) != (height, 1):
     # Last, and with the batch first, so that no large result is transposed.
-    matrix = _interpolation(height, size[0], step[0], heights, center)
-    matrix = matrix.astype(x.dtype)
+    matrix = _interpolation(height, rows, heights).astype(x.dtype)
     x = lax.dot_general(
       jnp.broadcast_to(matrix, (batch, *matrix.shape[-2:])),
       x.reshape(batch, height, size[1] * channels),
@@ -99,11 +103,10 @@ def resample(
 
 
 def _interpolation(
-  length: int, out: int, step: float, lengths: jax.Array | None, center: float
+  length: int, positions: jax.Array, lengths: jax.Array | None
 ) -> jax.Array:
   """Weights [out, length] of `resample`; [B, out, length] with lengths [B]."""
   last = length - 1 if lengths is None else lengths[:, None] - 1
-  positions = (jnp.arange(out) + center) * step - center
   positions = jnp.clip(positions, 0, last)
   places = jnp.arange(length)
   return jnp.maximum(0, 1 - jnp.abs(positions[..., None] - places))

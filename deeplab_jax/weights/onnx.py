@@ -5,17 +5,21 @@ reads. ONNX has the channels second, so maps are [B, C, H, W] here. Batch
 normalization that follows a convolution is folded into it.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, checker, helper, numpy_helper
 
-from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.aspp import ASPP, Decoder
 from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.models.resnet import (
+  BasicUnit,
+  BottleneckUnit,
   PreActBasicUnit,
   PreActBottleneckUnit,
+  ResNetV1,
   ResNetV2,
   UnitGeometry,
   unit_geometry,
@@ -41,7 +45,7 @@ def onnx_model(
   every pixel.
 
   Args:
-    model: a `DeepLabV3` of a `ResNetV2` and an `ASPP`.
+    model: a `DeepLabV3` of a `ResNetV1` or `V2`, an `ASPP` and a `Decoder`.
     variables: the model's variables. Kernels may be of 16 bits, to be stored
       so; the computation is float32.
     size: (height, width) of the images; empty for any.
@@ -51,11 +55,13 @@ def onnx_model(
   Raises:
     ValueError: for a network of other modules.
   """
-  backbone, units = model.backbone, (PreActBasicUnit, PreActBottleneckUnit)
-  known = isinstance(backbone, ResNetV2) and backbone.unit in units
-  if not known or not isinstance(model.aspp, ASPP):
+  known = _UNITS.get(type(model.backbone), {})
+  head = isinstance(model.aspp, ASPP) and isinstance(
+    model.decoder, Decoder | None
+  )
+  if getattr(model.backbone, 'unit', None) not in known or not head:
     raise ValueError(
-      'only a ResNetV2 of this project under its ASPP can be written as ONNX;'
+      'only a ResNet of this project under its own head can be written as ONNX;'
       ' other networks as StableHLO'
     )
   graph = _Graph(flatten(variables))
@@ -94,20 +100,31 @@ def _network(graph: '_Graph', model: DeepLabV3) -> str:
     shown = op('Add', shown, np.array([1]))
     pads = op('Concat', np.zeros(6, int), op('Sub', shown, size), axis=0)
     x = op('Pad', x, pads)
-  x = _backbone(graph, x, model.backbone, model.features == 'postnorm')
-  x = graph.conv(_aspp(graph, x, model.aspp), 'logits')
-  leading = op('Gather', op('Shape', x), np.array([0, 1]))
-  full = op('Concat', leading, shown, axis=0)
-  # ONNX has the same names for the two ways.
-  way = {'mode': 'linear', 'coordinate_transformation_mode': model.upsampling}
-  x = op('Resize', x, '', '', full, **way)
+
+  def resized(x: str, wanted: str) -> str:
+    leading = op('Gather', op('Shape', x), np.array([0, 1]))
+    full = op('Concat', leading, wanted, axis=0)
+    # ONNX has the same names for the ways.
+    way = {'mode': 'linear', 'coordinate_transformation_mode': model.upsampling}
+    return op('Resize', x, '', '', full, **way)
+
+  maps = _backbone(graph, x, model.backbone)
+  x = _aspp(graph, maps[model.features], model.aspp)
+  if model.decoder and model.low_level:
+    fine = graph.block(maps['low_level'], 'decoder/low', relu=True)
+    grid = op('Gather', op('Shape', fine), np.array([2, 3]))
+    x = op('Concat', fine, resized(x, grid), axis=1)
+  if model.decoder:
+    x = graph.block(x, 'decoder/conv', relu=True)
+  x = resized(graph.conv(x, 'logits'), shown)
   return op('Slice', x, np.zeros(2, int), size, np.array([2, 3]))
 
 
-def _backbone(graph: '_Graph', x: str, backbone: Any, postnorm: bool) -> str:
-  """The stages of `ResNetV2`."""
+def _backbone(graph: '_Graph', x: str, backbone: Any) -> dict[str, str]:
+  """The stages of `ResNetV1` or `ResNetV2`, those that a head may read."""
   graph.epsilon = backbone.norm(use_running_average=True).epsilon
-  x = graph.conv(x, 'backbone/stem', 2)
+  v1 = isinstance(backbone, ResNetV1)
+  x = graph.conv(x, 'backbone/stem', 2, norm='backbone/stem_norm', relu=v1)
   if backbone.stem_pool == 'zero':
     x = graph.op('Pad', x, np.array([0, 0, 1, 1] * 2))
   border: dict[str, Any] = {
@@ -117,27 +134,37 @@ def _backbone(graph: '_Graph', x: str, backbone: Any, postnorm: bool) -> str:
   pads = border.get(backbone.stem_pool, {})
   x = graph.op('MaxPool', x, kernel_shape=[3] * 2, strides=[2] * 2, **pads)
   own = (backbone.output_stride, backbone.multi_grid, backbone.stride_unit)
+  unit, low_level = _UNITS[type(backbone)][backbone.unit], x
   for i, block in enumerate(unit_geometry(backbone.units, *own), 1):
     for j, geometry in enumerate(block, 1):
-      path = f'backbone/block{i}/unit{j}'
-      x = _unit(graph, x, path, geometry, backbone.unit)
-  return graph.norm_relu(x, 'backbone/postnorm') if postnorm else x
+      before = x
+      x = unit(graph, x, f'backbone/block{i}/unit{j}', geometry)
+    if i == 1:
+      low_level = before if geometry.stride > 1 else x
+  last = x if v1 else graph.norm_relu(x, 'backbone/postnorm')
+  return {'low_level': low_level, 'block4': x, 'postnorm': last}
 
 
-def _unit(
-  graph: '_Graph', x: str, path: str, geometry: UnitGeometry, unit: Any
+def _shortcut(graph: '_Graph', x: str, y: str, path: str, stride: int) -> str:
+  """What is added to a residual: `y` projected, or else `x` subsampled."""
+  if f'params/{path}/shortcut/kernel' in graph.variables:
+    norm = f'{path}/shortcut_norm'
+    return graph.conv(y, f'{path}/shortcut', stride, norm=norm)
+  if stride > 1:  # every second pixel, in the layout of convolutions
+    two: Any = {'kernel_shape': [1] * 2, 'strides': [stride] * 2}
+    return graph.op('MaxPool', x, **two)
+  return x
+
+
+def _preact_unit(
+  graph: '_Graph', x: str, path: str, geometry: UnitGeometry, *, basic: bool
 ) -> str:
   """`PreActBasicUnit` or `PreActBottleneckUnit`."""
   stride, rate, rate_out = geometry
   y = graph.norm_relu(x, f'{path}/preact')
-  shortcut = x
-  if f'params/{path}/shortcut/kernel' in graph.variables:
-    shortcut = graph.conv(y, f'{path}/shortcut', stride)
-  elif stride > 1:  # every second pixel, in the layout of convolutions
-    two: Any = {'kernel_shape': [1] * 2, 'strides': [stride] * 2}
-    shortcut = graph.op('MaxPool', x, **two)
+  shortcut = _shortcut(graph, x, y, path, stride)
   norm1, norm2 = f'{path}/norm1', f'{path}/norm2'
-  if unit is PreActBasicUnit:
+  if basic:
     y = graph.conv(y, f'{path}/conv1', stride, rate, norm=norm1, relu=True)
     y = graph.conv(y, f'{path}/conv2', rate=rate_out)
   else:
@@ -147,13 +174,44 @@ def _unit(
   return graph.op('Add', shortcut, y)
 
 
+def _unit(
+  graph: '_Graph', x: str, path: str, geometry: UnitGeometry, *, basic: bool
+) -> str:
+  """`BasicUnit` or `BottleneckUnit`."""
+  stride, rate, rate_out = geometry
+
+  def conv(x: str, i: int, stride: int, rate: int, relu: bool = True) -> str:
+    kernel, norm = f'{path}/conv{i}', f'{path}/norm{i}'
+    return graph.conv(x, kernel, stride, rate, norm=norm, relu=relu)
+
+  if basic:
+    y = conv(conv(x, 1, stride, rate), 2, 1, rate_out, relu=False)
+  else:
+    y = conv(conv(x, 1, 1, 1), 2, stride, rate)
+    y = conv(y, 3, 1, 1, relu=False)
+  y = graph.op('Add', _shortcut(graph, x, x, path, stride), y)
+  return graph.op('Relu', y)
+
+
+# How to write each kind of unit, by the backbones that may have it.
+_UNITS: dict[Any, dict[Any, Any]] = {
+  ResNetV1: {
+    BasicUnit: functools.partial(_unit, basic=True),
+    BottleneckUnit: functools.partial(_unit, basic=False),
+  },
+  ResNetV2: {
+    PreActBasicUnit: functools.partial(_preact_unit, basic=True),
+    PreActBottleneckUnit: functools.partial(_preact_unit, basic=False),
+  },
+}
+
+
 def _aspp(graph: '_Graph', x: str, aspp: Any) -> str:
   """`ASPP` with its image pooling."""
   graph.epsilon = aspp.norm(use_running_average=True).epsilon
 
   def conv(x: str, path: str, rate: int = 1) -> str:
-    norm, relu = f'aspp/{path}/norm', aspp.activation
-    return graph.conv(x, f'aspp/{path}/conv', 1, rate, norm=norm, relu=relu)
+    return graph.block(x, f'aspp/{path}', rate, relu=aspp.activation)
 
   pooled = conv(graph.op('GlobalAveragePool', x), 'pooling/project')
   size = graph.op('Gather', graph.op('Shape', x), np.array([2, 3]))
@@ -195,11 +253,11 @@ class _Graph:
     norm: str = '',
     relu: bool = False,
   ) -> str:
-    """`layers.Conv`, with the batch normalization of the path `norm`."""
+    """`layers.Conv`, with batch normalization if there is one at `norm`."""
     stored = self.variables[f'params/{path}/kernel']
     kernel = np.asarray(stored, np.float64)
     bias = self.variables.get(f'params/{path}/bias')
-    if norm:
+    if f'params/{norm}/scale' in self.variables:
       scale, shift, mean, var = map(np.float64, self._norm(norm))
       factor = scale / np.sqrt(var + self.epsilon)
       kernel = kernel * factor
@@ -214,6 +272,11 @@ class _Graph:
     two: dict[str, Any] = {'strides': [stride] * 2, 'dilations': [rate] * 2}
     x = self.op('Conv', x, *weights, pads=[pad] * 4, **two)
     return self.op('Relu', x) if relu else x
+
+  def block(self, x: str, path: str, rate: int = 1, *, relu: bool) -> str:
+    """`layers.ConvNormRelu`."""
+    norm = f'{path}/norm'
+    return self.conv(x, f'{path}/conv', 1, rate, norm=norm, relu=relu)
 
   def norm_relu(self, x: str, path: str) -> str:
     """Batch normalization and ReLU."""

@@ -10,7 +10,7 @@ import pytest
 
 from deeplab_jax import DeepLabV3, ResNetV2, ops
 from deeplab_jax.evaluation import protocols, windows
-from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.aspp import ASPP, Decoder
 from deeplab_jax.models.resnet import PreActBasicUnit
 from deeplab_jax.runtime.errors import UserError
 
@@ -31,7 +31,18 @@ def image():
   return (noise + np.linspace(0, 160, 470)[:, None]).astype(np.uint8)
 
 
-@pytest.fixture(scope='module', params=['paper', 'seed'])
+DECODED = {
+  'plus': {'decoder': Decoder(8, 4), 'low_level': True},
+  'torchvision': {'decoder': Decoder(8), 'upsampling': 'half_pixel'},
+  'vainf': {
+    'decoder': Decoder(8, 4),
+    'low_level': True,
+    'upsampling': 'half_pixel',
+  },
+}
+
+
+@pytest.fixture(scope='module', params=['paper', 'seed', *DECODED])
 def network(request, random_variables):
   """A DeepLab of one unit a block, in the geometry of a preset."""
   seed = request.param == 'seed'
@@ -43,6 +54,7 @@ def network(request, random_variables):
     stem_pool='same' if seed else 'symmetric',
   )
   options = {'upsampling': 'asymmetric'} if seed else {}
+  options |= DECODED.get(request.param, {})
   model = DeepLabV3(backbone, ASPP((1, 3), 8), 4, **options)
   return model, random_variables(model)
 

@@ -53,22 +53,26 @@ def assert_like_the_network(found, logits, bound=1e-3, share=0.999):
 
 # Each preset meets both units, and each stride as well.
 @pytest.mark.parametrize(
-  ('preset', 'backbone', 'stride'),
+  ('preset', 'backbone', 'stride', 'more'),
   [
-    ('paper', 'resnet18', 8),
-    ('paper', 'resnet50', 16),
-    ('seed', 'resnet18', 16),
-    ('seed', 'resnet50', 8),
-    ('slim', 'resnet18', 32),
-    ('slim', 'resnet50', 8),
-    ('keras', 'resnet50', 32),
-    ('keras', 'resnet18', 16),
-    ('timm', 'resnet50', 16),
-    ('timm', 'resnet18', 32),
+    ('paper', 'resnet18', 8, {}),
+    ('paper', 'resnet50', 16, {}),
+    ('paper', 'resnet18', 16, {'decoder': 'v3plus'}),
+    ('paper', 'resnet50_v1', 32, {'decoder': 'v3plus'}),
+    ('seed', 'resnet18', 16, {}),
+    ('seed', 'resnet50', 8, {}),
+    ('slim', 'resnet18', 32, {}),
+    ('slim', 'resnet50', 8, {}),
+    ('keras', 'resnet50', 32, {}),
+    ('keras', 'resnet18', 16, {}),
+    ('timm', 'resnet50', 16, {}),
+    ('timm', 'resnet18', 32, {}),
+    ('torchvision', 'resnet50_v1', 8, {}),
+    ('vainf', 'resnet18_v1', 16, {'decoder': 'v3plus'}),
   ],
 )
 def test_every_network_gives_its_own_probabilities_at_any_size(
-  random_variables, preset, backbone, stride
+  random_variables, preset, backbone, stride, more
 ):
   model = deeplab_v3(
     backbone,
@@ -77,6 +81,7 @@ def test_every_network_gives_its_own_probabilities_at_any_size(
     preset=preset,
     width=0.125,
     aspp_features=16,
+    **more,
   )
   variables = random_variables(model)
   run = runtime(onnx_model(model, variables, probabilities=True))
