@@ -32,7 +32,8 @@ from deeplab_jax.training.writers import Writer, check_backends
 
 log = logging.getLogger(__name__)
 
-MEDIAN_FREQUENCY = ('median_frequency',)
+# Class weights from the labels: powers of those of median frequency.
+_BY_LABELS = {('median_frequency',): 1.0, ('sqrt_median_frequency',): 0.5}
 # Settings that may differ between the hosts of a run.
 _OF_A_HOST = ['data.dir', 'data.prepared_dir', 'data.threads', 'data.workers']
 
@@ -47,7 +48,7 @@ def check(config: ConfigDict) -> None:
   with naming('config.log'):
     check_backends(config.log.to)
   weights = config.loss.class_weights or None
-  weights = (1.0,) if weights == MEDIAN_FREQUENCY else weights
+  weights = (1.0,) if weights in _BY_LABELS else weights
   with naming('config.loss'):
     given = config.loss.to_dict() | {'class_weights': weights}
     objective.check_settings(**given)
@@ -237,11 +238,12 @@ def class_weights(
   weights, classes = config.loss.class_weights, dataset.info.classes
   if not weights:
     return None
-  if weights == MEDIAN_FREQUENCY:
+  if weights in _BY_LABELS:
     tally = dataset.tally(config.data.train_split)
-    weights = losses.median_frequency_weights(
+    by_median = losses.median_frequency_weights(
       tally.class_pixels, tally.class_image_pixels
-    ).tolist()
+    )
+    weights = (by_median ** _BY_LABELS[weights]).tolist()
   if len(weights) != len(classes):
     raise UserError(
       f'config.loss.class_weights={",".join(map(str, weights))} has'

@@ -116,7 +116,8 @@ def get_config() -> ConfigDict:
   loss = config.loss = ConfigDict()
   # Or `focal`, `dice`, `lovasz_softmax`, or a sum: `cross_entropy:1,dice:0.5`.
   loss.terms = _open(('cross_entropy',))
-  # One number per class, as `1,0.5,2`, or `median_frequency` of the labels.
+  # One number per class, as `1,0.5,2`, or `median_frequency` of the labels, or
+  # `sqrt_median_frequency`, the square roots of these.
   loss.class_weights = _open(())
   loss.hardest = 1.0  # share of each image's pixels, those of the largest loss
   loss.label_smoothing = 0.0  # share of the target spread over all classes

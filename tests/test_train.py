@@ -590,12 +590,11 @@ def test_median_frequency_weights_are_those_of_the_training_labels(trained):
     held += counts.sum() * (counts > 0)
   frequency = pixels[:3] / held[:3]
   expected = (*(np.median(frequency) / frequency), 0)  # one class is absent
-  config = make_config(
-    trained.settings, loss__class_weights=build.MEDIAN_FREQUENCY
-  )
-  dataset = build.open_dataset(config, 'train')
-  weights = build.class_weights(config, dataset)
-  np.testing.assert_allclose(weights, expected)
+  for name, power in (('median_frequency', 1), ('sqrt_median_frequency', 0.5)):
+    config = make_config(trained.settings, loss__class_weights=(name,))
+    dataset = build.open_dataset(config, 'train')
+    weights = build.class_weights(config, dataset)
+    np.testing.assert_allclose(weights, np.power(expected, power))
 
 
 def test_class_weights_of_another_number_are_named(trained, tmp_path):
