@@ -121,15 +121,18 @@ def test_an_artifact_gives_what_the_predictor_gives_on_photos(
 
 
 @pytest.mark.parametrize(
-  ('backbone', 'preset', 'stride'),
+  ('backbone', 'preset', 'stride', 'decoder'),
   [
-    ('resnet50', 'seed', 8),
-    ('resnet18', 'keras', 32),
-    ('resnet18', 'timm', 16),
+    ('resnet50', 'seed', 8, 'none'),
+    ('resnet18', 'keras', 32, 'none'),
+    ('resnet18', 'timm', 16, 'none'),
+    ('resnet18', 'paper', 16, 'v3plus'),
+    ('resnet50_v1', 'torchvision', 8, 'conv'),
+    ('resnet18_v1', 'vainf', 16, 'v3plus'),
   ],
 )
 def test_every_network_is_exported_for_any_size_by_convolutions_of_xla(
-  random_variables, tmp_path, backbone, preset, stride
+  random_variables, tmp_path, backbone, preset, stride, decoder
 ):
   model = deeplab_v3(
     backbone,
@@ -138,6 +141,7 @@ def test_every_network_is_exported_for_any_size_by_convolutions_of_xla(
     preset=preset,
     width=0.125,
     aspp_features=8,
+    decoder=decoder,
   )
   variables = random_variables(model)
   network = Exportable(model, variables, probabilities=True)

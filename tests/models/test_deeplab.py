@@ -13,7 +13,14 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 import deeplab_jax
-from deeplab_jax import PRESETS, DeepLabV3, ResNetV2, deeplab_v3, ops
+from deeplab_jax import (
+  PRESETS,
+  DeepLabV3,
+  ResNetV2,
+  deeplab_v3,
+  deeplab_v3plus,
+  ops,
+)
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.deeplab import check_backbone
 from deeplab_jax.models.resnet import (
@@ -239,14 +246,22 @@ def test_feature_i_j_stands_at_pixel_i_j_times_the_stride(
 
 
 @pytest.mark.parametrize(
-  ('preset', 'stride'),
-  [('paper', 8), ('keras', 16), ('slim', 16), ('timm', 32)],
+  ('preset', 'stride', 'more'),
+  [
+    ('paper', 8, {}),
+    ('keras', 16, {}),
+    ('slim', 16, {}),
+    ('timm', 32, {}),
+    ('paper', 16, {'decoder': 'v3plus'}),
+    ('timm', 16, {'decoder': 'v3plus', 'backbone': 'resnet18_v1'}),
+  ],
 )
 def test_an_image_has_its_own_logits_in_a_padded_batch(
-  random_variables, stride, preset
+  random_variables, stride, preset, more
 ):
+  settings = {'backbone': 'resnet18', **more}
   model = deeplab_v3(
-    'resnet18', width=0.125, preset=preset, output_stride=stride
+    width=0.125, preset=preset, output_stride=stride, **settings
   )
   variables = random_variables(model)
   apply = jax.jit(functools.partial(model.apply, train=False))
@@ -549,11 +564,24 @@ def test_an_auxiliary_head_is_computed_if_asked_and_changes_nothing_else(
   np.testing.assert_allclose(second, x, atol=1e-5 * np.abs(x).max())
 
 
+def test_v3plus_is_v3_with_its_decoder():
+  model = deeplab_v3plus('resnet18', width=0.125)
+  v3 = deeplab_v3('resnet18', width=0.125, decoder='v3plus')
+  assert repr(model) == repr(v3)
+  assert model.decoder.low_level_features == 48
+  with pytest.raises(ValueError, match='decoder must be one of none, conv, v3'):
+    deeplab_v3('resnet18', decoder='v4')
+
+
 def _normalized(model, images):
   return (images - np.asarray(model.mean)) / np.asarray(model.std)
 
 
-def test_a_backbone_without_block_3_is_told_so():
+@pytest.mark.parametrize(
+  ('head', 'name'),
+  [({'auxiliary': True}, 'block3'), ({'decoder': 'v3plus'}, 'low_level')],
+)
+def test_a_backbone_without_a_map_that_a_head_needs_is_told_so(head, name):
   class Plain(nn.Module):
     output_stride: int = 2
 
@@ -561,8 +589,8 @@ def test_a_backbone_without_block_3_is_told_so():
     def __call__(self, x, *, train):
       return {'postnorm': nn.Conv(4, (3, 3), 2, padding=1, name='conv')(x)}
 
-  model = deeplab_v3(Plain(), auxiliary=True, aspp_features=4)
-  words = "needs the backbone's map 'block3', and it gives postnorm"
+  model = deeplab_v3(Plain(), aspp_features=4, **head)
+  words = f"needs the map '{name}' of the backbone, which gives postnorm"
   with pytest.raises(UserError, match=words):
     jax.eval_shape(
       functools.partial(model.init, train=False),
