@@ -71,29 +71,45 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
       print('eval needs a data set of these classes: --config.data.*')
 
 
-def open_network(source: str, info: DatasetInfo | None) -> dict[str, Any]:
+def open_network(
+  source: str, info: DatasetInfo | None, num_classes: int | None = None
+) -> dict[str, Any]:
   """Opens weights that have a class layer, as the arguments of `Predictor`.
 
-  `info` says what the classes are; 21 are PASCAL VOC's by default.
+  `info` says what the classes are; by default the source, and 21 are PASCAL
+  VOC's. Of another `num_classes`, the class layer is drawn from seed 0.
   """
   pretrained, config = open_source(config_of(source, None))
-  if (count := pretrained.num_classes) is None:
+  if pretrained.num_classes is None:
     raise UserError(
       f'{source} holds a backbone alone, which knows no classes; train on it'
       f' first: --config.init_from={source}'
     )
-  if info is None and count == DATASETS['voc2012'].num_classes:
-    info = DATASETS['voc2012']
-  model = build.make_model(config, count)
+  count = pretrained.num_classes if num_classes is None else num_classes
+  info = info or _own_info(pretrained, count)
+  model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
-  shapes = jax.eval_shape(draw, jax.random.key(0))
-  classes = tuple(f'class {i}' for i in range(count))
+  shapes, key = jax.eval_shape(draw, jax.random.key(0)), jax.random.key(0)
+  variables, _ = _merge(pretrained, shapes, config, bool(info.mean))
+  if count != pretrained.num_classes:
+    layer = jax.jit(lambda key: draw(key)['params']['logits'])(key)
+    variables['params']['logits'] = jax.device_get(layer)
   return {
     'model': model,
-    'variables': pretrained.merge_into(shapes)[0],
-    'info': info or DatasetInfo(source, classes, voc_palette(count)),
+    'variables': variables,
+    'info': info,
     'settings': to_json(config)['model'],
   }
+
+
+def _own_info(pretrained: sources.Pretrained, count: int) -> DatasetInfo:
+  """What a source says of its images and of so many classes."""
+  own, voc = pretrained.dataset or {}, DATASETS['voc2012']
+  if count == pretrained.num_classes and (own or count == voc.num_classes):
+    return DatasetInfo.from_json(own) if own else voc
+  images = {key: own[key] for key in ('bits', 'mean', 'std') if key in own}
+  classes = tuple(f'class {i}' for i in range(count))
+  return DatasetInfo(pretrained.source, classes, voc_palette(count), **images)
 
 
 def config_of(source: str | None, backbone: Any) -> ConfigDict:
@@ -106,7 +122,8 @@ def config_of(source: str | None, backbone: Any) -> ConfigDict:
   config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
   backbone = backbone if backbone in PUBLISHED else 'resnet50'
   pretrained = _open(config.init_from, backbone)
-  config.model.update(pretrained.settings, preset=pretrained.presets[0])
+  fixed = pretrained.settings | (pretrained.use or {})
+  config.model.update(fixed, preset=pretrained.presets[0])
   if config.model.preset == 'vainf':
     config.model.output_stride = 16  # of its training and published results
   return config
@@ -153,19 +170,24 @@ def initialize(
   pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
-  own = (pretrained.dataset or {}).get('mean')
-  there, here = (
-    sources.input_std(config.model.preset, measured=measured)
-    for measured in (bool(own), config.data.as_stored)
-  )
-  variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), config.init_allow, there / here
+  variables, report = _merge(
+    pretrained, jax.device_get(state.variables), config, config.data.as_stored
   )
   _open.cache_clear()
   if distributed.is_first_process():
     preset = ' or '.join(pretrained.presets)
     log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
   return dataclasses.replace(state, **variables)
+
+
+def _merge(
+  pretrained: sources.Pretrained, variables: Any, config: Any, measured: bool
+) -> tuple[dict[str, Any], Any]:
+  own = bool((pretrained.dataset or {}).get('mean'))
+  there, here = (
+    sources.input_std(config.model.preset, measured=x) for x in (own, measured)
+  )
+  return pretrained.merge_into(variables, config.init_allow, there / here)
 
 
 def _dataset_info(
