@@ -86,7 +86,13 @@ def open_network(
       f' first: --config.init_from={source}'
     )
   count = pretrained.num_classes if num_classes is None else num_classes
-  info = info or _own_info(pretrained, count)
+  known = _known_info(pretrained)
+  if info is None and known and known.num_classes == count:
+    info = known
+  if info is None:
+    images = {k: getattr(known, k) for k in ('bits', 'mean', 'std') if known}
+    classes = tuple(f'class {i}' for i in range(count))
+    info = DatasetInfo(source, classes, voc_palette(count), **images)
   model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
   shapes, key = jax.eval_shape(draw, jax.random.key(0)), jax.random.key(0)
@@ -100,16 +106,6 @@ def open_network(
     'info': info,
     'settings': to_json(config)['model'],
   }
-
-
-def _own_info(pretrained: sources.Pretrained, count: int) -> DatasetInfo:
-  """What a source says of its images and of so many classes."""
-  own, voc = pretrained.dataset or {}, DATASETS['voc2012']
-  if count == pretrained.num_classes and (own or count == voc.num_classes):
-    return DatasetInfo.from_json(own) if own else voc
-  images = {key: own[key] for key in ('bits', 'mean', 'std') if key in own}
-  classes = tuple(f'class {i}' for i in range(count))
-  return DatasetInfo(pretrained.source, classes, voc_palette(count), **images)
 
 
 def config_of(source: str | None, backbone: Any) -> ConfigDict:
@@ -194,11 +190,16 @@ def _dataset_info(
   config: ConfigDict, pretrained: sources.Pretrained
 ) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
-  if config.data.name == get_config().data.name:
-    if pretrained.dataset:
-      return DatasetInfo.from_json(pretrained.dataset)
-    voc = DATASETS['voc2012']
-    if pretrained.num_classes == voc.num_classes:
-      return voc
+  known = _known_info(pretrained)
+  if known and config.data.name == get_config().data.name:
+    return known
   split = config.data.eval_split or config.data.train_split
   return build.open_dataset(config, split).info
+
+
+def _known_info(pretrained: sources.Pretrained) -> DatasetInfo | None:
+  """What a source says that its classes mean; 21 are those of PASCAL VOC."""
+  if pretrained.dataset:
+    return DatasetInfo.from_json(pretrained.dataset)
+  voc = DATASETS['voc2012']
+  return voc if pretrained.num_classes == voc.num_classes else None

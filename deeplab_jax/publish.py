@@ -37,7 +37,8 @@ def publish(config: Any, workdir: Path) -> None:
     raise UserError(f'config.publish.to={to}: name a folder, or hf://USER/NAME')
   if folder.exists() and not on_hub:
     names = set(os.listdir(folder)) if folder.is_dir() else {to}
-    if names - _FILES or (names and not hub.is_published(folder)):
+    ours = hub.CONFIG in names and hub.is_published(folder)
+    if names - _FILES or (names and not ours):
       raise UserError(
         f'{folder} holds other things; name another --config.publish.to=DIR'
       )
@@ -78,8 +79,6 @@ def _head(source: str, license: str, predictor: Predictor) -> str:
   """The front matter, what the network is, and how to use it."""
   info, model = predictor.info, predictor.settings
   name = ' '.join(info.name.replace('`', '').split())  # anyone's text
-  kind = 'DeepLab v3+' if model['decoder'] == 'v3plus' else 'DeepLab v3'
-  images = f'{len(info.fill)} channels of {info.bits} bits'
   return f"""---
 license: {license}
 library_name: deeplab_jax
@@ -90,9 +89,10 @@ metrics: [mean_iou, accuracy]
 
 # {source.rpartition('/')[2]}
 
-{kind} for JAX with the backbone `{model['backbone']}`, preset
-`{model['preset']}`, output stride {model['output_stride']}: {info.num_classes}
-classes of `{name}` in images of {images if info.mean else 'RGB'}.
+DeepLab v3 for JAX: backbone `{model['backbone']}`, preset `{model['preset']}`,
+decoder `{model['decoder']}`, output stride {model['output_stride']}. It finds
+{info.num_classes} classes of `{name}` in images of {len(info.fill)} channels of
+{info.bits} bits.
 
 ```python
 from deeplab_jax import Predictor  # pip install 'deeplab_jax[hf]'

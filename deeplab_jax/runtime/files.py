@@ -82,8 +82,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
   """Yields a temporary folder, which becomes `folder` if the body succeeds.
 
-  One that has files already stays unless `replace`. Errors of the system become
-  a `UserError` about `folder`.
+  Raises `UserError` if it cannot, or has files and not `replace`.
   """
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,6 @@ from deeplab_jax.weights.mapping import flatten
 from deeplab_jax.weights.timm import read_safetensors
 
 CONFIG, ARRAYS = 'config.json', 'model.safetensors'
-_BIAS = 'params/logits/bias'
 # An example of `config.json`, which has exactly these keys and types. Lists are
 # of any length. `model` goes to `deeplab_v3`, `dataset` to `DatasetInfo`.
 _FORM = json.loads("""{
@@ -53,8 +52,8 @@ def write(
   preset = PRESETS[model['preset']]
   model = {key: model[key] for key in _FORM['model']}
   model['bn_epsilon'] = model['bn_epsilon'] or preset['bn_epsilon']
-  own = dataset if dataset['mean'] else preset
   config = {**_FORM, 'version': version, 'model': model, 'dataset': dataset}
+  own = dataset if dataset['mean'] else preset
   config['normalization'] = {key: own[key] for key in ('mean', 'std')}
   config = json.loads(json.dumps(config))
   with naming('this network cannot be published'):
@@ -65,12 +64,10 @@ def write(
 
 
 def is_published(folder: Path) -> bool:
-  """Whether a folder has a `config.json` of this project, or a damaged one."""
+  """Whether a folder has our `config.json`, or arrays beside none to read."""
   try:
     config = json.loads(read_bytes(folder / CONFIG))
     return config.get('library') == _FORM['library']
-  except OSError:
-    return False
   except Exception:  # damage may break anything
     return (folder / ARRAYS).exists()
 
@@ -86,9 +83,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   except Exception as error:  # damage may break anything
     raise UserError(f'{folder / CONFIG}: {first_line(error)}') from error
   arrays = read_safetensors(folder / ARRAYS)
-  count = len(config['dataset']['classes'])
-  if _BIAS not in arrays or arrays[_BIAS].shape != (count,):
-    raise UserError(f'{folder / ARRAYS}: no class layer for {count} classes')
+  shape = (len(config['dataset']['classes']),)
+  if np.shape(arrays.get('params/logits/bias')) != shape:
+    raise UserError(f'{folder / ARRAYS}: no class layer for {shape[0]} classes')
   return config, arrays
 
 
@@ -98,15 +95,15 @@ def _check(config: Any) -> None:
   require(found == newest, f'format must be {newest}; is it newer?', found)
   _check_form('config', config, _FORM)
   model, data = config['model'], config['dataset']
-  mean, std = own = [config['normalization'][key] for key in ('mean', 'std')]
-  deeplab_v3(**model, num_classes=len(data['classes']), mean=mean, std=std)
-  source = data if data['mean'] else PRESETS[model['preset']]
-  holds = own == [list(source['mean']), list(source['std'])]
-  require(holds, 'normalization must be that of data set or preset', own)
-  holds = len(mean) == len(std) and min(std) > 0
-  require(holds, 'std must be above 0, one for each mean', std)
+  used, classes = config['normalization'], data['classes']
+  deeplab_v3(**model, num_classes=len(classes), **used)
+  own = data if data['mean'] else PRESETS[model['preset']]
+  holds = used == {key: list(own[key]) for key in ('mean', 'std')}
+  holds &= len(used['mean']) == len(used['std']) and min(used['std']) > 0
+  rule = 'normalization must be that of data set or preset, each std above 0'
+  require(holds, rule, used)
   numbers = *data['values'], data['void_value'], *chain(*data['palette'])
-  holds = len(data['values']) == len(data['classes']) and max(numbers) < 256
+  holds = len(data['values']) == len(classes) and max(numbers) < 256
   require(holds, 'values must be one for each class, < 256', data['values'])
   require(data['bits'] in (8, 16), 'bits must be 8 or 16', data['bits'])
 
@@ -115,8 +112,7 @@ def _check_form(key: str, value: Any, example: Any) -> None:
   """Raises `ValueError` unless a value has the keys and types of an example."""
   kind = type(example)
   holds = type(value) is kind or (kind is float and type(value) is int)
-  if kind in (int, float):
-    holds = holds and 0 <= value < 2**16
+  holds = holds and (kind not in (int, float) or 0 <= value < 2**16)
   require(holds, f'{key} must be like {json.dumps(example)}', value)
   if kind is dict:
     odd = sorted(value.keys() ^ example.keys())

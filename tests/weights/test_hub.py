@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 
 import hub_server
 import numpy as np
@@ -242,3 +243,15 @@ def test_a_hub_without_the_repository_is_one_line(server, monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(UserError, match=r"pip install 'deeplab_jax\[hf\]'"):
     open_pretrained('hf://a/b')
+
+
+def test_no_error_of_the_hub_shows_a_token(server, monkeypatch, folder):
+  import huggingface_hub
+
+  def refuse(*_, **__):
+    raise RuntimeError("Illegal header value b'Bearer hf_secret\n'")
+
+  monkeypatch.setattr(huggingface_hub, 'create_repo', refuse)
+  with pytest.raises(UserError, match='Bearer') as error:
+    hub.upload(folder, 'hf://a/b')
+  assert 'secret' not in ''.join(traceback.format_exception(error.value))
