@@ -322,6 +322,7 @@ PLACES = {
   'init_from': '/weights.npz',
   'predict.output_dir': '/results',
   'export.output_dir': '/exported',
+  'publish.to': '/published',
 }
 
 

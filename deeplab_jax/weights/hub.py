@@ -84,7 +84,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     raise UserError(f'{folder / CONFIG}: {first_line(error)}') from error
   arrays = read_safetensors(folder / ARRAYS)
   shape = (len(config['dataset']['classes']),)
-  if np.shape(arrays.get('params/logits/bias')) != shape:
+  if np.shape(arrays.get('params/logits/bias', ())) != shape:
     raise UserError(f'{folder / ARRAYS}: no class layer for {shape[0]} classes')
   return config, arrays
 

@@ -78,7 +78,7 @@ class Pretrained:
         f' {ours or "another one"}; use backbone={theirs}'
       )
     arrays, unused, adapted = self.arrays, dict(self.names.unused), ''
-    if _STEM in leaves and np.ndim(arrays.get(_STEM)) == 4:
+    if _STEM in leaves and np.ndim(arrays.get(_STEM, ())) == 4:
       channels = leaves[_STEM].shape[2]
       stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
       arrays = {**arrays, _STEM: stem}
