@@ -244,6 +244,7 @@ def test_what_is_published_on_a_hub_and_pulled_gives_the_same(
 @pytest.mark.parametrize(
   ('token', 'words'),
   [('hf_other', '401'), ('hf_with\x01control', 'cannot be written')],
+  ids=['another token', 'a malformed token'],
 )
 def test_a_hub_that_refuses_is_one_line_without_the_token(
   trained, hub, tmp_path, token, words

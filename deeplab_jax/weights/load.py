@@ -343,7 +343,8 @@ def _open_own(source: str, path: Path, own: Any) -> Pretrained:
     for key, value in metadata['model'].items()
     if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
-  use = {key: metadata['model'][key] for key in ('output_stride', 'dtype')}
+  keys = 'output_stride', 'dtype'  # old checkpoints may lack one
+  use = {k: v for k, v in metadata['model'].items() if k in keys}
   names = NameMap({path: path for path in arrays})
   presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
   return Pretrained(source, names, arrays, presets, settings, dataset, use)
