@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   """Returns the default configuration, locked against new keys."""
   config = ConfigDict()
   config.seed = 0  # fixes initial weights, order of images, augmentation
-  # Weights to start from: `keras`, a file or a workdir. Unset: random ones.
+  # Weights: `keras`, a file, a workdir or hf://USER/NAME. Unset: random ones.
   config.init_from = placeholder(str)
   config.init_allow = _open(())  # patterns of arrays that may be left out
   config.list = False  # `--mode=import` only prints where each array goes
@@ -170,6 +170,10 @@ def get_config() -> ConfigDict:
   export.platforms = _open(('cpu', 'cuda', 'tpu'))
   export.dtype = 'float32'  # to store kernels in; or float16, bfloat16
   export.probabilities = False  # give them beside the classes
+
+  publish = config.publish = ConfigDict()
+  publish.to = placeholder(str)  # a folder, or hf://USER/NAME
+  publish.license = 'unknown'  # of the weights, as the hub calls it: `mit`
   config.lock().data.options.unlock()
   return config
 
@@ -197,6 +201,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
   ('train.ema', 'above 0 and below 1', lambda x: 0 < x < 1),
   ('train.dropout', 'from 0, and below 1', lambda x: 0 <= x < 1),
   ('train.save_minutes train.watchdog_minutes', 'above 0', lambda x: x > 0),
+  ('publish.license', 'a name as mit', re.compile(r'[\w.+-]+').fullmatch),
   ('train.on_nan', 'stop or rollback', ('stop', 'rollback').__contains__),
   ('eval.step', 'best, latest or a number', _STEP.fullmatch),
   ('eval.panels eval.worst_and_best', 'at least 0', lambda x: x >= 0),

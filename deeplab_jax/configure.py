@@ -45,7 +45,7 @@ def override(
 
 # Settings that name places: of what is read, and of what is written.
 _SOURCES = 'data.dir', 'data.prepared_dir', 'data.options.list', 'init_from'
-_RESULTS = 'predict.output_dir', 'export.output_dir'
+_RESULTS = 'predict.output_dir', 'export.output_dir', 'publish.to'
 
 
 def make_paths_absolute(config: ConfigDict) -> None:

@@ -12,8 +12,7 @@ import datetime
 import functools
 import hashlib
 import importlib.util
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from deeplab_jax.models.deeplab import DeepLabV3
 from deeplab_jax.predict import Predictor
 from deeplab_jax.runtime import distributed, host
 from deeplab_jax.runtime.errors import UserError, check_choice, naming, require
-from deeplab_jax.runtime.files import as_path, is_remote, write_json
+from deeplab_jax.runtime.files import as_path, is_remote, new_folder, write_json
 from deeplab_jax.weights import networks
 
 Run = Callable[[np.ndarray], Mapping[str, Any]]  # from images to results
@@ -69,7 +68,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     dtype=predictor.info.fill.dtype,
   )
   picture = _picture(config.data.dir, settings.size, predictor.info)
-  with _new_folder(folder) as staging, naming('config.export'):
+  with new_folder(folder) as staging, naming('config.export'):
     run = FORMATS[settings.format][0](network, staging)
     # Of an image at its own size, seen whole once, as the artifact sees it.
     parts = predictor.model, predictor.variables, predictor.info
@@ -265,22 +264,6 @@ def _picture(
       picture = images.as_pixels(path, info)
   picture = picture[:_LARGEST, :_LARGEST]
   return windows.resized(picture, (size[0], size[1])) if size else picture
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-  """Yields a temporary folder, which becomes `folder` if the body succeeds."""
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      prefix='.export_', dir=folder.parent
-    ) as temporary:
-      staging = Path(temporary, folder.name)
-      staging.mkdir()
-      yield staging
-      staging.rename(folder)
-  except OSError as error:
-    raise UserError(f'{folder}: {error.strerror or error}') from error
 
 
 def compare(

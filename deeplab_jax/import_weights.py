@@ -71,27 +71,39 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
       print('eval needs a data set of these classes: --config.data.*')
 
 
-def open_network(source: str, info: DatasetInfo | None) -> dict[str, Any]:
+def open_network(
+  source: str, info: DatasetInfo | None, num_classes: int | None = None
+) -> dict[str, Any]:
   """Opens weights that have a class layer, as the arguments of `Predictor`.
 
-  `info` says what the classes are; 21 are PASCAL VOC's by default.
+  `info` says what the classes are; by default the source, and 21 are PASCAL
+  VOC's. Of another `num_classes`, the class layer is drawn from seed 0.
   """
   pretrained, config = open_source(config_of(source, None))
-  if (count := pretrained.num_classes) is None:
+  if pretrained.num_classes is None:
     raise UserError(
       f'{source} holds a backbone alone, which knows no classes; train on it'
       f' first: --config.init_from={source}'
     )
-  if info is None and count == DATASETS['voc2012'].num_classes:
-    info = DATASETS['voc2012']
-  model = build.make_model(config, count)
+  count = pretrained.num_classes if num_classes is None else num_classes
+  known = _known_info(pretrained)
+  if info is None and known and known.num_classes == count:
+    info = known
+  if info is None:
+    images = {k: getattr(known, k) for k in ('bits', 'mean', 'std') if known}
+    classes = tuple(f'class {i}' for i in range(count))
+    info = DatasetInfo(source, classes, voc_palette(count), **images)
+  model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
-  shapes = jax.eval_shape(draw, jax.random.key(0))
-  classes = tuple(f'class {i}' for i in range(count))
+  shapes, key = jax.eval_shape(draw, jax.random.key(0)), jax.random.key(0)
+  variables, _ = _merge(pretrained, shapes, config, bool(info.mean))
+  if count != pretrained.num_classes:
+    layer = jax.jit(lambda key: draw(key)['params']['logits'])(key)
+    variables['params']['logits'] = jax.device_get(layer)
   return {
     'model': model,
-    'variables': pretrained.merge_into(shapes)[0],
-    'info': info or DatasetInfo(source, classes, voc_palette(count)),
+    'variables': variables,
+    'info': info,
     'settings': to_json(config)['model'],
   }
 
@@ -106,7 +118,8 @@ def config_of(source: str | None, backbone: Any) -> ConfigDict:
   config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
   backbone = backbone if backbone in PUBLISHED else 'resnet50'
   pretrained = _open(config.init_from, backbone)
-  config.model.update(pretrained.settings, preset=pretrained.presets[0])
+  fixed = pretrained.settings | (pretrained.use or {})
+  config.model.update(fixed, preset=pretrained.presets[0])
   if config.model.preset == 'vainf':
     config.model.output_stride = 16  # of its training and published results
   return config
@@ -153,13 +166,8 @@ def initialize(
   pretrained: sources.Pretrained, state: steps.TrainState, config: ConfigDict
 ) -> steps.TrainState:
   """Puts the weights into a fresh state, and logs what was loaded."""
-  own = (pretrained.dataset or {}).get('mean')
-  there, here = (
-    sources.input_std(config.model.preset, measured=measured)
-    for measured in (bool(own), config.data.as_stored)
-  )
-  variables, report = pretrained.merge_into(
-    jax.device_get(state.variables), config.init_allow, there / here
+  variables, report = _merge(
+    pretrained, jax.device_get(state.variables), config, config.data.as_stored
   )
   _open.cache_clear()
   if distributed.is_first_process():
@@ -168,15 +176,30 @@ def initialize(
   return dataclasses.replace(state, **variables)
 
 
+def _merge(
+  pretrained: sources.Pretrained, variables: Any, config: Any, measured: bool
+) -> tuple[dict[str, Any], Any]:
+  own = bool((pretrained.dataset or {}).get('mean'))
+  there, here = (
+    sources.input_std(config.model.preset, measured=x) for x in (own, measured)
+  )
+  return pretrained.merge_into(variables, config.init_allow, there / here)
+
+
 def _dataset_info(
   config: ConfigDict, pretrained: sources.Pretrained
 ) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
-  if config.data.name == get_config().data.name:
-    if pretrained.dataset:
-      return DatasetInfo.from_json(pretrained.dataset)
-    voc = DATASETS['voc2012']
-    if pretrained.num_classes == voc.num_classes:
-      return voc
+  known = _known_info(pretrained)
+  if known and config.data.name == get_config().data.name:
+    return known
   split = config.data.eval_split or config.data.train_split
   return build.open_dataset(config, split).info
+
+
+def _known_info(pretrained: sources.Pretrained) -> DatasetInfo | None:
+  """What a source says that its classes mean; 21 are those of PASCAL VOC."""
+  if pretrained.dataset:
+    return DatasetInfo.from_json(pretrained.dataset)
+  voc = DATASETS['voc2012']
+  return voc if pretrained.num_classes == voc.num_classes else None

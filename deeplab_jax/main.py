@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from deeplab_jax import build, configure, import_weights
+from deeplab_jax import build, configure, import_weights, publish
 from deeplab_jax import config as settings
 from deeplab_jax.compare import compare
 from deeplab_jax.evaluate import evaluate
@@ -32,6 +32,7 @@ _RUN: dict[str, Callable[..., Any]] = {
   'report': lambda _, workdir: report(workdir),
   'compare': lambda _, __, inputs: compare(inputs),
   'export': export,
+  'publish': publish.publish,
 }
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(_RUN), 'What to do.')

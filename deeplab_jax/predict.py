@@ -136,8 +136,7 @@ class Predictor:
     networks.check_workdir(workdir)
     config = from_json(workdir / 'config.json')
     config.eval.step = str(step)
-    names = 'eval', 'predict'
-    sections = {key: name for name in names for key in config[name]}
+    sections = {k: s for s in ('eval', 'predict') for k in config[s]}
     sections['output_stride'] = 'model'
     for key, value in settings.items():
       check_choice('a setting', key, sections)
@@ -175,19 +174,24 @@ class Predictor:
 
   @classmethod
   def from_pretrained(
-    cls, source: str | Path, info: DatasetInfo | None = None, **settings: Any
+    cls,
+    source: str | Path,
+    info: DatasetInfo | None = None,
+    num_classes: int | None = None,
+    **settings: Any,
   ) -> Self:
-    """Opens a network of another project, or a workdir.
+    """Opens what `config.init_from` takes, with a class layer.
 
-    `source` is what `config.init_from` takes, with a class layer. `info` says
-    what the classes are; 21 are PASCAL VOC's by default. `settings` are those
-    of `__init__`, and for a workdir those of `from_workdir`.
+    `info` says what the classes are; 21 are PASCAL VOC's by default. Another
+    `num_classes` keeps all but the class layer, which is drawn anew. `settings`
+    are those of `__init__`, and for a workdir as it is of `from_workdir`.
     """
-    source = str(source)
-    if own := sources.own_checkpoint(as_path(source)):
+    own = sources.own_checkpoint(as_path(source := str(source)))
+    if own and num_classes is None:
       require(info is None, 'a workdir says what its classes are', info)
       return cls.from_workdir(*own, **settings)
-    return cls(**import_weights.open_network(source, info), **settings)
+    network = import_weights.open_network(source, info, num_classes)
+    return cls(**network, **settings)
 
   def __call__(self, image: Any, *, probabilities: bool = False) -> Any:
     """Segments an image, or a batch uint8 [B, H, W, 3] (or as stored).
@@ -197,9 +201,8 @@ class Predictor:
     `UserError` if an image cannot be read.
     """
     several = getattr(image, 'ndim', 3) == 4
-    found = list(
-      self.map(image if several else [image], probabilities=probabilities)
-    )
+    images = image if several else [image]
+    found = list(self.map(images, probabilities=probabilities))
     if not several:
       return found[0]
     if not probabilities:
@@ -227,8 +230,7 @@ class Predictor:
     Raises `UserError` if one is too large for the protocol.
     """
     small = [self._size_seen(size) for size in sizes if self.check(size)]
-    most = 2 * self._window**2
-    self._buckets = buckets.Buckets(self._limit, small, most)
+    self._buckets = buckets.Buckets(self._limit, small, 2 * self._window**2)
 
   def check(self, size: Size) -> bool:
     """Returns whether an image (height, width) is seen in one pass.
@@ -247,8 +249,7 @@ class Predictor:
 
   def _size_seen(self, size: Size) -> Size:
     """The size at which the network sees an image."""
-    shrunk = min(1, (self._max_side or math.inf) / max(size))
-    factor = self._scale * shrunk
+    factor = self._scale * min(1, (self._max_side or math.inf) / max(size))
     height, width = (max(1, round(n * factor)) for n in size)
     return height, width
 

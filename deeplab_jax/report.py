@@ -29,7 +29,7 @@ def report(workdir: Path) -> Path:
     'settings': flat(_read(workdir / 'config.json') or {}),
     'sessions': _read(workdir / 'sessions.json') or [],
     'curves': _curves(workdir / 'metrics.jsonl'),
-    'evaluations': _evaluations(workdir),
+    'evaluations': evaluations(workdir),
   }
   if not any(data.values()):
     raise UserError(f'nothing to report in {workdir}; train there first')
@@ -64,7 +64,7 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
   return curves
 
 
-def _evaluations(workdir: Path) -> list[dict[str, Any]]:
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
   """All evaluations, the newest first and with all that was written of it."""
 
   def changed(path: Any) -> float:

@@ -13,7 +13,7 @@ ROOT = Path(deeplab_jax.__file__).parent
 # Top-level files and the benchmark, from those that import to the imported.
 ORDER = (
   ('main', 'benchmark', 'serve'),
-  ('train', 'export', 'predict_files'),
+  ('train', 'export', 'predict_files', 'publish'),
   ('evaluate', 'predict', 'prepare', 'report', 'compare'),
   ('import_weights',),
   ('build',),

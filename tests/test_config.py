@@ -322,6 +322,7 @@ PLACES = {
   'init_from': '/weights.npz',
   'predict.output_dir': '/results',
   'export.output_dir': '/exported',
+  'publish.to': '/published',
 }
 
 
@@ -347,7 +348,8 @@ def test_places_are_taken_only_from_settings_that_this_user_wrote(
   assert all(f'config.{key}' in line for key in PLACES)
   assert places('theirs') == [] and not caplog.messages  # said once
   own.remember(values)
-  taken = [key for key in PLACES if not key.endswith('output_dir')]
+  results = 'output_dir', 'publish.to'
+  taken = [key for key in PLACES if not key.endswith(results)]
   assert places('ours') == places('moved') == taken
   values['data']['dir'] = '/elsewhere'
   (tmp_path / 'ours.json').write_text(json.dumps(values))

@@ -78,6 +78,27 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     raise
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+  """Yields a temporary folder, which becomes `folder` if the body succeeds.
+
+  Raises `UserError` if it cannot, or has files and not `replace`.
+  """
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      prefix=f'.{folder.name}_', dir=folder.parent
+    ) as temporary:
+      staging = Path(temporary, 'new')
+      staging.mkdir()
+      yield staging
+      if replace and folder.exists():
+        folder.rename(Path(temporary, 'old'))
+      staging.rename(folder)
+  except OSError as error:
+    raise UserError(f'{folder}: {error.strerror or error}') from error
+
+
 def write(path: str | os.PathLike, data: str | bytes) -> None:
   """Writes bytes, or text as UTF-8, whole or not at all."""
   data = data.encode() if isinstance(data, str) else data

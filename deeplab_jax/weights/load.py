@@ -16,17 +16,17 @@ from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import files as disk
 from deeplab_jax.runtime.download import download
 from deeplab_jax.runtime.errors import UserError, naming
-from deeplab_jax.weights import keras, mapping, torchvision
+from deeplab_jax.weights import hub, keras, mapping, torchvision
 from deeplab_jax.weights.keras import map_keras, read_keras
 from deeplab_jax.weights.mapping import MergeReport, NameMap, backbone_of
 from deeplab_jax.weights.tf_slim import map_tf_slim, read_tf_slim
-from deeplab_jax.weights.timm import hub_file, map_timm, read_safetensors
+from deeplab_jax.weights.timm import map_timm, read_safetensors
 from deeplab_jax.weights.torchvision import map_torchvision, read_torch
 
 SOURCES = (
-  "'keras', torchvision/NAME, hf://timm/REPOSITORY, a TF-slim checkpoint or its"
+  "'keras', torchvision/NAME, hf://USER/NAME, a TF-slim checkpoint or its"
   ' .tar.gz, an .h5 of Keras, a .safetensors of timm, torchvision or VainF, a'
-  ' .pth of the last two, or a workdir or checkpoint of this project'
+  ' .pth of the last two, or a workdir, a checkpoint or a published folder'
 )
 _CLASS_LAYER = '/logits/'
 _STEM = 'params/backbone/stem/kernel'
@@ -43,6 +43,7 @@ class Pretrained:
   presets: tuple[str, ...]  # those that they fit, the first by default
   settings: dict[str, Any]  # arguments of `deeplab_v3` that they determine
   dataset: dict[str, Any] | None = None  # what the classes mean, if it is known
+  use: dict[str, Any] | None = None  # output stride and dtype that it had
 
   @property
   def num_classes(self) -> int | None:
@@ -77,7 +78,7 @@ class Pretrained:
         f' {ours or "another one"}; use backbone={theirs}'
       )
     arrays, unused, adapted = self.arrays, dict(self.names.unused), ''
-    if _STEM in arrays and _STEM in leaves:
+    if _STEM in leaves and np.ndim(arrays.get(_STEM, ())) == 4:
       channels = leaves[_STEM].shape[2]
       stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
       arrays = {**arrays, _STEM: stem}
@@ -120,7 +121,7 @@ def input_std(preset: str, *, measured: bool) -> float:
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
   bias = leaves.get(f'params{_CLASS_LAYER}bias')
-  return None if bias is None else bias.shape[0]
+  return None if bias is None else bias.size
 
 
 def _has_head(leaves: Iterable[str]) -> bool:
@@ -169,15 +170,16 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
     name = source.removeprefix('torchvision/')
     path = _published(torchvision.PUBLISHED, name, 'torchvision', 'sha256')
   elif source.startswith('hf://'):
-    path = hub_file(source.removeprefix('hf://'))
+    path = hub.fetch(source)
   else:
     path = disk.as_path(source)
-  if own := own_checkpoint(path):
-    return _open_own(source, *own)
-  if disk.is_remote(path):
+  own = own_checkpoint(path)
+  if disk.is_remote(path) and not own:
     raise UserError(
       f'init_from: {source} is no workdir; copy it to a local file'
     )
+  if own or hub.is_published(path):
+    return _open_own(source, path, own)
   with unpacked(path) as file:
     read, map_names = _KINDS[kind_of(file)]
     raw = read(file)
@@ -331,18 +333,18 @@ def own_checkpoint(path: Path) -> tuple[Path, str] | None:
   return None
 
 
-def _open_own(source: str, workdir: Path, name: str) -> Pretrained:
+def _open_own(source: str, path: Path, own: Any) -> Pretrained:
   # Imported here: Orbax takes longer to import than all the rest.
-  from deeplab_jax.weights import checkpoints, networks
+  from deeplab_jax.weights import networks
 
-  with checkpoints.Checkpoints(workdir) as own:
-    saved = own.open(name)
-  metadata, arrays = saved.metadata, mapping.flatten(saved.variables)
+  metadata, arrays = networks.read(*own) if own else hub.read(path)
   settings = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in metadata['model'].items()
     if key in networks.SHAPING or (key == 'bn_epsilon' and value)
   }
+  keys = 'output_stride', 'dtype'  # old checkpoints may lack one
+  use = {k: v for k, v in metadata['model'].items() if k in keys}
   names = NameMap({path: path for path in arrays})
   presets, dataset = (networks.preset_of(metadata),), metadata['dataset']
-  return Pretrained(source, names, arrays, presets, settings, dataset)
+  return Pretrained(source, names, arrays, presets, settings, dataset, use)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.checkpoints import Checkpoints
+from deeplab_jax.weights.mapping import flatten
 
 # The settings, beside the preset, on which the use of the variables depends.
 SHAPING = (
@@ -29,6 +30,13 @@ def check_workdir(workdir: Path) -> None:
   """Raises `UserError` unless there may be a checkpoint in a workdir."""
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(f'no checkpoint in {workdir}; train there first')
+
+
+def read(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads a checkpoint: its metadata, and its variables by path."""
+  with Checkpoints(workdir) as checkpoints:
+    saved = checkpoints.open(name)
+  return saved.metadata, flatten(saved.variables)
 
 
 def open_network(

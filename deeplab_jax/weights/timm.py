@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from deeplab_jax.runtime.errors import UserError, first_line
+from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights.mapping import NameMap
 
 _LAYERS = {
@@ -32,27 +32,6 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
   except (safetensors.SafetensorError, TypeError, KeyError, OSError) as error:
     raise UserError(
       f'{path} is truncated or damaged, or no safetensors file: {error}'
-    ) from error
-
-
-def hub_file(repository: str) -> Path:
-  """Downloads the weights of 'timm/NAME' from the Hugging Face hub.
-
-  Raises `UserError` without huggingface_hub, or if the download fails.
-  """
-  try:
-    import huggingface_hub as hub  # the extra 'hf'
-  except ImportError as error:
-    raise UserError(
-      f'hf://{repository} is fetched by huggingface_hub:'
-      " pip install 'deeplab_jax[hf]'"
-    ) from error
-  try:
-    return Path(hub.hf_hub_download(repository, 'model.safetensors'))
-  except Exception as error:  # the hub's HTTP clients raise errors of their own
-    raise UserError(
-      f'hf://{repository} cannot be fetched: {first_line(error)}; download its'
-      ' model.safetensors elsewhere and name the file'
     ) from error
 
 

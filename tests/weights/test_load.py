@@ -369,27 +369,6 @@ def test_missing_extra_names_the_command(
   assert command in refused(table if source == 'slim' else source)
 
 
-def test_hub_is_asked_for_the_file(monkeypatch, timm_file):
-  import types
-
-  asked = []
-  hub = types.SimpleNamespace(
-    hf_hub_download=lambda *args: asked.append(args) or str(timm_file)
-  )
-  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
-  source = 'hf://timm/resnetv2_50.a1h_in1k'
-  _, report = load_pretrained(source, empty('timm'))
-  assert len(report.loaded) > 200
-  assert asked == [('timm/resnetv2_50.a1h_in1k', 'model.safetensors')]
-
-  def gone(*args):
-    raise OSError('no route\nto host')
-
-  hub.hf_hub_download = gone
-  message = refused(source, empty('timm'))
-  assert message.startswith(f'{source} cannot be fetched: no route')
-
-
 def test_keras_is_downloaded_for_the_backbone_and_cached(
   keras_file, monkeypatch, tmp_path
 ):
