@@ -53,7 +53,7 @@ def test_pythons_are_those_that_the_classifiers_and_the_readme_name():
   assert image[1] in PYTHONS
 
 
-EXTRAS = 'tf', 'tiff', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve'
+EXTRAS = 'tf', 'tiff', 'torch', 'hf', 'gcs', 'wandb', 'mlflow', 'onnx', 'serve'
 
 
 def packages(*extras):

@@ -124,7 +124,7 @@ def test_commands_have_recipes_modes_and_settings_that_exist(page):
     needs_none = options.get('--mode') in ('prepare', 'compare')
     assert '--workdir' in options or needs_none
     modes = ['prepare', 'train', 'import', 'eval', 'predict']
-    modes += ['report', 'compare', 'export']
+    modes += ['report', 'compare', 'export', 'publish']
     assert options.get('--mode', 'train') in modes
     recipe = options.get('--config', 'RECIPE')
     config = get_config()
@@ -140,10 +140,12 @@ def test_settings_that_a_page_names_exist(page):
   if page.name in ('CHANGELOG.md', 'settings.md'):
     return  # one names old settings, the other is made from config.py
   keys = flatten_dict(get_config().to_dict(), sep='.')
-  sections = 'model|data|train|loss|optimizer|eval|log|predict|export'
+  sections = 'model|data|train|loss|optimizer|eval|log|predict|export|publish'
   pattern = rf'`(?:--config\.|config\.)?((?:{sections})\.[a-z_.]+)(?:=(.*?))?`'
   for key, value in re.findall(pattern, page.read_text()):
-    if re.fullmatch(r'model\.(apply|init)|.*\.(py|json|txt|png)', key):
+    if re.fullmatch(
+      r'model\.(apply|init)|.*\.(py|json|txt|png|safetensors)', key
+    ):
       continue
     assert key in keys
     if value and not value.isupper():
