@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
   """Returns the default configuration, locked against new keys."""
   config = ConfigDict()
   config.seed = 0  # fixes initial weights, order of images, augmentation
-  # Weights: `keras`, a file, a workdir or hf://USER/NAME. Unset: random ones.
+  # Weights: `keras`, `torchvision/NAME`, a file, a workdir or hf://USER/NAME.
+  # Unset: random ones.
   config.init_from = placeholder(str)
   config.init_allow = _open(())  # patterns of arrays that may be left out
   config.list = False  # `--mode=import` only prints where each array goes

@@ -27,6 +27,7 @@ from deeplab_jax.weights.keras import PUBLISHED
 log = logging.getLogger(__name__)
 
 _DEFAULT_SOURCE = 'keras'
+_HEAD = 'multi_grid', 'aspp_rates', 'decoder'  # as a preset has them
 
 
 @distributed.one_run
@@ -77,7 +78,7 @@ def open_network(
   """Opens weights that have a class layer, as the arguments of `Predictor`.
 
   `info` says what the classes are; by default the source, and 21 are PASCAL
-  VOC's. Of another `num_classes`, the class layer is drawn from seed 0.
+  VOC's. With another `num_classes`, the class layer is drawn from seed 0.
   """
   pretrained, config = open_source(config_of(source, None))
   if pretrained.num_classes is None:
@@ -92,7 +93,8 @@ def open_network(
   if info is None:
     images = {k: getattr(known, k) for k in ('bits', 'mean', 'std') if known}
     classes = tuple(f'class {i}' for i in range(count))
-    info = DatasetInfo(source, classes, voc_palette(count), **images)
+    with naming(f'num_classes={count}'):
+      info = DatasetInfo(source, classes, voc_palette(count), **images)
   model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
   shapes, key = jax.eval_shape(draw, jax.random.key(0)), jax.random.key(0)
@@ -119,8 +121,10 @@ def config_of(source: str | None, backbone: Any) -> ConfigDict:
   backbone = backbone if backbone in PUBLISHED else 'resnet50'
   pretrained = _open(config.init_from, backbone)
   fixed = pretrained.settings | (pretrained.use or {})
-  config.model.update(fixed, preset=pretrained.presets[0])
-  if config.model.preset == 'vainf':
+  preset = PRESETS[pretrained.presets[0]]
+  by_preset = {key: preset[key] for key in _HEAD} | fixed
+  config.model.update(by_preset, preset=pretrained.presets[0])
+  if config.model.preset == 'vainf' and not pretrained.use:
     config.model.output_stride = 16  # of its training and published results
   return config
 

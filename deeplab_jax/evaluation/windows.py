@@ -2,8 +2,8 @@
 
 The features of a window are those of the whole image, except near the window's
 edges, which are cut off. The head then reads them in windows of its own, and
-its image pooling takes the mean of all features: no seam remains. The decoder
-of v3+ reads finer features, too, so a cell of the features then gives several.
+its image pooling takes the mean of all features: no seam remains. Under the
+decoder of v3+ there are `factor` rows of logits for a row of features.
 """
 
 import functools
@@ -47,12 +47,22 @@ def check(model: DeepLabV3, protocol: Protocol, size: Size, side: int) -> None:
     if not isinstance(module, kind):
       raise UserError(f'{place} the head {type(module).__name__}; {advice}')
   stride = model.backbone.output_stride
-  least = 2 * stride * max(-(-MARGIN // stride), *model.aspp.rates)
+  least = 2 * stride * max(-(-MARGIN // stride), _halo(model))
   if side // stride * stride <= least:
     raise UserError(
       f'{place} windows of config.predict.window={side}, which must be from'
       f' {least + stride}'
     )
+
+
+def _halo(model: DeepLabV3) -> int:
+  """Features on each side of a place on which its logits depend."""
+  halo = max(model.aspp.rates)
+  if model.decoder:
+    halo += 1  # its 3x3, and interpolation
+  # Low-level features see 29 pixels (ResNet-34), and the 3x3 another 4.
+  least = -(-40 // model.backbone.output_stride)
+  return max(halo, least) if model.low_level else halo
 
 
 def scores_in_windows(
@@ -104,8 +114,7 @@ def map_logits(
   Returns:
     float32 [h, w, num_classes], the map that `DeepLabV3` upsamples.
   """
-  stride, halo = model.backbone.output_stride, max(model.aspp.rates)
-  halo += model.decoder is not None  # a cell is no less than its 3x3 reaches
+  stride = model.backbone.output_stride
   most, edge = side // stride, -(-MARGIN // stride)
   # A window ends where the image would, or strided layers would differ.
   rest = [1 if model.pads_freely else (n - 1) % stride + 1 for n in image.shape]
@@ -113,14 +122,13 @@ def map_logits(
     -(-(n - r) // stride) + 1
     for n, r in zip(image.shape[:2], rest, strict=False)
   )
-
-  factor = stride // 4 if model.low_level else 1  # finer cells in one
-  fine = cells
+  factor, fine, step = 1, cells, [1.0, 1.0]
   if model.low_level:
+    factor = stride // 4
     sides = ((n - 1) * stride + r for n, r in zip(cells, rest, strict=False))
     fine = tuple(-(-n // 4) for n in sides)
-  step = [n / m for n, m in zip(cells, fine, strict=True)]
-  step = [1 / factor] * 2 if model.pads_freely else step
+    step = [n / m for n, m in zip(cells, fine, strict=True)]
+    step = [1 / factor] * 2 if model.pads_freely else step
 
   def features(place: tuple[slice, ...], name: str) -> jax.Array:
     starts = [cut.start * stride for cut in place]
@@ -135,16 +143,10 @@ def map_logits(
     return _features(model, variables, window, name)
 
   def logits(place: tuple[slice, ...]) -> jax.Array:
-    low, shift = (
-      None,
-      [
-        cut.start * (factor * by - 1)
-        for cut, by in zip(place, step, strict=True)
-      ],
-    )
-    if model.low_level:  # depends on fewer pixels than the halo has
-      low = features(place, 'low_level')
-    given = maps[place][None], low, mean, np.array(shift)
+    low = features(place, 'low_level') if model.low_level else None
+    pairs = zip(place, step, strict=True)
+    shift = np.array([cut.start * (factor * by - 1) for cut, by in pairs])
+    given = maps[place][None], low, mean, shift
     return _logits(model, variables, *given, tuple(step))
 
   def computed(
@@ -171,7 +173,7 @@ def map_logits(
 
   maps = computed(lambda place: features(place, model.features), edge, cells)
   mean = maps.mean((0, 1), dtype=np.float32)
-  return computed(logits, halo, fine, factor)
+  return computed(logits, _halo(model), fine, factor)
 
 
 def _words(image: np.ndarray) -> str:

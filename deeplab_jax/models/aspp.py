@@ -71,14 +71,15 @@ class ASPP(nn.Module):
 
 
 class Decoder(nn.Module):
-  """A 3x3 convolution before the class layer, in v3+ of finer features, too.
+  """One 3x3 convolution before the class layer; in v3+ of finer features, too.
 
   Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic
   Image Segmentation" (2018), section 3.1, without separable convolutions.
 
   Attributes:
     features: channels of the output.
-    low_level_features: channels to which the finer map is reduced.
+    low_level_features: channels to which the finer map of v3+ is reduced, or 0
+      for none.
     norm, dtype: see `ResNetV2`.
   """
 

@@ -87,7 +87,6 @@ class DeepLabV3(nn.Module):
     auxiliary: a head on the map 'block3', or None. It is computed only if the
       collection 'intermediates' is mutable, and gives 'auxiliary_logits' there.
     decoder: refines what the ASPP gives, see `Decoder`, or None.
-    low_level: whether the decoder reads the map 'low_level', as in v3+.
   """
 
   backbone: nn.Module
@@ -99,8 +98,7 @@ class DeepLabV3(nn.Module):
   std: tuple[float, ...] = (127.5, 127.5, 127.5)
   dtype: Any = jnp.float32
   auxiliary: nn.Module | None = None
-  decoder: nn.Module | None = None
-  low_level: bool = False
+  decoder: Any = None
 
   def __post_init__(self) -> None:
     choices = ('align_corners', 'asymmetric', 'half_pixel')
@@ -113,6 +111,11 @@ class DeepLabV3(nn.Module):
   def pads_freely(self) -> bool:
     """Whether padding images to a common size leaves their logits unchanged."""
     return self.upsampling == 'align_corners'
+
+  @property
+  def low_level(self) -> bool:
+    """Whether the decoder reads the map 'low_level', as in v3+."""
+    return bool(self.decoder and self.decoder.low_level_features)
 
   @property
   def pixel_center(self) -> float:
@@ -185,7 +188,7 @@ class DeepLabV3(nn.Module):
     return self._resampled(x, size, (1 / stride, 1 / stride))
 
   def _resampled(self, x: jax.Array, size: Any, step: Any) -> jax.Array:
-    """Reads a map at `size` points, `step` of its pixels apart if aligned."""
+    """Reads a map at `size` points; `step` counts for 'align_corners' alone."""
     if self.upsampling != 'align_corners':
       step = x.shape[1] / size[0], x.shape[2] / size[1]
     return resample(x, size, step, center=self.pixel_center)
@@ -230,7 +233,6 @@ _TORCHVISION = _PAPER | {
   'aspp_rates': (12, 24, 36),
   'scale_aspp_rates': False,
   'decoder': 'conv',
-  'features': 'block4',
   'upsampling': 'half_pixel',
   'mean': (123.675, 116.28, 103.53),
   'std': (58.395, 57.12, 57.375),
@@ -255,11 +257,10 @@ PRESETS: dict[str, dict[str, Any]] = {
   'keras': _PAPER
   | {'conv_bias': True, 'stem_pool': 'zero', 'bn_epsilon': 1.001e-5},
   'timm': _PAPER | {'stride_unit': 'first'},
-  # Networks of v1.5 backbones. torchvision's rates are for output stride 8.
-  'torchvision': _TORCHVISION,
+  'torchvision': _TORCHVISION,  # whose rates are for output stride 8
   'vainf': _TORCHVISION | {'aspp_rates': (6, 12, 18), 'scale_aspp_rates': True},
 }
-DECODERS = ('none', 'conv', 'v3plus')
+DECODERS = {'none': None, 'conv': 0, 'v3plus': 48}  # low-level features
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   'aspp_rates': ('numbers from 1', lambda x: len(x) > 0 and min(x) >= 1),
   'aspp_features': ('at least 1', lambda x: x >= 1),
@@ -332,11 +333,11 @@ def deeplab_v3(
   aspp = ASPP(tuple(rates), features, activation, norm, dtype)
   if settings['auxiliary']:
     settings['auxiliary'] = FCNHead(num_classes, norm, dtype)
-  low_level = settings['decoder'] == 'v3plus'
-  decoder = Decoder(features, norm=norm, dtype=dtype)
-  settings['decoder'] = decoder if settings['decoder'] != 'none' else None
+  low_level = DECODERS[settings['decoder']]
+  decoder = Decoder(features, low_level or 0, norm, dtype)
+  settings['decoder'] = None if low_level is None else decoder
   names = 'auxiliary', 'decoder', 'features', 'upsampling', 'mean', 'std'
-  head = {key: settings[key] for key in names} | {'low_level': low_level}
+  head = {key: settings[key] for key in names}
   return DeepLabV3(backbone, aspp, num_classes, dtype=dtype, **head)
 
 
@@ -344,6 +345,6 @@ def deeplab_v3plus(*args: Any, **settings: Any) -> DeepLabV3:
   """Builds a DeepLab v3+: `deeplab_v3` with `decoder='v3plus'`.
 
   Its decoder joins 48 channels of the features at stride 4, so that edges are
-  finer than the output stride. The rest is as of `deeplab_v3`.
+  finer than the output stride. The rest is as in `deeplab_v3`.
   """
   return deeplab_v3(*args, decoder='v3plus', **settings)

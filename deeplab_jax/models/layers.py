@@ -72,10 +72,10 @@ def resample(
   """Reads a map on another grid, by linear interpolation.
 
   Pixel (i, j) of the result [B, *size, C] is x [B, H, W, C], float, at row
-  (i + center) * step[0] - center + shift[0], columns alike. A `center` of 0.5
-  aligns the corners of pixels, 0 the centers of the first ones. Outside a map,
-  its nearest row or column is repeated. `sizes`, int [B, 2], are the sizes of
-  the maps before padding at the bottom and right.
+  (i + center) * step[0] - center + shift[0], columns alike. With a `center` of
+  0.5 the corners of both grids coincide, with 0 the centers of their first
+  pixels. Outside a map, its nearest row or column is repeated. `sizes`, int
+  [B, 2], are the sizes of the maps before padding at the bottom and right.
   """
   batch, height, width, channels = x.shape
   heights, widths = (None, None) if sizes is None else sizes.T

@@ -225,7 +225,8 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Applies the units to [B, H, W, C].
 
-    Returns the result, and the last map before the last unit if that strides.
+    Returns the result, and the finest map of the block: that before its last
+    unit, if this unit strides.
     """
     run = ops.remat(lambda f, x: f(x, train=train), self.rematerialization)
     before = x

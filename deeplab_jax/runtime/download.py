@@ -44,7 +44,7 @@ def download(
   """Returns the path of a file from the web; downloads it if needed.
 
   The addresses are tried in order; the first gives the file its name, but only
-  when its digest is right ('md5:' or 'sha256:' and the first digits). A
+  when its digest is right ('md5:' or 'sha256:' and its first digits, or all). A
   broken connection leaves `NAME.part`, from which the next address or the next
   run goes on. The environment names the proxies (`https_proxy`, `no_proxy`).
 

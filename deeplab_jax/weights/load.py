@@ -83,9 +83,10 @@ class Pretrained:
       stem, adapted = mapping.adapt_stem(arrays[_STEM], channels, scale)
       arrays = {**arrays, _STEM: stem}
     initial = dict.fromkeys(allow, 'allowed by name')
-    initial['*/auxiliary/*'] = 'the file has no auxiliary head'
+    if not any('/auxiliary/' in path for path in arrays):
+      initial['*/auxiliary/*'] = 'the file has no auxiliary head'
     here, there = _num_classes(leaves), self.num_classes
-    if not _has_head(arrays):
+    if all('/backbone/' in path for path in arrays):
       why = 'the file holds a backbone alone'
       initial |= {'*/aspp/*': why, '*/decoder/*': why, '*/logits/*': why}
     elif here != there:
@@ -120,12 +121,10 @@ def input_std(preset: str, *, measured: bool) -> float:
 
 
 def _num_classes(leaves: Mapping[str, Any]) -> int | None:
-  bias = leaves.get(f'params{_CLASS_LAYER}bias')
-  return None if bias is None else bias.size
-
-
-def _has_head(leaves: Iterable[str]) -> bool:
-  return any(path.startswith('params/aspp/') for path in leaves)
+  for leaf in ('bias', 'kernel'):
+    if (x := leaves.get(f'params{_CLASS_LAYER}{leaf}')) is not None:
+      return x.shape[-1] if x.ndim else 1
+  return None
 
 
 def load_pretrained(
@@ -138,7 +137,7 @@ def load_pretrained(
   """Loads weights into the variables of a model, from `deeplab_v3(...).init`.
 
   The model must be built with the preset of the source, which the variables
-  alone do not show: 'keras', 'timm', 'slim', 'seed' or a checkpoint's own.
+  alone do not show: one of those of `Pretrained`, as 'keras' or 'torchvision'.
   Given as `preset`, it is checked.
 
   Args:
@@ -175,9 +174,7 @@ def open_pretrained(source: str, *, backbone: str = 'resnet50') -> Pretrained:
     path = disk.as_path(source)
   own = own_checkpoint(path)
   if disk.is_remote(path) and not own:
-    raise UserError(
-      f'init_from: {source} is no workdir; copy it to a local file'
-    )
+    raise UserError(f'init_from: {source} is no workdir; copy it to this disk')
   if own or hub.is_published(path):
     return _open_own(source, path, own)
   with unpacked(path) as file:

@@ -18,8 +18,8 @@ from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.weights.mapping import NameMap
 
 _URL = 'https://download.pytorch.org/models/'
-# URL and the start of the SHA-256 of what torchvision publishes, by its names:
-# COCO images with the classes of VOC, and its best weights of ImageNet.
+# URL and the first 8 digits of the SHA-256, which is all that torchvision
+# publishes, by its names: COCO images with the classes of VOC, and ImageNet.
 PUBLISHED = {
   name: (f'{_URL}{file}-{digest}.pth', digest)
   for name, file, digest in (
@@ -149,7 +149,7 @@ def map_torchvision(names: Iterable[str]) -> NameMap:
       leaf = 'gamma' if re.search(r'norm\d?$', path) else 'kernel'
     return path, leaf
 
-  presets: tuple[str, ...] = 'torchvision', 'vainf'
+  presets: tuple[str, ...] = 'vainf', 'torchvision'
   settings: dict[str, Any] = {}
   if head:
     presets = ('torchvision',) if head == 'torchvision' else ('vainf',)

@@ -1,5 +1,6 @@
 """Images in windows against the same images in one pass."""
 
+import contextlib
 import functools
 import re
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from deeplab_jax import DeepLabV3, ResNetV2, ops
+from deeplab_jax import DeepLabV3, ResNetV2, deeplab_v3, ops
 from deeplab_jax.evaluation import protocols, windows
 from deeplab_jax.models.aspp import ASPP, Decoder
 from deeplab_jax.models.resnet import PreActBasicUnit
@@ -32,13 +33,9 @@ def image():
 
 
 DECODED = {
-  'plus': {'decoder': Decoder(8, 4), 'low_level': True},
-  'torchvision': {'decoder': Decoder(8), 'upsampling': 'half_pixel'},
-  'vainf': {
-    'decoder': Decoder(8, 4),
-    'low_level': True,
-    'upsampling': 'half_pixel',
-  },
+  'plus': {'decoder': Decoder(8, 4)},
+  'torchvision': {'decoder': Decoder(8, 0), 'upsampling': 'half_pixel'},
+  'vainf': {'decoder': Decoder(8, 4), 'upsampling': 'half_pixel'},
 }
 
 
@@ -146,6 +143,17 @@ def test_what_windows_cannot_do_is_refused(network, image):
   model = network[0].clone(aspp=network[0].backbone)
   with pytest.raises(UserError, match='the head ResNetV2; set'):
     in_windows((model, network[1]), image, 600)
+
+
+def test_the_smallest_window_that_is_taken_moves_on():
+  model = deeplab_v3('resnet18', decoder='v3plus', output_stride=8)
+  stride, image = 8, (4000, 4000)
+  for side in range(300, 1000, stride):
+    with contextlib.suppress(UserError):
+      windows.check(model, protocols.Protocol(), image, side)
+      break
+  assert side // stride > 2 * windows._halo(model)
+  assert windows._windows((99, 99), side // stride, windows._halo(model))
 
 
 def test_cached_kernels_are_used_as_they_are(network, image, whole):

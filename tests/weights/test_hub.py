@@ -57,6 +57,20 @@ def folder(network, tmp_path):
   return tmp_path
 
 
+@pytest.mark.parametrize('stride', [8, 16])
+def test_a_network_opens_at_the_output_stride_it_had(
+  tmp_path, random_variables, stride
+):
+  settings = {**SETTINGS, 'preset': 'vainf', 'bn_epsilon': 1e-5}
+  settings['output_stride'] = stride
+  model = deeplab_v3(num_classes=3, **settings, **INFO.normalization)
+  variables = random_variables(model)
+  hub.write(tmp_path, '0.1.0', settings, INFO.to_json(), variables)
+  found = Predictor.from_pretrained(tmp_path).model
+  assert found.backbone.output_stride == stride
+  assert found.aspp.rates == model.aspp.rates
+
+
 def test_a_network_of_bands_is_read_as_it_was_written(network, folder):
   found = Predictor.from_pretrained(folder)
   image = np.random.default_rng(0).integers(0, 3000, (50, 70, 4), np.uint16)

@@ -16,7 +16,7 @@ import pytest
 from reference import fill, torchvision_shapes
 from safetensors.numpy import save_file
 
-from deeplab_jax import deeplab_v3
+from deeplab_jax import PRESETS, deeplab_v3, import_weights
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights import torchvision
 from deeplab_jax.weights.load import load_pretrained, open_pretrained
@@ -86,7 +86,7 @@ def test_imagenet_weights_go_under_any_head_of_their_presets(tmp_path):
   save_file(arrays_of(''), tmp_path / 'x.safetensors')
   path = str(tmp_path / 'x.safetensors')
   source = open_pretrained(path)
-  assert source.presets == ('torchvision', 'vainf')
+  assert source.presets == ('vainf', 'torchvision')
   assert source.settings == {'backbone': 'resnet50_v1', 'width': BASE / 64}
   for preset in source.presets:
     empties = empty(source.settings, preset=preset, decoder='v3plus')
@@ -109,6 +109,34 @@ def test_other_classes_keep_all_but_the_class_layers(tmp_path):
     for leaf in ('bias', 'kernel')
   ]
   assert variables['params']['decoder']['conv']['conv']['kernel'].all()
+
+
+def test_a_damaged_auxiliary_head_is_named_if_it_is_wanted(tmp_path):
+  arrays = arrays_of()
+  del arrays['aux_classifier.1.running_var']
+  save_file(arrays, tmp_path / 'x.safetensors')
+  source = open_pretrained(str(tmp_path / 'x.safetensors'))
+  empties = empty(source.settings, preset='torchvision')
+  _, report = source.merge_into(empties)
+  assert 'the network has no auxiliary head' in report.unused.values()
+  empties = empty(source.settings, preset='torchvision', auxiliary=True)
+  with pytest.raises(UserError, match='missing in the file: batch_stats/aux'):
+    source.merge_into(empties)
+
+
+@pytest.mark.parametrize(
+  ('head', 'stride'), [('', 16), ('vainf', 16), ('torchvision', 8)]
+)
+def test_without_a_recipe_the_preset_gives_head_and_stride(
+  tmp_path, head, stride
+):
+  path = tmp_path / 'x.safetensors'
+  save_file(arrays_of(head), path)
+  model = import_weights.config_of(str(path), None).model
+  preset = PRESETS['torchvision' if head == 'torchvision' else 'vainf']
+  for key in ('multi_grid', 'aspp_rates', 'decoder'):
+    assert model[key] == preset[key]
+  assert model.output_stride == stride
 
 
 def refused(path):
@@ -167,6 +195,11 @@ RUNNING = 'backbone.layer3.5.bn2.running_var'
     (changed(STEM, lambda x: x.astype(int)), 'holds int64, not floating'),
     (changed(RUNNING, lambda x: x > 0), 'holds bool, not floating'),
     (lambda a: a.clear(), 'missing in the file'),
+    (
+      lambda a: [a.pop(k) for k in list(a) if k.startswith('classifier.0.')],
+      '30 arrays missing in the file: batch_stats/aspp',
+    ),
+    (without('classifier.4.bias'), 'missing in the file: params/logits/bias'),
     (
       lambda a: [a.pop(k) for k in list(a) if k.startswith('backbone.')],
       'missing in the file: ',
