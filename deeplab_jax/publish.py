@@ -79,6 +79,7 @@ def _head(source: str, license: str, predictor: Predictor) -> str:
   """The front matter, what the network is, and how to use it."""
   info, model = predictor.info, predictor.settings
   name = ' '.join(info.name.replace('`', '').split())  # anyone's text
+  plus = '+' if model['decoder'] == 'v3plus' else ''
   return f"""---
 license: {license}
 library_name: deeplab_jax
@@ -89,10 +90,10 @@ metrics: [mean_iou, accuracy]
 
 # {source.rpartition('/')[2]}
 
-DeepLab v3 for JAX: backbone `{model['backbone']}`, preset `{model['preset']}`,
-decoder `{model['decoder']}`, output stride {model['output_stride']}. It finds
-{info.num_classes} classes of `{name}` in images of {len(info.fill)} channels of
-{info.bits} bits.
+DeepLab v3{plus} for JAX: backbone `{model['backbone']}`, preset
+`{model['preset']}`, decoder `{model['decoder']}`, output stride
+{model['output_stride']}. It finds {info.num_classes} classes of `{name}` in images
+of {len(info.fill)} channels of {info.bits} bits.
 
 ```python
 from deeplab_jax import Predictor  # pip install 'deeplab_jax[hf]'
