@@ -31,10 +31,10 @@ def publish(config: Any, workdir: Path) -> None:
   published, and for a folder that holds anything else.
   """
   to = config.publish.to or ''
-  on_hub, folder = to.startswith('hf://'), files.as_path(to)
-  fits = re.fullmatch(r'hf://[\w.-]+/[\w.-]+', to) if on_hub else to
-  if not fits or files.is_remote(to):
+  on_hub = re.fullmatch(r'hf://[\w.-]+/[\w.-]+', to)
+  if not on_hub and re.fullmatch(r'|\w+:/.*|.*[\0-\x1f].*', to, re.DOTALL):
     raise UserError(f'config.publish.to={to}: name a folder, or hf://USER/NAME')
+  folder = Path(to)
   if folder.exists() and not on_hub:
     names = set(os.listdir(folder)) if folder.is_dir() else {to}
     ours = hub.CONFIG in names and hub.is_published(folder)
@@ -81,7 +81,7 @@ def _head(source: str, license: str, predictor: Predictor) -> str:
   name = ' '.join(info.name.replace('`', '').split())  # anyone's text
   plus = '+' if model['decoder'] == 'v3plus' else ''
   return f"""---
-license: {license}
+license: "{license}"
 library_name: deeplab_jax
 pipeline_tag: image-segmentation
 tags: [deeplab, semantic-segmentation, jax, flax]
@@ -92,8 +92,8 @@ metrics: [mean_iou, accuracy]
 
 DeepLab v3{plus} for JAX: backbone `{model['backbone']}`, preset
 `{model['preset']}`, decoder `{model['decoder']}`, output stride
-{model['output_stride']}. It finds {info.num_classes} classes of `{name}` in images
-of {len(info.fill)} channels of {info.bits} bits.
+{model['output_stride']}. It finds {info.num_classes} classes of `{name}` in
+images of {len(info.fill)} channels of {info.bits} bits.
 
 ```python
 from deeplab_jax import Predictor  # pip install 'deeplab_jax[hf]'

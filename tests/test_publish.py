@@ -149,8 +149,9 @@ def test_a_run_without_evaluation_says_so(trained, tmp_path):
 def test_only_a_publication_is_replaced(trained, folder, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r'publish\.to=: name a folder'):
     published(trained, '')
-  with pytest.raises(UserError, match=r'publish\.to=hf://one: name a folder'):
-    published(trained, 'hf://one')
+  for place in ('hf://one', 's3://one/two', 'HF://one/two', 'gs://one/two'):
+    with pytest.raises(UserError, match=f'publish.to={place}: name a folder'):
+      published(trained, place)
   other = shutil.copytree(folder, tmp_path / 'other')
   (other / '.git').mkdir()
   with pytest.raises(UserError, match=f'{other} holds other things'):
@@ -168,9 +169,9 @@ def test_only_a_publication_is_replaced(trained, folder, tmp_path, monkeypatch):
     patch.setattr('deeplab_jax.publish._training', fail)
     with pytest.raises(UserError, match=f'{own}: No space left on device'):
       published(trained, own, license='cc0-1.0')
-  assert 'license: mit' in (own / 'README.md').read_text()
+  assert 'license: "mit"' in (own / 'README.md').read_text()
   published(trained, own, license='cc0-1.0')
-  assert 'license: cc0-1.0' in (own / 'README.md').read_text()
+  assert 'license: "cc0-1.0"' in (own / 'README.md').read_text()
   assert {path.name for path in tmp_path.iterdir()} == {'other', 'own'}
 
 

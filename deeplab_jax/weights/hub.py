@@ -91,7 +91,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _check(config: Any) -> None:
   """Raises `ValueError` unless a network can be built as `config` says."""
-  newest, found = _FORM['format'], config['format']
+  newest, found = _FORM['format'], dict(config).get('format')
   require(found == newest, f'format must be {newest}; is it newer?', found)
   _check_form('config', config, _FORM)
   model, data = config['model'], config['dataset']
