@@ -128,11 +128,6 @@ def make_train_step(
   names = 'freeze_bn', 'accumulate', 'ema', 'freeze', 'freeze_steps', 'dropout'
   of_loss = config.loss.to_dict()
   del of_loss['class_weights']  # what they mean depends on the data
-  if config.train.freeze:
-    with naming('config.train'):
-      init = functools.partial(steps.draw_variables, model)
-      params = jax.eval_shape(init, jax.random.key(0))['params']
-      optimizers.frozen_parameters(params, config.train.freeze)
   return steps.pmap_train_step(
     model=model,
     optimizer=optimizer,
@@ -265,8 +260,12 @@ def check_batches(config: ConfigDict, before: dict[str, Any]) -> None:
     {f'config.{k}': value for k, value in given if k not in _OF_A_HOST}
   )
   # Weights may bring their preset; this one has the names of all the others.
-  model = make_model(with_preset(config, 'seed'), num_classes=1)
-  make_train_step(config, model, optax.identity())  # which checks the freeze
+  if config.train.freeze:
+    model = make_model(with_preset(config, 'seed'), num_classes=1)
+    init = functools.partial(steps.draw_variables, model)
+    params = jax.eval_shape(init, jax.random.key(0))['params']
+    with naming('config.train'):
+      optimizers.frozen_parameters(params, config.train.freeze)
   name, default = config.optimizer.schedule, flat(get_config())
   schedule = choose('schedule', name, optimizers.SCHEDULES)
   unused = {'power', 'milestones', 'milestone_factor'}

@@ -154,7 +154,7 @@ def test_a_process_that_must_not_be_alone_is_refused(refused, tmp_path):
     (
       '--mode=test',
       '--mode=test: value should be one of'
-      ' <prepare|train|import|eval|predict|report|compare|export>',
+      ' <prepare|train|import|eval|predict|report|compare|export|publish>',
     ),
     ('image.jpg', 'image.jpg: not an option; --mode=train has no inputs'),
     (
@@ -360,6 +360,7 @@ def test_without_recipe_the_weights_decide_and_options_win(
       init_from=str(trained.workdir),
       model__preset='paper',
       model__width=0.125,
+      model__output_stride=trained.settings['model.output_stride'],
       model__aspp_features=9,
     )
     assert config.to_dict() == expected.to_dict()
@@ -372,7 +373,7 @@ def test_a_recipe_by_name_decides_before_the_weights(
   options = f'--workdir={tmp_path}/w', '--config=camvid_resnet18', source
   assert command(*options)[0] == 0
   ((_, config, _),) = received
-  assert config.model.width == 0.25 and config.model.aspp_features == 128
+  assert config.model.width == 0.5 and config.model.aspp_features == 64
 
 
 def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):

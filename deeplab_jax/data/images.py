@@ -78,15 +78,14 @@ def as_pixels(image: Any, info: DatasetInfo | None = None) -> np.ndarray:
   elif isinstance(image, Image.Image) and not stored:
     image = image.convert('RGB')
   image = np.asarray(image)
-  image = image[..., None] if image.ndim == 2 else image
-  fits = image.shape[2:] == like.shape and 0 not in image.shape
-  if not fits or image.dtype != like.dtype:
+  fits = (image.shape[2:] or (1,)) == like.shape and 0 not in image.shape
+  if not fits or image.ndim < 2 or image.dtype != like.dtype:
     raise UserError(
       f'{name}an image must be {like.dtype} [H, W, {len(like)}] for this '
       'network, or a path, bytes or a PIL image, got '
       f'{image.dtype} {list(image.shape)}'
     )
-  return image
+  return image[..., None] if image.ndim == 2 else image
 
 
 def open_picture(
