@@ -366,7 +366,8 @@ for name in ('short', 'module'):
 @pytest.mark.slow
 def test_files_of_torch_itself_are_read(tmp_path, monkeypatch):
   """Writes and reads them in a new environment with torch."""
-  monkeypatch.setenv('HOME', str(tmp_path))
+  for name in ('HOME', 'TMPDIR'):  # pip and torch leave files there
+    monkeypatch.setenv(name, str(tmp_path))
   arrays = arrays_of()
   save_file(arrays, tmp_path / 'x.safetensors')
   np.savez(tmp_path / 'x.npz', **arrays)
