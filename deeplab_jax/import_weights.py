@@ -97,7 +97,8 @@ def open_network(
       info = DatasetInfo(source, classes, voc_palette(count), **images)
   model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
-  shapes, key = jax.eval_shape(draw, jax.random.key(0)), jax.random.key(0)
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(draw, key)
   variables, _ = _merge(pretrained, shapes, config, bool(info.mean))
   if count != pretrained.num_classes:
     layer = jax.jit(lambda key: draw(key)['params']['logits'])(key)

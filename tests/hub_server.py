@@ -6,14 +6,14 @@ and to download them.
 
 import base64
 import contextlib
-import functools
 import hashlib
 import http.server
 import json
 import re
-import threading
 import types
 from urllib.parse import unquote
+
+from web_server import running
 
 
 @contextlib.contextmanager
@@ -93,13 +93,5 @@ def serving(token):
     def log_message(self, *args):
       pass
 
-  served = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  served.daemon_threads = True
-  serve = functools.partial(served.serve_forever, poll_interval=0.01)
-  threading.Thread(target=serve, daemon=True).start()
-  state.address = f'http://127.0.0.1:{served.server_port}'
-  try:
+  with running(Handler) as state.address:
     yield state
-  finally:
-    served.shutdown()
-    served.server_close()

@@ -8,6 +8,19 @@ import types
 
 
 @contextlib.contextmanager
+def running(handler):
+  """Answers by a class of `http.server` meanwhile; yields the address."""
+  served = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  serve = functools.partial(served.serve_forever, poll_interval=0.01)
+  threading.Thread(target=serve, daemon=True).start()
+  try:
+    yield f'http://127.0.0.1:{served.server_port}'
+  finally:
+    served.shutdown()
+    served.server_close()
+
+
+@contextlib.contextmanager
 def serving(files):
   """Serves bytes by path.
 
@@ -43,15 +56,8 @@ def serving(files):
     def log_message(self, *args):
       pass
 
-  served = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  serve = functools.partial(served.serve_forever, poll_interval=0.01)
-  threading.Thread(target=serve, daemon=True).start()
-  state.address = f'http://127.0.0.1:{served.server_port}'
-  try:
+  with running(Handler) as state.address:
     yield state
-  finally:
-    served.shutdown()
-    served.server_close()
 
 
 def without_proxies(monkeypatch):

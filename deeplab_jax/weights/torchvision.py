@@ -54,27 +54,25 @@ _ASPP = {
   )
   for i, part in _PARTS
 }
-# Our module by theirs under `classifier.`, by whose head it is.
+# Our module by theirs under `classifier.`
 _V3 = {
   **{f'0.{name}': path for name, path in _ASPP.items()},
   **{f'{1 + i}': f'decoder/conv/{part}' for i, part in _PARTS},
   '4': 'logits',
 }
-_HEADS = {
-  'v3plus': {
-    **{f'aspp.{name}': path for name, path in _ASPP.items()},
-    **{f'project.{i}': f'decoder/low/{part}' for i, part in _PARTS},
-    **{f'classifier.{i}': f'decoder/conv/{part}' for i, part in _PARTS},
-    'classifier.3': 'logits',
-  },
-  'vainf': {f'classifier.{name}': path for name, path in _V3.items()},
-  'torchvision': _V3,
+_V3PLUS = {
+  **{f'aspp.{name}': path for name, path in _ASPP.items()},
+  **{f'project.{i}': f'decoder/low/{part}' for i, part in _PARTS},
+  **{f'classifier.{i}': f'decoder/conv/{part}' for i, part in _PARTS},
+  'classifier.3': 'logits',
 }
-# By what the names of a head start with; the first that fits counts.
-_STARTS = {
-  'classifier.aspp.': 'v3plus',
-  'classifier.classifier.': 'vainf',
-  'classifier.': 'torchvision',
+_VAINF = {f'classifier.{name}': path for name, path in _V3.items()}
+# Preset, decoder and modules of a head, by what its names start with; the first
+# that fits counts.
+_HEADS: dict[str, tuple[str, str, dict[str, str]]] = {
+  'classifier.aspp.': ('vainf', 'v3plus', _V3PLUS),
+  'classifier.classifier.': ('vainf', 'conv', _VAINF),
+  'classifier.': ('torchvision', 'conv', _V3),
 }
 _AUXILIARY = {
   **{f'aux_classifier.{i}': f'auxiliary/conv/{part}' for i, part in _PARTS},
@@ -133,31 +131,28 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
 
 def map_torchvision(names: Iterable[str]) -> NameMap:
   """Maps the names of a file."""
-  names = list(names)
-  bare = [re.sub(_PREFIXES, '', name) for name in names]
-  starts = (s for s in _STARTS if any(name.startswith(s) for name in bare))
-  head = _STARTS.get(next(starts, ''), '')
-  modules = {
-    **{f'classifier.{name}': p for name, p in _HEADS.get(head, {}).items()},
-    **_AUXILIARY,
-  }
+  bare = {name: re.sub(_PREFIXES, '', name) for name in names}
+  presets: tuple[str, ...] = 'vainf', 'torchvision'
+  settings: dict[str, Any] = {}
+  modules = dict(_AUXILIARY)
+  fits = (
+    s for s in _HEADS if any(name.startswith(s) for name in bare.values())
+  )
+  if start := next(fits, ''):
+    preset, decoder, head = _HEADS[start]
+    own = {key: PRESETS[preset][key] for key in ('multi_grid', 'aspp_rates')}
+    presets, settings = (preset,), own | {'decoder': decoder}
+    modules |= {f'classifier.{name}': path for name, path in head.items()}
 
   def target(name: str) -> tuple[str, str]:
-    module, _, leaf = re.sub(_PREFIXES, '', name).rpartition('.')
+    module, _, leaf = bare[name].rpartition('.')
     path = modules.get(module) or _of_backbone(module)
     if leaf == 'weight':
       leaf = 'gamma' if re.search(r'norm\d?$', path) else 'kernel'
     return path, leaf
 
-  presets: tuple[str, ...] = 'vainf', 'torchvision'
-  settings: dict[str, Any] = {}
-  if head:
-    presets = ('torchvision',) if head == 'torchvision' else ('vainf',)
-    own = PRESETS[presets[0]]
-    settings = {key: own[key] for key in ('multi_grid', 'aspp_rates')}
-    settings['decoder'] = 'v3plus' if head == 'v3plus' else 'conv'
   return NameMap.build(
-    *(names, target, _UNUSED, presets, settings),
+    *(bare, target, _UNUSED, presets, settings),
     kernels='OIHW',
     pooling_last=True,
   )
