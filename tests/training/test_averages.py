@@ -263,7 +263,7 @@ def test_what_is_frozen_at_first_does_not_count_in_the_norm_that_is_clipped(
 
 def test_a_pattern_of_no_parameter_is_named_beside_those_that_fit():
   with pytest.raises(UserError) as error:
-    Run(train__freeze=('backbon/*',))
+    build.check_batches(make_config({}, train__freeze=('backbon/*',)), {})
   assert str(error.value) == (
     'config.train: freeze must name parameters, as aspp/* or backbone/* or'
     " logits/*, got 'backbon/*'"
