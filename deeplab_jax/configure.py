@@ -100,6 +100,27 @@ def from_json(path: Path) -> ConfigDict:
   return config
 
 
+def first(recipe: str | None, workdir: Path | None) -> tuple[ConfigDict, bool]:
+  """Reads a recipe, else the settings of a workdir, else the default.
+
+  Also returns whether they choose a network: the default does not, nor does a
+  recipe that leaves `config.model` alone.
+  """
+  saved, default = workdir and workdir / 'config.json', get_config()
+  if recipe is None and saved and saved.exists():
+    return from_json(saved), True
+  config = default if recipe is None else from_recipe(recipe)
+  return config, config.model.to_dict() != default.model.to_dict()
+
+
+def take_network(config: ConfigDict, workdir: Path) -> bool:
+  """Takes `config.model` from a run in a workdir, in place, if there is one."""
+  before = last_used(workdir)
+  network = {k: v for k, v in before.items() if k.startswith('model.')}
+  config.update_from_flattened_dict(network)
+  return bool(network)
+
+
 def last_used(workdir: Path) -> dict[str, Any]:
   """What a workdir was last trained with, by key; empty if not known."""
   with contextlib.suppress(UserError, OSError):

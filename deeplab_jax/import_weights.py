@@ -80,7 +80,7 @@ def open_network(
   `info` says what the classes are; by default the source, and 21 are PASCAL
   VOC's. With another `num_classes`, the class layer is drawn from seed 0.
   """
-  pretrained, config = open_source(config_of(source, None))
+  pretrained, config = open_source(config_of(source))
   if pretrained.num_classes is None:
     raise UserError(
       f'{source} holds a backbone alone, which knows no classes; train on it'
@@ -111,15 +111,18 @@ def open_network(
   }
 
 
-def config_of(source: str | None, backbone: Any) -> ConfigDict:
-  """The default with the network that the weights of a source fix.
+def config_of(
+  source: str | None, config: ConfigDict | None = None
+) -> ConfigDict:
+  """Gives a configuration, by default a new one, the network of a source.
 
-  Without a source they are those of Keras, which has several backbones: the one
-  given counts, or ResNet-50 if there are no weights for it.
+  Without a source it is Keras, which has several backbones: that of
+  `config.model` counts, or ResNet-50 if there are no weights for it.
   """
-  config = get_config()
+  config = config or get_config()
   config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
-  backbone = backbone if backbone in PUBLISHED else 'resnet50'
+  asked = config.model.backbone
+  backbone = asked if asked in PUBLISHED else 'resnet50'
   pretrained = _open(config.init_from, backbone)
   fixed = pretrained.settings | (pretrained.use or {})
   preset = PRESETS[pretrained.presets[0]]

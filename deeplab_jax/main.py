@@ -45,14 +45,9 @@ _RECIPE = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   """Runs the mode that was asked for; `argv` holds settings, then inputs."""
-  mode, chosen = _MODE.value, True
+  mode = _MODE.value
   workdir = as_path(_WORKDIR.value) if _WORKDIR.value else None
-  if _RECIPE.value is not None:
-    config = configure.from_recipe(_RECIPE.value)
-  elif workdir and (workdir / 'config.json').exists():
-    config = configure.from_json(workdir / 'config.json')
-  else:
-    config, chosen = settings.get_config(), False
+  config, has_network = configure.first(_RECIPE.value, workdir)
   inputs = _apply(argv, config)
   given = [inputs] if mode in ('predict', 'compare') else []
   if inputs and not given:
@@ -64,9 +59,10 @@ def main(argv: list[str]) -> None:
     raise UserError('--workdir=DIR is missing: the folder of the run')
   host.start(debug=_DEBUG.value, join=_JOIN.value)
   starts = mode == 'import' or (mode == 'train' and config.init_from)
-  if starts and not chosen:
-    # What the weights fix replaces the default; the command line comes last.
-    config = import_weights.config_of(config.init_from, config.model.backbone)
+  if starts and not has_network:
+    # That of a run to continue, else of the weights; the options come last.
+    if not configure.take_network(config, workdir):
+      import_weights.config_of(config.init_from, config)
     _apply(argv, config)
   _RUN[mode](config, workdir, *given)
 

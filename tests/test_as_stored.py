@@ -152,7 +152,7 @@ def test_a_workdir_and_what_is_in_it_open_as_pretrained(run, place):
 def test_a_workdir_is_imported_with_its_bands_and_settings_of_data(
   run, tmp_path
 ):
-  config = config_of(str(run.workdir), None)
+  config = config_of(str(run.workdir))
   config.model.output_stride = run.settings['model.output_stride']
   import_weights(config, tmp_path)
   found, expected = map(Predictor.from_workdir, (tmp_path, run.workdir))

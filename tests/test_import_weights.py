@@ -182,7 +182,7 @@ def test_configuration_that_contradicts_the_source_is_refused(
 
 
 def test_the_weights_fix_the_network_and_options_win(source):
-  config = import_weights.config_of(str(source), 'resnet18')
+  config = import_weights.config_of(str(source))
   expected = make_config(
     {},
     init_from=str(source),
@@ -207,7 +207,7 @@ def test_seed_checkpoint_brings_the_classes_of_voc(monkeypatch, tmp_path):
   )
   path = tmp_path / 'seed.ckpt'
   path.write_bytes(bytes.fromhex('57fb808b247547db'))
-  config = import_weights.config_of(str(path), 'resnet18')
+  config = import_weights.config_of(str(path))
   pretrained, config = import_weights.open_source(config)
   assert config.model.preset == 'seed'
   assert config.model.aspp_features == 256

@@ -320,9 +320,7 @@ def test_relative_paths_of_options_and_recipes_become_absolute(
       '  return config\n'
     )
     options = ['--config=recipe.py']
-  monkeypatch.setattr(
-    main.import_weights, 'config_of', lambda *_: default_config.get_config()
-  )
+  monkeypatch.setattr(main.import_weights, 'config_of', lambda *_: None)
   assert command('--workdir=w', *options)[0] == 0
   ((_, config, _),) = received
   assert config.data.dir == f'{tmp_path}/images'
@@ -374,6 +372,27 @@ def test_a_recipe_by_name_decides_before_the_weights(
   assert command(*options)[0] == 0
   ((_, config, _),) = received
   assert config.model.width == 0.5 and config.model.aspp_features == 64
+
+
+def test_a_recipe_without_a_network_takes_that_of_the_weights_or_workdir(
+  trained, command, received, refused, tmp_path
+):
+  workdir, recipe = f'--workdir={tmp_path}', '--config=finetune'
+  assert 'SOURCE' in refused(workdir, recipe)
+  source = f'--config.init_from={trained.workdir}'
+  assert command(workdir, recipe, source, '--config.train.steps=7')[0] == 0
+  _, config, _ = received.pop()
+  assert config.model.width == 0.125 and config.train.steps == 7
+  assert config.train.freeze == ('backbone/*',)
+  # Once the run has begun, the source may be gone.
+  (tmp_path / 'config.json').write_text(
+    json.dumps(default_config.to_json(config))
+  )
+  gone = f'--config.init_from={tmp_path}/gone'
+  assert command(workdir, recipe, gone)[0] == 0
+  _, again, _ = received.pop()
+  assert again.model.to_dict() == config.model.to_dict()
+  assert again.train.steps == 300
 
 
 def test_interrupt_ends_in_one_line(command, monkeypatch, tmp_path):

@@ -124,7 +124,7 @@ def test_another_class_count_keeps_all_but_the_class_layer(
 
 
 def test_a_run_starts_from_what_was_published(trained, folder, tmp_path):
-  config = import_weights.config_of(str(folder), None)
+  config = import_weights.config_of(str(folder))
   assert config.model.output_stride == trained.config.model.output_stride
   import_weights.import_weights(config, tmp_path / 'w')
   assert_same(
@@ -137,7 +137,7 @@ def test_a_run_starts_from_what_was_published(trained, folder, tmp_path):
 
 def test_a_run_without_evaluation_says_so(trained, tmp_path):
   workdir = tmp_path / 'w'
-  config = import_weights.config_of(str(trained.workdir), None)
+  config = import_weights.config_of(str(trained.workdir))
   import_weights.import_weights(config, workdir)
   config.publish.to = str(tmp_path / 'out')
   publish(config, workdir)

@@ -132,7 +132,7 @@ def test_without_a_recipe_the_preset_gives_head_and_stride(
 ):
   path = tmp_path / 'x.safetensors'
   save_file(arrays_of(head), path)
-  model = import_weights.config_of(str(path), None).model
+  model = import_weights.config_of(str(path)).model
   preset = PRESETS['torchvision' if head == 'torchvision' else 'vainf']
   for key in ('multi_grid', 'aspp_rates', 'decoder'):
     assert model[key] == preset[key]
