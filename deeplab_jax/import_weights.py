@@ -56,6 +56,11 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   if before and before.exists() and config.data.to_dict() == default_data:
     config.data.update(from_json(before).data.to_dict())
   info = _dataset_info(config, pretrained)
+  if config.data.as_stored and not info.mean:
+    raise UserError(
+      f'config.data.as_stored=True contradicts {pretrained.source}, whose images'
+      ' are RGB of 8 bits; leave it out, or name a data set'
+    )
   config.data.as_stored = bool(info.mean)
   model = build.make_model(config, info.num_classes, **info.normalization)
   # Step 0 needs no state of an optimizer: training starts with a fresh one.

@@ -230,6 +230,14 @@ def test_classes_are_those_of_the_training_split_without_another(
   assert info.classes == ('ground', 'left', 'right', 'absent')
 
 
+def test_bands_are_refused_for_weights_of_rgb(trained, tmp_path):
+  config = import_weights.config_of(str(trained.workdir))
+  config.data.as_stored = True
+  with pytest.raises(UserError, match='as_stored=True contradicts .*RGB of 8'):
+    import_weights.import_weights(config, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
 @pytest.mark.parametrize('place', ['', 'checkpoints', 'checkpoints/6'])
 def test_any_folder_of_a_run_is_a_source(trained, place):
   pretrained = load.open_pretrained(str(trained.workdir / place))
