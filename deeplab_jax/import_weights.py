@@ -58,8 +58,8 @@ def import_weights(config: ConfigDict, workdir: Path) -> None:
   info = _dataset_info(config, pretrained)
   if config.data.as_stored and not info.mean:
     raise UserError(
-      f'config.data.as_stored=True contradicts {pretrained.source}, whose images'
-      ' are RGB of 8 bits; leave it out, or name a data set'
+      f'config.data.as_stored=True contradicts {pretrained.source}, whose'
+      ' images are RGB of 8 bits; leave it out, or name a data set'
     )
   config.data.as_stored = bool(info.mean)
   model = build.make_model(config, info.num_classes, **info.normalization)

@@ -18,8 +18,8 @@ A recipe changes the default: `--config=camvid_resnet18` names one of
 `get_config()`. `--config.section.key=value` changes one setting of either. A
 workdir remembers its settings: without `--config` a command uses those. Of a
 workdir that somebody else made it takes no paths ([security](security.md)). A
-run that starts from weights, `--config.init_from=SOURCE`, takes their network if
-its recipe changes no setting of `model`.
+run that starts from weights, `--config.init_from=SOURCE`, takes their network
+if its recipe changes no setting of `model`.
 
 A tuple is written `1,2` or `(1,2)`. Where a name stands for a backbone, a data
 set, a loss, an optimizer or a protocol, a recipe may also pass a function.

@@ -233,7 +233,7 @@ def test_classes_are_those_of_the_training_split_without_another(
 def test_bands_are_refused_for_weights_of_rgb(trained, tmp_path):
   config = import_weights.config_of(str(trained.workdir))
   config.data.as_stored = True
-  with pytest.raises(UserError, match='as_stored=True contradicts .*RGB of 8'):
+  with pytest.raises(UserError, match=r'as_stored=True contradicts .*RGB'):
     import_weights.import_weights(config, tmp_path / 'w')
   assert not (tmp_path / 'w').exists()
 
