@@ -8,7 +8,9 @@ stay. The backbone is frozen for 100 steps, then learns at a tenth of the rate.
 python -m deeplab_jax.main --config=finetune \
   --config.init_from=SOURCE --config.data.dir=FOLDER --workdir=WORKDIR
 
-Result: see RESULTS.md.
+Result: CamVid val mIoU 37.8 before and 47.9 after, on 24 images in 6 minutes,
+from a ResNet-18 trained here on other drives; 51.7 with larger rates. See
+RESULTS.md.
 """
 
 from deeplab_jax import config as default

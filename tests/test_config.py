@@ -452,7 +452,7 @@ def test_a_wrong_name_of_a_recipe_is_answered_with_those_there_are():
     configure.from_recipe('camvid_resnet')
   assert str(error.value).startswith('--config=camvid_resnet: no such file')
   assert str(error.value).endswith(
-    'known recipes: camvid_resnet18, camvid_resnet50, voc_resnet101,'
+    'known recipes: camvid_resnet18, camvid_resnet50, finetune, voc_resnet101,'
     ' voc_resnet50, voc_resnet50_seed, voc_resnet50_stage2'
   )
 
