@@ -120,8 +120,10 @@ class Buckets:
     if self._limit is None:
       return size
     with self._lock:
-      # By area: the first that holds it is the cheapest.
-      holding = (b for b in self._sizes if size[0] <= b[0] and size[1] <= b[1])
+      # By area: none before its own holds it, and the first that does is best.
+      start = bisect.bisect_left(self._sizes, math.prod(size), key=math.prod)
+      larger = self._sizes[start:]
+      holding = (b for b in larger if size[0] <= b[0] and size[1] <= b[1])
       best = next(holding, None)
       room = len(self._sizes) < self._limit and not self._planned
       # Where there is room, a size of its own saves padding above a fifth.

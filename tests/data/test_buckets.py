@@ -116,7 +116,7 @@ def test_twenty_thousand_sizes_are_planned_at_once(limit):
   sizes = [(300 + 5 * height, 400 + 7 * width) for height, width in sizes]
   start = time.process_time()
   chosen = chosen_for(sizes, limit)
-  assert time.process_time() - start < 5
+  assert time.process_time() - start < 1
   assert len(set(chosen)) <= (limit or len(sizes))
   assert np.all(np.array(chosen) >= sizes)
   if limit in (1, None):
