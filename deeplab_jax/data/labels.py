@@ -7,7 +7,7 @@ gap, which are stored and trained on.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import cv2
@@ -94,6 +94,35 @@ def parse_label_map(text: str, ignore_label: int) -> dict[Key, int]:
 def word(key: Key) -> str:
   """Writes a value or color as a label map does."""
   return f'#{bytes(key).hex()}' if isinstance(key, tuple) else str(key)
+
+
+def write_label_map(table: Mapping[Any, int], void: int) -> str:
+  """Writes a label map briefly: values in ranges, and only what changes."""
+  # With `other`, all classes are named and void is not.
+  kept = {
+    key: target
+    for key, target in table.items()
+    if target != (void if OTHER in table and key != OTHER else key)
+  }
+  runs: list[list[int]] = []
+  for key in sorted(key for key in kept if isinstance(key, int)):
+    low, high, first, last = runs[-1] if runs else (-9, -9, 0, 0)
+    step = kept[key] - last
+    alike = step in (0, 1) and step * (high - low) == last - first
+    if key == high + 1 and alike:
+      runs[-1][1::2] = key, kept[key]
+    else:
+      runs.append([key, key, kept[key], kept[key]])
+  pairs = [(_range(*run[:2]), _range(*run[2:])) for run in runs]
+  others = [key for key in kept if not isinstance(key, int)]
+  others.sort(key=lambda key: (key == OTHER, kept[key]))
+  pairs += [(word(key), str(kept[key])) for key in others]
+  void_too = {str(void): 'void'}
+  return ','.join(f'{key}:{void_too.get(to, to)}' for key, to in pairs)
+
+
+def _range(first: int, last: int) -> str:
+  return str(first) if first == last else f'{first}-{last}'
 
 
 class Meaning:

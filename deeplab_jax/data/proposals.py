@@ -16,7 +16,7 @@ import numpy as np
 
 from deeplab_jax.data.datasets import voc_palette
 from deeplab_jax.data.label_files import open_label
-from deeplab_jax.data.labels import OTHER, Meaning, word
+from deeplab_jax.data.labels import OTHER, Meaning, word, write_label_map
 from deeplab_jax.data.pipeline import in_background
 from deeplab_jax.data.records import Item
 from deeplab_jax.runtime.errors import UserError
@@ -27,6 +27,7 @@ _Guess = tuple[dict[Any, int], str]  # label values, and why
 _RARE = 0.01  # largest share of the pixels that a rare value has,
 _RARE_ALL = 0.1  # that all of them have together,
 _RARER = 0.1  # and its largest part of the rarest class
+_LEVEL = 64  # gray levels differ from numbers of classes from here on
 _SMALL = 16  # lossy files have steps up to it, masks of spread values larger
 _MOST_COLORS = 1024  # that are told apart in a file
 _MOST_NEW = 40  # classes without names, unless their values have no gaps
@@ -87,7 +88,7 @@ def propose(
     names = _named(names, table, void)
     used = ' or '.join(ranges(sorted(whole)).rsplit(', ', 1))
     reasons += filter(None, [f'all labels are {used}', guess[1]])
-  text, new = _write(table, void), names[len(lines) :]
+  text, new = write_label_map(table, void), names[len(lines) :]
   if not (text or new) or (new and (fixed or meaning.color_values)):
     return None
   return Proposal(text, new, '; '.join(reasons), tuple(rows))
@@ -167,7 +168,8 @@ def _of_values(
       means = {x[0].get(value) for x, part in splits if x and value in part}
       if means - {None} and void not in means:
         return None  # it would lose a class of a split
-  reasons = dict.fromkeys(why for _, why in known if why)
+  reasons = dict.fromkeys('; '.join(why for _, why in known).split('; '))
+  reasons.pop('', None)
   rare = sorted(value for value in whole if value not in table)
   top = max((v for v in table.values() if v != void), default=-1)
   # Lossy files have values between the classes, or beside them everywhere. No
@@ -198,9 +200,13 @@ def _of_split(
     shown = [_shows(pixels, guess, void) for guess, _ in guesses]
     if max(shown, default=0) > 1:
       guess, why = guesses[shown.index(max(shown))]
+      if void not in pixels or void in guess:
+        return guess, why
       # A split where void occurs tells that its value is no class.
-      stays = {void: void} if void in pixels and void not in guess else {}
-      return guess | stays, why
+      rarest = min(own, key=lambda v: (guess.get(v, void) == void, own[v]))
+      if pixels[void] > own[rarest]:
+        why += f'; {void} stays void, and is more frequent than {rarest}'
+      return guess | {void: void}, why
   return None
 
 
@@ -228,10 +234,21 @@ def _guesses(
   absent = [value for value in classes if value not in own]
   if len(own) == 1 and void in pixels and absent:  # as the survey says, too
     yield same | {void: absent[0]}, f'{void} is taken for a class'
-  for some, number in itertools.product((own, pixels), (count, 2)):
+  kinds = [own, pixels]
+  if void > max(own, default=0) >= max(_LEVEL, count):
+    # White is one of the gray levels, if they are not evenly spread without it.
+    steps = np.diff(sorted(value for value, _ in own.most_common(count)))
+    even = steps.max(initial=0) <= steps.min(initial=255) + 2 and count > 2
+    kinds = [pixels, own] if even else [pixels]
+  for some, number in itertools.product(kinds, (count, 2)):
     values = sorted(value for value, _ in some.most_common(number))
     if len(values) == count or (len(values) == 2 and values[0] == 0):
-      yield dict(zip(values, classes, strict=False)), 'in ascending order'
+      guess, why = dict(zip(values, classes, strict=False)), ''
+      rest = [value for value in some if value not in guess]
+      few = sum(some[value] for value in rest) <= _RARE_ALL * some.total()
+      if len(kinds) == len(rest) == 1 and few and number == count:
+        guess[rest[0]], why = void, f'; {rest[0]} is taken for void'
+      yield guess, f'in ascending order{why}'
   levels = {
     round_to(255 * i / (count - 1)): value
     for i, value in enumerate(classes)
@@ -248,9 +265,14 @@ def _of_colors(every: Mapping[str, _Pixels], meaning: Meaning) -> _Guess | None:
   guesses: list[_Guess] = []
   if known:
     others = [color for color in ranked if color not in known]
+    unused = [v for c, v in known.items() if c not in ranked and v in classes]
     for some in ([], others[:1]):
       guess = known | dict.fromkeys(some, void)
       guesses.append((guess, 'what is no class is taken for void'))
+    if len(others) == len(unused) == 1 and others != [_VOC_VOID]:
+      why = f'{word(others[0])} is taken for {meaning.lines[unused[0]]}, whose'
+      guess = known | {others[0]: unused[0]}
+      guesses.insert(1, (guess, f'{why} color in classes.txt no label has'))
   elif classes:
     for count in (len(classes), len(classes) + 1):
       guesses.append(_order(ranked[:count], votes, classes, void))
@@ -272,8 +294,9 @@ def _order(
 ) -> _Guess:
   """Gives each color, the most frequent first, a class or, if needed, void."""
   if _VOC_VOID in colors or len(colors) > len(classes):
-    grays = [color for color in colors if len(set(color)) == 1]
-    last = _VOC_VOID if _VOC_VOID in colors else max(grays, default=colors[-1])
+    # What has most pixels is hardly void; of black, gray and white the rarest.
+    grays = [color for color in colors[1:] if len(set(color)) == 1]
+    last = _VOC_VOID if _VOC_VOID in colors else (grays or colors)[-1]
     kept = [color for color in colors if color != last]
     guess, why = _order(kept, votes, classes, void)
     return guess | {last: void}, f'{why}; {word(last)} is taken for void'
@@ -304,35 +327,6 @@ def _named(
   """Returns the lines of classes.txt, with a new one for each new class."""
   top = max((v for v in table.values() if v != void), default=-1)
   return (*lines, *(f'class{i}' for i in range(len(lines), top + 1)))
-
-
-def _write(table: Mapping[Any, int], void: int) -> str:
-  """Writes a label map briefly: values in ranges, and only what changes."""
-  # With `other`, all classes are named and void is not.
-  kept = {
-    key: target
-    for key, target in table.items()
-    if target != (void if OTHER in table and key != OTHER else key)
-  }
-  runs: list[list[int]] = []
-  for key in sorted(key for key in kept if isinstance(key, int)):
-    low, high, first, last = runs[-1] if runs else (-9, -9, 0, 0)
-    step = kept[key] - last
-    alike = step in (0, 1) and step * (high - low) == last - first
-    if key == high + 1 and alike:
-      runs[-1][1::2] = key, kept[key]
-    else:
-      runs.append([key, key, kept[key], kept[key]])
-  pairs = [(_range(*run[:2]), _range(*run[2:])) for run in runs]
-  others = [key for key in kept if not isinstance(key, int)]
-  others.sort(key=lambda key: (key == OTHER, kept[key]))
-  pairs += [(word(key), str(kept[key])) for key in others]
-  void_too = {str(void): 'void'}
-  return ','.join(f'{key}:{void_too.get(to, to)}' for key, to in pairs)
-
-
-def _range(first: int, last: int) -> str:
-  return str(first) if first == last else f'{first}-{last}'
 
 
 def ranges(values: Sequence[int]) -> str:

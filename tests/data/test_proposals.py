@@ -77,7 +77,8 @@ def as_void_table(void, *values):
   """The same where the first rows are void."""
   table = np.array([*values, void])
   table = table.astype(np.uint16 if table.max() > 255 else np.uint8)
-  return lambda index: table[np.minimum(with_void(scene(index)), 3)]
+  count = len(values)
+  return lambda i: table[np.minimum(with_void(scene(i, count)), count)]
 
 
 def shuffled(index):
@@ -100,6 +101,8 @@ BINARY = {
     lambda i: palette(255 * scene(i, 2), [[0] * 3, [9] * 3]),
     '255:1',
   ),
+  'white, and gray is void': (as_void_table(128, 0, 255), '128:void,255:1'),
+  'of 0 and 15, void 255': (as_void_table(255, 0, 15), '15:1'),
   'another split': (
     lambda i: scene(i, 2) * np.uint8([255, 1][i == 3]),
     '255:1',
@@ -112,6 +115,10 @@ CASES = {
   '-1 is void': (as_void_table(65535, 0, 1, 2), '65535:void'),
   'levels': (as_table(0, 127, 255), '127:1,255:2'),
   'levels of some tool': (as_table(38, 75, 113), '38:0,75:1,113:2'),
+  'levels of some tool, void 255': (
+    as_void_table(255, 38, 75, 113),
+    '38:0,75:1,113:2',
+  ),
   'levels of 16 bits': (as_table(0, 1000, 2000), '1000:1,2000:2'),
   'RGB levels': (as_table([0] * 3, [127] * 3, [255] * 3), '127:1,255:2'),
   'colors': (as_table(*COLORS), '#3c783c:0,#dc3c3c:1,#3c3cdc:2'),
@@ -223,6 +230,63 @@ def test_rare_values_that_are_no_class_become_void(tmp_path):
   assert proposal.label_map == '7:void' and 'rare' in proposal.reason
 
 
+@pytest.mark.parametrize(
+  'values, stray, text',
+  [
+    ((0, 255), 128, '128:void,255:1'),
+    ((0, 255), 254, '254:void,255:1'),
+    ((0, 127, 255), 64, '64:void,127:1,255:2'),
+    ((0, 127, 255), 100, '100:void,127:1,255:2'),
+  ],
+)
+def test_a_gray_pixel_leaves_white_a_class(tmp_path, values, stray, text):
+  def store(index):
+    label = as_table(*values)(index)
+    label[0, 0] = stray if index == 1 else 0
+    return label
+
+  _, proposal = proposed(tmp_path, store, NAMES[: len(values)])
+  assert proposal.label_map == text
+
+
+def test_what_stays_void_is_said_if_a_class_has_fewer_pixels(tmp_path):
+  def store(index):
+    label = as_table(0, 255)(index)
+    label[0, 0] = 3
+    return label
+
+  _, proposal = proposed(tmp_path, store, NAMES[:2])
+  assert str(proposal) == (
+    'all labels are 0, 3 or 255; in ascending order; 255 stays void, and is'
+    ' more frequent than 3: --config.data.label_map=3:1'
+  )
+
+
+BLACK, GRAY, WHITE, RED, GREEN = ([0] * 3, [128] * 3, [255] * 3, *COLORS[:2])
+
+
+@pytest.mark.parametrize(
+  'classes, void',
+  [
+    ([BLACK, RED, GREEN], COLORS[2]),
+    ([GRAY, RED, GREEN], BLACK),  # as CamVid has the sky
+    ([WHITE, RED, GREEN], BLACK),
+    ([RED, GRAY, GREEN], BLACK),
+    ([BLACK, RED, GREEN], WHITE),
+  ],
+)
+def test_the_most_frequent_color_is_a_class_and_of_grays_the_rarest_is_void(
+  tmp_path, classes, void
+):
+  table = np.uint8([*classes, void])
+  top = np.arange(40)[:, None] < 1
+  listed, proposal = proposed(
+    tmp_path, lambda index: table[np.where(top, 3, scene(index))]
+  )
+  for index, label in enumerate(read(listed, proposal)):
+    np.testing.assert_array_equal(label, np.where(top, VOID, scene(index)))
+
+
 @pytest.mark.parametrize('colors', [np.repeat([[0], [255]], 3, 1), COLORS[:2]])
 def test_smooth_edges_become_void(tmp_path, colors):
   def smooth(index):
@@ -283,6 +347,31 @@ def test_colors_of_classes_txt_are_known_and_another_one_is_void(tmp_path):
   _, proposal = proposed(tmp_path, as_void_table([0] * 3, *COLORS), lines)
   assert proposal.label_map == '#000000:void'
   assert proposal.table == ('#000000  void  720 pixels, 7.50%',)
+
+
+def test_a_color_that_classes_txt_mistypes_is_that_of_the_unused_class(
+  tmp_path,
+):
+  lines = 'bg 60 120 60', 'box 220 60 60', 'disc 60 60 200'
+  listed, proposal = proposed(tmp_path, as_table(*COLORS), lines)
+  assert str(proposal) == (
+    '#3c3cdc is taken for disc, whose color in classes.txt no label has:'
+    ' --config.data.label_map=#3c3cdc:2'
+  )
+  for index, label in enumerate(read(listed, proposal, lines)):
+    np.testing.assert_array_equal(label, scene(index))
+  # The color of void in VOC is known, and a stray pixel is no class.
+  store = as_void_table([224, 224, 192], *COLORS[:2], COLORS[1])
+  _, proposal = proposed(tmp_path, store, lines)
+  assert proposal.label_map == '#e0e0c0:void'
+
+  def stray(index):
+    label = COLORS[scene(index, 2)]
+    label[0, 0] = COLORS[2]
+    return label
+
+  _, proposal = proposed(tmp_path, stray, lines)
+  assert proposal.label_map == 'other:void'
 
 
 def test_colors_are_counted(tmp_path):
