@@ -890,8 +890,12 @@ def test_patterns_of_no_parameter_are_refused_before_the_data_is_opened(
   config = make_config(
     trained.settings, train__freeze=('backbon/*',), data__dir='/nope'
   )
-  with pytest.raises(UserError, match=r'config\.train: freeze must name .*got'):
+  with pytest.raises(UserError) as error:
     train_and_evaluate(config, tmp_path)
+  assert str(error.value) == (
+    'config.train: freeze must name parameters, as aspp/* or backbone/* or'
+    " logits/*, got 'backbon/*'"
+  )
   assert not (tmp_path / 'checkpoints').exists()
   # The preset may come with the weights: `keras` has this bias, `paper` not.
   config.train.freeze = ('backbone/stem/bias',)
