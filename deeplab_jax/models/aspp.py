@@ -32,9 +32,8 @@ class ImagePooling(nn.Module):
     y = jnp.mean(x, (1, 2), dtype=jnp.float32, keepdims=True, where=mask)
     shared = self.activation, self.norm, self.dtype
     project = ConvNormRelu(self.features, 1, 1, *shared, name='project')
-    return jnp.broadcast_to(
-      project(y, train=train), (*x.shape[:3], self.features)
-    )
+    y = project(y, train=train)
+    return jnp.broadcast_to(y, (*x.shape[:3], self.features))
 
 
 class ASPP(nn.Module):

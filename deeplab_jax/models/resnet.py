@@ -83,17 +83,21 @@ def unit_geometry(
   return tuple(blocks)
 
 
-class PreActBasicUnit(nn.Module):
-  """Two 3x3 convolutions, each after BN and ReLU (ResNet-18 and 34).
-
-  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features].
-  """
+class _Unit(nn.Module):
+  """What all residual units share; see `ResNetV2`."""
 
   features: int
   geometry: UnitGeometry = UnitGeometry(1, 1, 1)
   conv_bias: bool = False
   norm: Callable[..., nn.Module] = nn.BatchNorm
   dtype: Any = jnp.float32
+
+
+class PreActBasicUnit(_Unit):
+  """Two 3x3 convolutions, each after BN and ReLU (ResNet-18 and 34).
+
+  x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features].
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -114,17 +118,11 @@ class PreActBasicUnit(nn.Module):
     return shortcut + y
 
 
-class PreActBottleneckUnit(nn.Module):
+class PreActBottleneckUnit(_Unit):
   """1x1, 3x3 and 1x1 convolution, each after BN and ReLU (ResNet-50 and up).
 
   x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), 4 * features].
   """
-
-  features: int
-  geometry: UnitGeometry = UnitGeometry(1, 1, 1)
-  conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -147,25 +145,18 @@ class PreActBottleneckUnit(nn.Module):
     return shortcut + y
 
 
-class BasicUnit(nn.Module):
+class BasicUnit(_Unit):
   """Two 3x3 convolutions, BN after each, ReLU after the sum (ResNet-18, 34).
 
   x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features].
   """
 
-  features: int
-  geometry: UnitGeometry = UnitGeometry(1, 1, 1)
-  conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
-  dtype: Any = jnp.float32
-
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Adds the residual; `train` uses and updates the batch statistics."""
     stride, rate, rate_out = self.geometry
-    conv = functools.partial(
-      Conv, self.features, use_bias=self.conv_bias, dtype=self.dtype
-    )
+    bias, dtype = self.conv_bias, self.dtype
+    conv = functools.partial(Conv, self.features, use_bias=bias, dtype=dtype)
     norm = functools.partial(self.norm, use_running_average=not train)
 
     y = conv(3, stride, rate, name='conv1')(x)
@@ -180,17 +171,11 @@ class BasicUnit(nn.Module):
     return nn.relu(shortcut + y)
 
 
-class BottleneckUnit(nn.Module):
+class BottleneckUnit(_Unit):
   """1x1, 3x3 and 1x1 convolution, BN after each, ReLU after the sum.
 
   x [B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), 4 * features].
   """
-
-  features: int
-  geometry: UnitGeometry = UnitGeometry(1, 1, 1)
-  conv_bias: bool = False
-  norm: Callable[..., nn.Module] = nn.BatchNorm
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -255,9 +240,8 @@ class _ResNet(nn.Module):
       self.units, self.output_stride, self.multi_grid, self.stride_unit
     )
     check_choice('stem_pool', self.stem_pool, ops.POOL_PADDINGS)
-    check_choice(
-      'rematerialization', self.rematerialization, ops.REMATERIALIZATIONS
-    )
+    remat = 'rematerialization', self.rematerialization
+    check_choice(*remat, ops.REMATERIALIZATIONS)
     rule = 'width must be above 1/128, which leaves at least one of 64 channels'
     require(self.width > 0 and round(64 * self.width) >= 1, rule, self.width)
     super().__post_init__()
@@ -268,13 +252,12 @@ class _ResNet(nn.Module):
     return Conv(base, 7, 2, use_bias=bias, dtype=dtype, name='stem')(x)
 
   def _blocks(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-    base, bias, dtype = round(64 * self.width), self.conv_bias, self.dtype
-    outputs = {'stem': x}
+    own = {'conv_bias': self.conv_bias, 'norm': self.norm, 'dtype': self.dtype}
+    outputs, base = {'stem': x}, round(64 * self.width)
     blocks = unit_geometry(
       self.units, self.output_stride, self.multi_grid, self.stride_unit
     )
     for i, geometry in enumerate(blocks, 1):
-      own = {'conv_bias': bias, 'norm': self.norm, 'dtype': dtype}
       unit = functools.partial(self.unit, base * 2 ** (i - 1), **own)
       block = Block(unit, geometry, self.rematerialization, name=f'block{i}')
       x, fine = block(x, train=train)

@@ -10,12 +10,8 @@ from deeplab_jax.weights.mapping import flatten
 
 # The settings, beside the preset, on which the use of the variables depends.
 SHAPING = (
-  'backbone',
-  'width',
-  'multi_grid',
-  'aspp_features',
-  'aspp_rates',
-  'decoder',
+  *('backbone', 'width', 'multi_grid'),
+  *('aspp_features', 'aspp_rates', 'decoder'),
 )
 
 
