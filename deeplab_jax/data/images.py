@@ -76,6 +76,9 @@ def as_pixels(image: Any, info: DatasetInfo | None = None) -> np.ndarray:
   elif isinstance(image, bytes):
     image = open_picture('image', image, as_stored=stored).pixels
   elif isinstance(image, Image.Image) and not stored:
+    if image.mode[0] in 'IF':  # Pillow would clip them
+      with image_files.reading('image', b''):
+        image = Image.fromarray(_deep_gray(image, image.mode))
     image = image.convert('RGB')
   image = np.asarray(image)
   fits = (image.shape[2:] or (1,)) == like.shape and 0 not in image.shape

@@ -35,6 +35,15 @@ def test_gray_image_gets_three_equal_channels(tmp_path):
   np.testing.assert_array_equal(image, np.stack([gray] * 3, -1))
 
 
+def test_a_pil_image_of_16_bits_looks_as_its_file_does(tmp_path):
+  deep = Image.fromarray(gradient()[..., 0].astype(np.uint16) * 257)
+  deep.save(tmp_path / 'a.png')
+  expected = images.read_image(tmp_path / 'a.png')
+  np.testing.assert_array_equal(images.as_pixels(deep), expected)
+  with pytest.raises(errors.UserError, match='float pixels'):
+    images.as_pixels(deep.convert('F'))
+
+
 def test_cmyk_jpeg_shows_its_ink_colours(tmp_path):
   cyan = Image.new('CMYK', (16, 16), (255, 0, 0, 0))
   cyan.save(tmp_path / 'a.jpg', quality=95)
