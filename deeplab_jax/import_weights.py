@@ -17,7 +17,7 @@ from deeplab_jax.configure import from_json
 from deeplab_jax.data.datasets import DATASETS, DatasetInfo, voc_palette
 from deeplab_jax.models.deeplab import PRESETS
 from deeplab_jax.runtime import distributed, own
-from deeplab_jax.runtime.errors import UserError, naming
+from deeplab_jax.runtime.errors import UserError, naming, require
 from deeplab_jax.runtime.files import as_path, write_json
 from deeplab_jax.training import steps
 from deeplab_jax.weights import checkpoints, networks
@@ -87,19 +87,13 @@ def open_network(
   """
   pretrained, config = open_source(config_of(source))
   if pretrained.num_classes is None:
+    part = 'a backbone alone' if pretrained.arrays else 'no array of known name'
     raise UserError(
-      f'{source} holds a backbone alone, which knows no classes; train on it'
-      f' first: --config.init_from={source}'
+      f'{source} holds {part}, which knows no classes; train on it first:'
+      f' --config.init_from={source}'
     )
   count = pretrained.num_classes if num_classes is None else num_classes
-  known = _known_info(pretrained)
-  if info is None and known and known.num_classes == count:
-    info = known
-  if info is None:
-    images = {k: getattr(known, k) for k in ('bits', 'mean', 'std') if known}
-    classes = tuple(f'class {i}' for i in range(count))
-    with naming(f'num_classes={count}'):
-      info = DatasetInfo(source, classes, voc_palette(count), **images)
+  info = info or _known_info(pretrained, count)
   model = build.make_model(config, count, **info.normalization)
   draw = functools.partial(steps.draw_variables, model)
   key = jax.random.key(0)
@@ -124,6 +118,7 @@ def config_of(
   Without a source it is Keras, which has several backbones: that of
   `config.model` counts, or ResNet-50 if there are no weights for it.
   """
+  _open.cache_clear()  # the source may have changed
   config = config or get_config()
   config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
   asked = config.model.backbone
@@ -138,10 +133,13 @@ def config_of(
   return config
 
 
-def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
+def open_source(
+  config: ConfigDict, info: DatasetInfo | None = None
+) -> tuple[sources.Pretrained, ConfigDict]:
   """Reads `config.init_from`; returns it, and a copy with what it fixes.
 
-  A configuration that contradicts it raises a `UserError`.
+  A configuration that contradicts it raises a `UserError`. It warns if `info`
+  has as many classes of other names.
   """
   config = copy.deepcopy(config)
   config.init_from = config.init_from or _DEFAULT_SOURCE
@@ -166,6 +164,8 @@ def open_source(config: ConfigDict) -> tuple[sources.Pretrained, ConfigDict]:
       f'{pretrained.source} looks like {looks}, which contradicts'
       f' {", ".join(contradictions)}'
     )
+  if info and (other := _other_class(pretrained, info)):
+    log.warning('%s; its class layer is kept all the same', other)
   return pretrained, config
 
 
@@ -182,7 +182,6 @@ def initialize(
   variables, report = _merge(
     pretrained, jax.device_get(state.variables), config, config.data.as_stored
   )
-  _open.cache_clear()
   if distributed.is_first_process():
     preset = ' or '.join(pretrained.presets)
     log.info('weights of %s, preset %s\n%s', pretrained.source, preset, report)
@@ -196,23 +195,42 @@ def _merge(
   there, here = (
     sources.input_std(config.model.preset, measured=x) for x in (own, measured)
   )
+  _open.cache_clear()
   return pretrained.merge_into(variables, config.init_allow, there / here)
 
 
-def _dataset_info(
-  config: ConfigDict, pretrained: sources.Pretrained
-) -> DatasetInfo:
+def _dataset_info(config: Any, pretrained: sources.Pretrained) -> DatasetInfo:
   """What the classes mean: by the source, unless a data set was named."""
-  known = _known_info(pretrained)
-  if known and config.data.name == get_config().data.name:
-    return known
+  if pretrained.num_classes and config.data.name == get_config().data.name:
+    return _known_info(pretrained, pretrained.num_classes)
   split = config.data.eval_split or config.data.train_split
-  return build.open_dataset(config, split).info
+  info = build.open_dataset(config, split).info
+  if other := _other_class(pretrained, info):
+    raise UserError(f'{other}; import without config.data, or in that order')
+  return info
 
 
-def _known_info(pretrained: sources.Pretrained) -> DatasetInfo | None:
-  """What a source says that its classes mean; 21 are those of PASCAL VOC."""
-  if pretrained.dataset:
-    return DatasetInfo.from_json(pretrained.dataset)
+def _other_class(pretrained: sources.Pretrained, info: DatasetInfo) -> str:
+  """Says which class of as many the source calls otherwise; '' if none."""
+  theirs = (pretrained.dataset or {}).get('classes', ())
+  if len(theirs) == info.num_classes:
+    for there, here in zip(theirs, info.classes, strict=True):
+      if there != here:
+        return f'{pretrained.source} has class {there!r} where {here!r} is here'
+  return ''
+
+
+def _known_info(pretrained: sources.Pretrained, count: int) -> DatasetInfo:
+  """What a source says of its classes; 21 are VOC's, others have numbers."""
   voc = DATASETS['voc2012']
-  return voc if pretrained.num_classes == voc.num_classes else None
+  known = voc if pretrained.num_classes == voc.num_classes else None
+  if pretrained.dataset:
+    known = DatasetInfo.from_json(pretrained.dataset)
+  if known and known.num_classes == count:
+    return known
+  images = {k: getattr(known, k) for k in ('bits', 'mean', 'std') if known}
+  with naming(source := pretrained.source):
+    whole = hasattr(count, '__index__') and 1 <= count <= 255
+    require(whole, 'num_classes must be 1 to 255', count)
+    classes = tuple(f'class {i}' for i in range(count))
+    return DatasetInfo(source, classes, voc_palette(count), **images)

@@ -34,10 +34,10 @@ def publish(config: Any, workdir: Path) -> None:
   on_hub = re.fullmatch(r'hf://[\w.-]+/[\w.-]+', to)
   if not on_hub and re.fullmatch(r'|\w+:/.*|.*[\0-\x1f].*', to, re.DOTALL):
     raise UserError(f'config.publish.to={to}: name a folder, or hf://USER/NAME')
-  folder = Path(to)
+  folder = Path(to).resolve()
   if folder.exists() and not on_hub:
     names = set(os.listdir(folder)) if folder.is_dir() else {to}
-    ours = hub.CONFIG in names and hub.is_published(folder)
+    ours = hub.is_published(folder, damaged=False)
     if names - _FILES or (names and not ours):
       raise UserError(
         f'{folder} holds other things; name another --config.publish.to=DIR'
@@ -65,7 +65,13 @@ def _write(
   parts = [_head(source, license, predictor), 'It was not evaluated.']
   if metrics := found[0] if found else predictor.metrics:
     known = (f'{key} {metrics[key]}' for key in _PROTOCOL if key in metrics)
-    parts[1:] = [', '.join(known), f'```\n{format_table(metrics)}\n```']
+    try:
+      table = format_table(metrics)
+    except Exception as error:  # damage may break anything
+      text = f'{workdir}: an evaluation of step {step} is damaged; repeat it'
+      raise UserError(text) from error
+    text = f'{", ".join(known)}\n\n{table}'.replace('`', "'")
+    parts[1:] = [f'```\n{text}\n```']
   for ending, name in _PICTURES.items() if found else ():
     picture = workdir / 'eval' / f'{found[0]["name"]}{ending}.png'
     if picture.exists():
@@ -123,6 +129,7 @@ def _training(workdir: Path, step: int) -> list[str]:
       text = Path(text).name if local else text
       command.append(shlex.quote(f'--config.{key}={text}'))
   lines = ' \\\n  '.join(command) if used else '# its settings are not known'
+  lines = lines.replace('`', '')  # anyone's text, which ends at one
   found = host.versions('deeplab_jax', 'jax', 'jaxlib', 'flax').items()
   versions = ', '.join(map(' '.join, found))
   return ['## Training', f'```bash\n{lines}\n```', f'Step {step}. {versions}.']

@@ -113,7 +113,7 @@ def _start(
     config = with_preset(config, networks.preset_of(latest.metadata))
     load = latest.fill
   elif config.init_from:
-    weights, config = import_weights.open_source(config)
+    weights, config = import_weights.open_source(config, dataset.info)
     load = functools.partial(import_weights.initialize, weights, config=config)
   else:
     config, load = with_preset(config, 'paper'), lambda state: state

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from miniature import as_options, make_config
 
-from deeplab_jax import import_weights
+from deeplab_jax import build, import_weights
 from deeplab_jax.evaluation.metrics import format_table
 from deeplab_jax.predict import Predictor
 from deeplab_jax.publish import publish
@@ -160,6 +160,9 @@ def test_only_a_publication_is_replaced(trained, folder, tmp_path, monkeypatch):
   (other / 'config.json').write_text('{"model_type": "bert"}')
   with pytest.raises(UserError, match='holds other things'):
     published(trained, other)
+  (other / 'config.json').write_text('{"model_type": "x", // a comment')
+  with pytest.raises(UserError, match='holds other things'):
+    published(trained, other)
   own = shutil.copytree(folder, tmp_path / 'own')
 
   def fail(*_):
@@ -173,6 +176,56 @@ def test_only_a_publication_is_replaced(trained, folder, tmp_path, monkeypatch):
   published(trained, own, license='cc0-1.0')
   assert 'license: "cc0-1.0"' in (own / 'README.md').read_text()
   assert {path.name for path in tmp_path.iterdir()} == {'other', 'own'}
+  (link := tmp_path / 'link').symlink_to(own)
+  published(trained, link, license='mit')
+  assert (
+    link.is_symlink() and 'license: "mit"' in (own / 'README.md').read_text()
+  )
+
+
+def test_a_workdir_of_anyone_neither_reaches_outside_nor_breaks_the_card(
+  trained, tmp_path
+):
+  workdir = shutil.copytree(trained.workdir, tmp_path / 'w')
+  (tmp_path / 'secret.png').write_bytes(b'secret')
+  (path,) = (workdir / 'eval').glob('*.json')
+  evaluation = json.loads(path.read_text())
+  config = make_config(trained.settings, publish__to=str(tmp_path / 'out'))
+  evil = 'val\n\n```\n<script>'
+  changed = {**evaluation, 'name': '../../secret', 'split': evil}
+  path.write_text(json.dumps(changed))
+  publish(config, workdir)
+  assert (tmp_path / 'out/predictions.png').read_bytes() != b'secret'
+  card = (tmp_path / 'out/README.md').read_text()
+  block = card.split('## Evaluation\n\n```\n')[1].split('\n```\n')[0]
+  assert evil.replace('`', "'") in block
+  for damaged in ({**evaluation, 'per_class_iou': {'a': 'x'}}, {'miou': 0.5}):
+    path.write_text(json.dumps({**damaged, 'step': evaluation['step']}))
+    with pytest.raises(UserError, match='is damaged; repeat it'):
+      publish(config, workdir)
+  path.write_text('[1]')  # is none
+  publish(config, workdir)
+
+
+def test_a_publication_may_be_called_checkpoints(folder, tmp_path):
+  for place in ('checkpoints', 'checkpoints/net'):
+    found = shutil.copytree(folder, tmp_path / place, dirs_exist_ok=True)
+    assert Predictor.from_pretrained(found).info.num_classes == 4
+
+
+def test_classes_in_another_order_are_told(trained, folder, tmp_path, caplog):
+  data = shutil.copytree(trained.folder, tmp_path / 'data')
+  names = (data / 'classes.txt').read_text().split('\n')
+  text = '\n'.join([names[1], names[0], *names[2:]])
+  (data / 'classes.txt').write_text(text)
+  config = import_weights.config_of(str(folder))
+  own = make_config(trained.settings, data__dir=str(data))
+  config.data.update(own.data.to_dict())
+  with pytest.raises(UserError, match="'ground' where 'left' is here; import"):
+    import_weights.import_weights(config, tmp_path / 'w')
+  info = build.open_dataset(config, 'val').info
+  import_weights.open_source(config, info)
+  assert 'its class layer is kept all the same' in caplog.text
 
 
 @pytest.fixture

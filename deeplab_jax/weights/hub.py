@@ -23,8 +23,8 @@ from deeplab_jax.weights.mapping import flatten
 from deeplab_jax.weights.timm import read_safetensors
 
 CONFIG, ARRAYS = 'config.json', 'model.safetensors'
-# An example of `config.json`, which has exactly these keys and types. Lists are
-# of any length. `model` goes to `deeplab_v3`, `dataset` to `DatasetInfo`.
+# An example of `config.json`, which has exactly these keys and types, lists
+# of up to 256. `model` goes to `deeplab_v3`, `dataset` to `DatasetInfo`.
 _FORM = json.loads("""{
   "format": 1, "library": "deeplab_jax", "version": "0.1.0",
   "model": {
@@ -63,13 +63,13 @@ def write(
   write_json(folder / CONFIG, config)
 
 
-def is_published(folder: Path) -> bool:
-  """Whether a folder has our `config.json`, or arrays beside none to read."""
+def is_published(folder: Path, *, damaged: bool = True) -> bool:
+  """Whether a folder has our `config.json`, or a `damaged` one and arrays."""
   try:
     config = json.loads(read_bytes(folder / CONFIG))
     return config.get('library') == _FORM['library']
   except Exception:  # damage may break anything
-    return (folder / ARRAYS).exists()
+    return damaged and (folder / ARRAYS).exists()
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -99,8 +99,8 @@ def _check(config: Any) -> None:
   deeplab_v3(**model, num_classes=len(classes), **used)
   own = data if data['mean'] else PRESETS[model['preset']]
   holds = used == {key: list(own[key]) for key in ('mean', 'std')}
-  holds &= len(used['mean']) == len(used['std']) and min(used['std']) > 0
-  rule = 'normalization must be that of data set or preset, each std above 0'
+  holds &= len(used['mean']) == len(used['std']) and min(used['std']) > 1e-6
+  rule = 'normalization must be that of data set or preset, std above 1e-6'
   require(holds, rule, used)
   numbers = *data['values'], data['void_value'], *chain(*data['palette'])
   holds = len(data['values']) == len(classes) and max(numbers) < 256
@@ -113,6 +113,7 @@ def _check_form(key: str, value: Any, example: Any) -> None:
   kind = type(example)
   holds = type(value) is kind or (kind is float and type(value) is int)
   holds = holds and (kind not in (int, float) or 0 <= value < 2**16)
+  holds = holds and (kind is not list or len(value) <= 256)
   require(holds, f'{key} must be like {json.dumps(example)}', value)
   if kind is dict:
     odd = sorted(value.keys() ^ example.keys())

@@ -312,15 +312,17 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   settings: dict[str, Any] = {}
   if backbone := backbone_of(arrays):
     settings['backbone'] = backbone
-  if (stem := arrays.get('params/backbone/stem/kernel')) is not None:
-    settings['width'] = stem.shape[-1] / 64
-  if (aspp := arrays.get('params/aspp/project/conv/kernel')) is not None:
-    settings['aspp_features'] = aspp.shape[-1]
+  if stem := np.shape(arrays.get(_STEM, 0)):
+    settings['width'] = stem[-1] / 64
+  if aspp := np.shape(arrays.get('params/aspp/project/conv/kernel', 0)):
+    settings['aspp_features'] = aspp[-1]
   return settings
 
 
 def own_checkpoint(path: Path) -> tuple[Path, str] | None:
   """Returns (workdir, name of the step) for a workdir, or a folder in it."""
+  if hub.is_published(path):
+    return None
   if (path / 'checkpoints').is_dir():
     return path, 'best'
   if path.name == 'checkpoints' and path.is_dir():

@@ -160,7 +160,7 @@ def merge_variables(
 
   Returns a new tree of float32 numpy arrays, and the report. Raises `UserError`
   listing `unknown` names, variables that nothing covers, and arrays of another
-  shape or type, or not finite.
+  shape or type, not finite, or variances below zero.
   """
   leaves, kept, missing = flatten(variables), {}, []
   for path in (path for path in leaves if path not in arrays):
@@ -181,6 +181,8 @@ def merge_variables(
   values = {path: _float32(path, array) for path, array in arrays.items()}
   infinite = [path for path, x in values.items() if not np.isfinite(x).all()]
   _refuse('not finite', infinite)
+  variances = {p: x for p, x in values.items() if p.endswith('/var')}
+  _refuse('below zero', [p for p, x in variances.items() if (x < 0).any()])
   merged = traverse_util.unflatten_dict({**leaves, **values}, sep='/')
   return merged, MergeReport(tuple(values), kept, unused or {})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from deeplab_jax.runtime.errors import UserError
+from deeplab_jax.runtime.errors import UserError, first_line
 from deeplab_jax.weights.mapping import NameMap
 
 _LAYERS = {
@@ -29,9 +29,9 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
   """Reads a safetensors file; raises `UserError` if it is damaged."""
   try:
     return safetensors.numpy.load_file(path)
-  except (safetensors.SafetensorError, TypeError, KeyError, OSError) as error:
+  except Exception as error:  # a damaged file, or a new type, may raise any
     raise UserError(
-      f'{path} is truncated or damaged, or no safetensors file: {error}'
+      f'{path} is truncated or damaged, or of unknown type: {first_line(error)}'
     ) from error
 
 
@@ -45,7 +45,7 @@ def _target(name: str) -> tuple[str, str]:
   if leaf == 'weight':
     leaf = 'gamma' if 'norm' in module else 'kernel'
   top = {'stem.conv': 'backbone/stem', 'norm': 'backbone/postnorm'}
-  found = re.fullmatch(r'stages\.(\d)\.blocks\.(\d+)\.(.+)', module)
+  found = re.fullmatch(r'stages\.(\d)\.blocks\.(\d{1,3})\.(.+)', module)
   if not found or found[3] not in _LAYERS:
     return top.get(module, ''), leaf
   unit = f'block{int(found[1]) + 1}/unit{int(found[2]) + 1}'

@@ -46,9 +46,7 @@ _ASPP = {
   f'{theirs}.{start + i}': f'aspp/{ours}/{part}'
   for theirs, start, ours in (
     ('convs.0', 0, 'conv'),
-    ('convs.1', 0, 'atrous1'),
-    ('convs.2', 0, 'atrous2'),
-    ('convs.3', 0, 'atrous3'),
+    *((f'convs.{i}', 0, f'atrous{i}') for i in (1, 2, 3)),
     ('convs.4', 1, 'pooling/project'),
     ('project', 0, 'project'),
   )
@@ -160,7 +158,7 @@ def map_torchvision(names: Iterable[str]) -> NameMap:
 
 def _of_backbone(module: str) -> str:
   module = module.removeprefix('backbone.')
-  found = re.fullmatch(r'layer([1-4])\.(\d+)\.(.+)', module)
+  found = re.fullmatch(r'layer([1-4])\.(\d{1,3})\.(.+)', module)
   if not found:
     return f'backbone/{_TOP[module]}' if module in _TOP else ''
   layer = _SHORTCUT.get(found[3], found[3].replace('bn', 'norm'))

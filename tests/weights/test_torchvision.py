@@ -16,7 +16,7 @@ import pytest
 from reference import fill, torchvision_shapes
 from safetensors.numpy import save_file
 
-from deeplab_jax import PRESETS, deeplab_v3, import_weights
+from deeplab_jax import PRESETS, Predictor, deeplab_v3, import_weights
 from deeplab_jax.runtime.errors import UserError
 from deeplab_jax.weights import torchvision
 from deeplab_jax.weights.load import load_pretrained, open_pretrained
@@ -194,6 +194,21 @@ RUNNING = 'backbone.layer3.5.bn2.running_var'
     (changed(LOGITS, lambda x: x * np.float32(np.inf)), 'not finite: params'),
     (changed(STEM, lambda x: x.astype(int)), 'holds int64, not floating'),
     (changed(RUNNING, lambda x: x > 0), 'holds bool, not floating'),
+    (changed(RUNNING, lambda x: -x), 'below zero: batch_stats/backbone'),
+    (
+      changed(STEM, lambda x: np.array(x.flat[0])),
+      'of another shape: params/back',
+    ),
+    (
+      changed('classifier.0.project.0.weight', lambda x: np.array(x.flat[0])),
+      'of another shape: params/aspp/project',
+    ),
+    (
+      lambda a: a.update(
+        {f'backbone.layer1.{"9" * 5000}.conv1.weight': a[STEM]}
+      ),
+      'without a place in the network: backbone.layer1.999',
+    ),
     (lambda a: a.clear(), 'missing in the file'),
     (
       lambda a: [a.pop(k) for k in list(a) if k.startswith('classifier.0.')],
@@ -212,6 +227,42 @@ def test_mutated_files_end_in_one_line(tmp_path, mutate, words):
   path = tmp_path / 'x.safetensors'
   save_file(arrays, path)
   assert words in refused(path)
+
+
+def test_types_that_numpy_lacks_are_refused(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  header = b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
+  path.write_bytes(len(header).to_bytes(8, 'little') + header + b'\x00')
+  assert 'is truncated or damaged, or of unknown type: module' in refused(path)
+
+
+def test_a_source_that_changes_is_read_again(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  for value in (1, 2):  # twice 21 classes, those of PASCAL VOC
+    shapes = torchvision_shapes('torchvision', BASE, classes=21)
+    arrays = fill(shapes)
+    arrays['classifier.4.bias'][:] = value
+    save_file(arrays, path)
+    found = import_weights.open_network(str(path), None)
+    assert (found['variables']['params']['logits']['bias'] == value).all()
+
+
+@pytest.mark.parametrize('count', [5, 300])
+def test_classes_that_nobody_names_have_numbers(tmp_path, count):
+  path = tmp_path / 'x.safetensors'
+  save_file(fill(torchvision_shapes('torchvision', BASE, classes=count)), path)
+  config = import_weights.config_of(str(path))
+  if count > 255:
+    with pytest.raises(
+      UserError, match='num_classes must be 1 to 255, got 300'
+    ):
+      import_weights.import_weights(config, tmp_path / 'w')
+    return
+  import_weights.import_weights(config, tmp_path / 'w')
+  found = Predictor.from_workdir(tmp_path / 'w')
+  assert found.info.classes == tuple(f'class {i}' for i in range(5))
+  bias = found.variables['params']['logits']['bias']
+  np.testing.assert_array_equal(bias, arrays_of()['classifier.4.bias'])
 
 
 class Tensor(np.ndarray):
