@@ -118,7 +118,7 @@ def config_of(
   Without a source it is Keras, which has several backbones: that of
   `config.model` counts, or ResNet-50 if there are no weights for it.
   """
-  _open.cache_clear()  # the source may have changed
+  _read.cache_clear()  # the source may have changed
   config = config or get_config()
   config.init_from, config.model.aspp_features = source or _DEFAULT_SOURCE, 256
   asked = config.model.backbone
@@ -169,10 +169,12 @@ def open_source(
   return pretrained, config
 
 
-@functools.lru_cache(maxsize=1)
+_read = functools.lru_cache(1)(sources.open_pretrained)  # once for each run
+
+
 def _open(source: str, backbone: str) -> sources.Pretrained:
-  """Reads a source once, for its settings and for its arrays."""
-  return sources.open_pretrained(source, backbone=backbone)
+  named = {'backbone': backbone} if source == _DEFAULT_SOURCE else {}
+  return _read(source, **named)
 
 
 def initialize(
@@ -195,7 +197,7 @@ def _merge(
   there, here = (
     sources.input_std(config.model.preset, measured=x) for x in (own, measured)
   )
-  _open.cache_clear()
+  _read.cache_clear()
   return pretrained.merge_into(variables, config.init_allow, there / here)
 
 

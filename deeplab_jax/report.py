@@ -73,7 +73,7 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
   paths = sorted((workdir / 'eval').glob('*.json'), key=changed, reverse=True)
   paths = paths or [workdir / 'eval.json']
   read = ((p.stem, _read(p)) for p in paths)  # names are those of files
-  found = [{**r, 'name': name} for name, r in read if isinstance(r, dict)]
+  found = [{**r, 'name': name} for name, r in read if r and type(r) is dict]
   for newest in found[:1]:
     start = paths[0].with_name(newest['name'])
     file = as_path(f'{start}_confusion.csv')

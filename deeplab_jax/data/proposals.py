@@ -168,8 +168,8 @@ def _of_values(
       means = {x[0].get(value) for x, part in splits if x and value in part}
       if means - {None} and void not in means:
         return None  # it would lose a class of a split
-  reasons = dict.fromkeys('; '.join(why for _, why in known).split('; '))
-  reasons.pop('', None)
+  parted = (part for _, why in known for part in why.split('; '))
+  reasons = dict.fromkeys(filter(None, parted))
   rare = sorted(value for value in whole if value not in table)
   top = max((v for v in table.values() if v != void), default=-1)
   # Lossy files have values between the classes, or beside them everywhere. No
@@ -202,10 +202,10 @@ def _of_split(
       guess, why = guesses[shown.index(max(shown))]
       if void not in pixels or void in guess:
         return guess, why
-      # A split where void occurs tells that its value is no class.
       rarest = min(own, key=lambda v: (guess.get(v, void) == void, own[v]))
       if pixels[void] > own[rarest]:
         why += f'; {void} stays void, and is more frequent than {rarest}'
+      # A split where void occurs tells that its value is no class.
       return guess | {void: void}, why
   return None
 
@@ -234,19 +234,19 @@ def _guesses(
   absent = [value for value in classes if value not in own]
   if len(own) == 1 and void in pixels and absent:  # as the survey says, too
     yield same | {void: absent[0]}, f'{void} is taken for a class'
-  kinds = [own, pixels]
+  kinds, white = [own, pixels], False
   if void > max(own, default=0) >= max(_LEVEL, count):
     # White is one of the gray levels, if they are not evenly spread without it.
     steps = np.diff(sorted(value for value, _ in own.most_common(count)))
     even = steps.max(initial=0) <= steps.min(initial=255) + 2 and count > 2
-    kinds = [pixels, own] if even else [pixels]
+    kinds, white = [pixels, own] if even else [pixels], not even
   for some, number in itertools.product(kinds, (count, 2)):
     values = sorted(value for value, _ in some.most_common(number))
     if len(values) == count or (len(values) == 2 and values[0] == 0):
       guess, why = dict(zip(values, classes, strict=False)), ''
       rest = [value for value in some if value not in guess]
       few = sum(some[value] for value in rest) <= _RARE_ALL * some.total()
-      if len(kinds) == len(rest) == 1 and few and number == count:
+      if white and len(rest) == 1 and few and number == count:
         guess[rest[0]], why = void, f'; {rest[0]} is taken for void'
       yield guess, f'in ascending order{why}'
   levels = {

@@ -321,10 +321,10 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def own_checkpoint(path: Path) -> tuple[Path, str] | None:
   """Returns (workdir, name of the step) for a workdir, or a folder in it."""
-  if hub.is_published(path):
-    return None
   if (path / 'checkpoints').is_dir():
     return path, 'best'
+  if hub.is_published(path):
+    return None
   if path.name == 'checkpoints' and path.is_dir():
     return path.parent, 'best'
   if path.parent.name == 'checkpoints' and path.is_dir():
